@@ -1,0 +1,66 @@
+"""The error tree: what a user may meet, each as one sentence that says what is wrong, where, and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AthanorError(Exception):
+    """Anything Athanor refuses or gives up on; the command line prints its sentence and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UserError(AthanorError):
+    """The input is wrong: a recipe, a file, a value on the command line. Trying again unchanged cannot help."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe, an override or a plan does not say what it must."""
+
+
+class DataError(UserError):
+    """A source, a token file or a tokenizer cannot be used."""
+
+
+class ModelError(UserError):
+    """A model folder is incomplete, unknown, or does not fit what is asked of it."""
+
+
+class LayoutError(UserError):
+    """These degrees cannot be laid out on these ranks."""
+
+
+class CheckpointError(AthanorError):
+    """A checkpoint is damaged, of another model, or of a newer format."""
+
+
+class DiskError(AthanorError):
+    """The disk is full, read-only or failing; what was there before is still there."""
+
+
+class RankError(AthanorError):
+    """A rank ended badly. `rank`, `reason` and the path of its `log` say which, why, and where to read on."""
+
+    def __init__(self, rank: int, reason: str, log: str | None = None) -> None:
+        self.rank, self.reason, self.log = rank, reason, log
+        super().__init__(f"rank {rank} {reason}" + (f"; its log is {log}" if log else ""))
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name that `name` most likely meant, or None when nothing is close."""
+    found = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """A half-sentence: the nearest valid name, then all of them when they are few."""
+    options = sorted(allowed)
+    guess = nearest(name, options)
+    parts = [f"did you mean '{guess}'?"] if guess else []
+    if len(options) <= 24:
+        parts.append("allowed: " + ", ".join(options))
+    return " ".join(parts)

@@ -1,0 +1,176 @@
+"""Starts ranks: from a fork server that has torch imported already, or as the rank that somebody else's launcher made.
+
+Ranks get torchrun's environment names (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so the same code runs
+under torchrun, srun and mpirun. Importing torch with its distributed modules takes seconds; from the fork server a set
+of ranks starts in a fraction of one. A rank dies with the fork server, and the fork server with us: kill -9 leaves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from athanor.foundation.errors import AthanorError, RankError
+
+PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor",
+           "torch.distributed.tensor.parallel", "torch.optim", "torch.profiler", "safetensors.torch", "numpy",
+           "athanor.foundation.launch"]
+
+
+def launched_from_outside() -> bool:
+    """Whether torchrun, srun or mpirun already made this process a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start_server() -> None:
+    """Begin importing torch in the fork server, so that the first ranks find it ready; returns at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    from multiprocessing import forkserver
+
+    forkserver.ensure_running()
+
+
+def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_folder: Path,
+              on_message: Callable[[dict[str, Any]], None] | None = None, threads: int | None = None,
+              timeout: float | None = None) -> list[Any]:
+    """Run `package.module:function(channel, **arguments)` on every rank and return their results, by rank.
+
+    `channel(**message)` sends a dictionary to `on_message` here. Standard output and error of a rank go to
+    `log_folder/rank-N.log`. `threads` per rank defaults to an equal part of this machine's cores.
+    When a rank fails, the others are killed and RankError names it; an AthanorError raised in a rank is raised here as it is.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    log_folder.mkdir(parents=True, exist_ok=True)
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
+    port = free_port()
+    processes, pipes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                       "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        log = log_folder / f"rank-{rank}.log"
+        process = context.Process(target=_rank_main, args=(target, arguments, environment, str(log), threads, theirs),
+                                  name=f"rank-{rank}", daemon=False)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    try:
+        return _collect(processes, pipes, log_folder, on_message or (lambda message: None), timeout)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        for process in processes:
+            process.join()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _collect(processes: list[Any], pipes: list[Connection], log_folder: Path,
+             on_message: Callable[[dict[str, Any]], None], timeout: float | None) -> list[Any]:
+    results: dict[int, Any] = {}
+    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout if timeout else None
+    while open_pipes:
+        ready = wait(list(open_pipes), timeout=max(0.0, deadline - time.monotonic()) if deadline else None)
+        if not ready:
+            raise RankError(min(open_pipes.values()), f"did not finish within {timeout:.0f} s", str(log_folder))
+        for pipe in ready:
+            rank = open_pipes[pipe]  # type: ignore[index]
+            try:
+                kind, content = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                del open_pipes[pipe]  # type: ignore[arg-type]
+                if rank not in results:
+                    raise RankError(rank, _death(processes[rank]), str(log_folder / f"rank-{rank}.log")) from None
+                continue
+            if kind == "message":
+                on_message(content)
+            elif kind == "result":
+                results[rank] = content
+            elif kind == "refused":
+                raise content
+            else:
+                raise RankError(rank, f"failed: {content}", str(log_folder / f"rank-{rank}.log"))
+    return [results[rank] for rank in range(len(processes))]
+
+
+def _death(process: Any) -> str:
+    process.join(timeout=10)
+    code = process.exitcode
+    if code is not None and code < 0:
+        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+    return f"ended with exit code {code} before it returned a result"
+
+
+def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, str], log: str, threads: int,
+               pipe: Connection) -> None:
+    _die_with_parent()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    pin_threads(threads, int(environment["LOCAL_RANK"]))
+    try:
+        result = resolve(target)(lambda **message: pipe.send(("message", message)), **arguments)
+        pipe.send(("result", result))
+    except AthanorError as error:
+        traceback.print_exc()
+        _send(pipe, "refused", error)
+        sys.exit(error.exit_code)
+    except BaseException as error:
+        traceback.print_exc()
+        _send(pipe, "failed", f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def _send(pipe: Connection, kind: str, content: Any) -> None:
+    with contextlib.suppress(OSError):
+        pipe.send((kind, content))
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names."""
+    module, _, name = target.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def pin_threads(threads: int, local_rank: int) -> None:
+    """Give this rank its own cores and tell torch to use that many threads."""
+    cores = sorted(os.sched_getaffinity(0))
+    mine = cores[local_rank * threads:(local_rank + 1) * threads]
+    if len(mine) == threads:
+        os.sched_setaffinity(0, mine)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this rank when the fork server ends (prctl PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+        if os.getppid() == 1:
+            os._exit(1)

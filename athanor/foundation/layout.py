@@ -1,0 +1,129 @@
+"""How ranks are laid out: the degrees of each axis, what is legal and why not, and how blocks split into stages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from athanor.foundation.errors import LayoutError
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of the five mesh axes; `ep` is carved out of dp_shard x cp. They multiply to the world size."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different rows."""
+        return self.dp_replicate * self.dp_shard
+
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The position of a rank on each axis."""
+        return dict(zip(AXES, (int(i) for i in np.unravel_index(rank, self.sizes())), strict=True))
+
+    def __str__(self) -> str:
+        named = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != 1]
+        return " ".join(named) or "one rank"
+
+
+def resolve(layout: Layout, world_size: int) -> Layout:
+    """Fill dp_shard = -1 with what the other axes leave over, and refuse degrees that do not multiply to the world size."""
+    others = layout.pp * layout.dp_replicate * layout.cp * layout.tp
+    if layout.dp_shard == -1:
+        if world_size % others:
+            raise LayoutError(f"pp x dp_replicate x cp x tp = {others} does not divide the {world_size} ranks; {_nearest(layout, world_size)}")
+        layout = replace(layout, dp_shard=world_size // others)
+    if layout.world_size != world_size:
+        factors = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES)
+        raise LayoutError(f"{factors} = {layout.world_size}, but there are {world_size} ranks; {_nearest(layout, world_size)}")
+    return layout
+
+
+def check_model(layout: Layout, *, num_attention_heads: int, num_key_value_heads: int, intermediate_size: int,
+                vocab_size: int, num_hidden_layers: int, seq_len: int) -> None:
+    """Refuse degrees that do not divide what they split. Raises LayoutError with the numbers and degrees that work."""
+    for name, size in (("num_attention_heads", num_attention_heads), ("num_key_value_heads", num_key_value_heads),
+                       ("intermediate_size", intermediate_size), ("vocab_size", vocab_size)):
+        if size % layout.tp:
+            raise LayoutError(f"tp = {layout.tp} does not divide {name} = {size}; tp may be {_divisors(size)}")
+    if layout.pp > num_hidden_layers:
+        raise LayoutError(f"pp = {layout.pp} is more than the {num_hidden_layers} blocks of the model; pp may be at most {num_hidden_layers}")
+    if seq_len % layout.cp:
+        raise LayoutError(f"cp = {layout.cp} does not divide seq_len = {seq_len}; cp may be {_divisors(seq_len)}")
+
+
+def check_batch(*, global_batch_tokens: int, seq_len: int, micro_batch_size: int, data_ranks: int,
+                tp: int = 1) -> tuple[int, int]:
+    """Split a global batch. Returns (rows per step, micro-batches per rank and step); raises LayoutError with what works."""
+    if global_batch_tokens % seq_len:
+        raise LayoutError(f"global_batch_tokens = {global_batch_tokens} is not a multiple of seq_len = {seq_len}; "
+                          f"the nearest is {max(1, round(global_batch_tokens / seq_len)) * seq_len}")
+    rows = global_batch_tokens // seq_len
+    unit = micro_batch_size * data_ranks
+    if rows % unit:
+        raise LayoutError(f"{rows} rows per step cannot be split into micro-batches of {micro_batch_size} on {data_ranks} data ranks; "
+                          f"the nearest global_batch_tokens is {max(1, round(rows / unit)) * unit * seq_len}")
+    if micro_batch_size * seq_len % tp:
+        raise LayoutError(f"tp = {tp} does not divide the {micro_batch_size * seq_len} tokens of a micro-batch")
+    return rows, rows // unit
+
+
+def split_evenly(costs: Sequence[float], stages: int) -> list[int]:
+    """Blocks per stage so that the costliest stage is as cheap as possible, by exact dynamic programming.
+
+    `costs` holds one cost per block in order; each stage gets at least one. Raises LayoutError with more stages than blocks.
+    """
+    count = len(costs)
+    if stages > count:
+        raise LayoutError(f"{stages} stages cannot be made of {count} blocks")
+    prefix = np.concatenate([[0.0], np.cumsum(costs)])
+    best = np.full((stages + 1, count + 1), np.inf)
+    cut = np.zeros((stages + 1, count + 1), dtype=int)
+    best[0, 0] = 0.0
+    for stage, end in itertools.product(range(1, stages + 1), range(1, count + 1)):
+        worst = np.maximum(best[stage - 1, :end], prefix[end] - prefix[:end])
+        cut[stage, end] = int(np.argmin(worst))
+        best[stage, end] = worst[cut[stage, end]]
+    sizes: list[int] = []
+    end = count
+    for stage in range(stages, 0, -1):
+        sizes.append(end - int(cut[stage, end]))
+        end = int(cut[stage, end])
+    return sizes[::-1]
+
+
+def _divisors(size: int) -> str:
+    found = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
+    return ", ".join(map(str, found))
+
+
+def _nearest(layout: Layout, world_size: int) -> str:
+    """Layouts of this world size that differ least from the one asked for."""
+    wanted = np.log([max(1, size) for size in layout.sizes()])
+    options = []
+    for sizes in itertools.product(*([[d for d in range(1, world_size + 1) if world_size % d == 0]] * len(AXES))):
+        if int(np.prod(sizes)) == world_size:
+            options.append((float(np.abs(np.log(sizes) - wanted).sum()), Layout(*sizes)))
+        if len(options) > 20000:
+            break
+    options.sort(key=lambda pair: pair[0])
+    return "nearest layouts: " + "; ".join(str(option) for _, option in options[:3])

@@ -1,0 +1,360 @@
+"""A recipe: one TOML file that says what is wanted; each value remembers where it came from.
+
+Precedence is override > recipe > plan > default. `load_recipe` reads the file and the overrides, `Recipe.with_plan`
+fills what was left open from a plan, and `Recipe.origin` tells which of the four a value came from.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from athanor.foundation.errors import RecipeError, did_you_mean
+
+SourceKind = Literal["python", "folder", "git", "text", "jsonl", "parquet", "csv", "warc", "html", "pdf", "tokens"]
+Precision = Literal["fp64", "fp32", "bf16", "fp8"]
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown keys are errors, and None means "left open for the plan"."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Budget(Section):
+    minutes: float | None = Field(None, gt=0, description="step time of all training stages together, in minutes")
+    pd: float | None = Field(None, gt=0, description="model FLOPs of all training stages together, in PD (8.64e19 FLOP)")
+    tokens: float | None = Field(None, gt=0, description="tokens of all training stages together")
+    money: float | None = Field(None, gt=0, description="price of the step time; needs cluster.price_per_device_hour")
+
+
+class Cluster(Section):
+    file: str = Field("auto", description="a cluster.toml; 'auto' measures this machine when none lies in the run folder")
+    accelerator: str | None = Field(None, description="a known accelerator, for planning without measuring")
+    devices: int | None = Field(None, gt=0, description="devices (on CPU: ranks) to use; all of them when left out")
+    per_node: int | None = Field(None, gt=0, description="devices per node")
+    nic_gbps: float | None = Field(None, gt=0, description="network bandwidth per node, in Gbit/s")
+    price_per_device_hour: float | None = Field(None, gt=0, description="money per device and hour")
+
+
+class PlanChoice(Section):
+    file: str = Field("auto", description="a plan.toml to follow as it is; 'auto' makes one")
+
+
+class Source(Section):
+    name: str = Field(description="name of the source, used in the funnel and the lineage")
+    kind: SourceKind = Field(description="how the source is read")
+    path: str = Field("auto", description="file or folder; 'auto' is the interpreter's standard library for kind 'python'")
+    weight: float = Field(1.0, gt=0, description="share of this source among the training tokens, relative to the others")
+
+
+class Data(Section):
+    vocab_size: int | None = Field(None, ge=300, le=1_000_000, description="entries of the tokenizer that is trained")
+    tokenizer: str | None = Field(None, description="a folder or tokenizer.json to use instead of training one")
+    evaluation_share: float = Field(0.02, ge=0, lt=1, description="share of documents held out, chosen by content hash")
+    source: list[Source] = Field(min_length=1, description="where the text comes from")
+
+
+class Model(Section):
+    architecture: str = Field("llama", description="a file in models/zoo, or package.module")
+    hidden_size: int | None = Field(None, gt=0, description="width of the residual stream")
+    intermediate_size: int | None = Field(None, gt=0, description="width of the feed-forward layer")
+    num_hidden_layers: int | None = Field(None, gt=0, description="decoder blocks")
+    num_attention_heads: int | None = Field(None, gt=0, description="query heads")
+    num_key_value_heads: int | None = Field(None, gt=0, description="key and value heads; equal to the query heads unless set")
+    head_dim: int | None = Field(None, gt=0, description="width of a head; hidden_size / num_attention_heads unless set")
+    max_position_embeddings: int | None = Field(None, gt=0, description="longest context in tokens")
+    rope_theta: float | None = Field(None, gt=0, description="base of the rotary frequencies")
+    rms_norm_eps: float | None = Field(None, gt=0, description="epsilon of RMSNorm")
+    initializer_range: float | None = Field(None, gt=0, description="standard deviation of the initial weights")
+    tie_word_embeddings: bool | None = Field(None, description="whether the head reuses the embedding's weights")
+
+
+class Parallel(Section):
+    pp: int | None = Field(None, ge=1, description="pipeline stages")
+    dp_replicate: int | None = Field(None, ge=1, description="replicas of the sharded model (HSDP)")
+    dp_shard: int | None = Field(None, ge=-1, description="ranks that parameters are sharded over; -1 is the rest")
+    cp: int | None = Field(None, ge=1, description="context-parallel ranks")
+    tp: int | None = Field(None, ge=1, description="tensor-parallel ranks")
+    ep: int | None = Field(None, ge=1, description="expert-parallel ranks")
+    pipeline_schedule: str | None = Field(None, description="a schedule of torch.distributed.pipelining, such as 1F1B")
+    num_microbatches: int | None = Field(None, ge=1, description="micro-batches per pipeline step")
+    recompute: str | None = Field(None, description="none, full, or every k-th block as 'every-k'")
+    split: list[int] | None = Field(None, description="decoder blocks of each pipeline stage")
+
+
+class Stage(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the stage and of its folder")
+    objective: str = Field("pretrain", description="a file in objectives/zoo, or package.module")
+    start_from: str | None = Field(None, description="an earlier stage's name, or any Hugging Face folder")
+    data: str = Field("documents", description="'documents' or 'pairs' of the data folder, or a JSONL of conversations")
+    share: float | None = Field(None, gt=0, le=1, description="share of the budget; pretraining 0.85 unless set")
+    seq_len: int | None = Field(None, ge=8, description="tokens of one packed row")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    tokens: float | None = Field(None, gt=0, description="tokens to train on; an alternative to steps")
+    micro_batch_size: int | None = Field(None, ge=1, description="rows per rank and forward pass")
+    global_batch_tokens: int | None = Field(None, ge=1, description="tokens of one optimizer step, over all ranks")
+    learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
+    learning_rate_schedule: Literal["cosine", "linear", "wsd", "constant"] | None = Field(
+        None, description="shape of the decay after warm-up")
+    warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up")
+    weight_decay: float | None = Field(None, ge=0, description="decoupled weight decay of matrices")
+    gradient_clip: float | None = Field(None, gt=0, description="largest global gradient norm")
+    optimizer: Literal["adamw", "muon"] | None = Field(None, description="the update rule")
+    precision: Precision | None = Field(None, description="dtype of the computation; weights stay in fp32 (fp64 for fp64)")
+    compile: bool | None = Field(None, description="whether each block is compiled")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints")
+    evaluate_every: int | None = Field(None, ge=1, description="steps between validations")
+    data_shards: int | None = Field(None, ge=1, description="virtual data shards; micro-batches of a global batch unless set")
+
+
+class Evaluate(Section):
+    tasks: list[str] = Field(["bits_per_byte"], description="tasks, each a name or a package.module")
+    limit: int | None = Field(None, ge=1, description="items per task at most; all of them when left out")
+
+
+class Serve(Section):
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_key: str | None = Field(None, description="required as a bearer token when set")
+
+
+class Recipe(Section):
+    """The whole file. `origins` maps dotted keys to 'override', 'recipe' or 'plan'; what is missing there is a default."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run and of its folder")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, data order and samples")
+    budget: Budget = Field(default_factory=Budget, description="how much may be spent")
+    cluster: Cluster = Field(default_factory=Cluster, description="on what")
+    plan: PlanChoice = Field(default_factory=PlanChoice, description="the plan to follow")
+    data: Data = Field(description="from what text")
+    model: Model = Field(default_factory=Model, description="which model")
+    parallel: Parallel = Field(default_factory=Parallel, description="laid out how")
+    stage: list[Stage] = Field(min_length=1, description="training stages, in order")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="measured by what")
+    serve: Serve = Field(default_factory=Serve, description="served where")
+
+    _origins: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
+    _file: str = pydantic.PrivateAttr(default="recipe")
+
+    def get_stage(self, name: str) -> Stage:
+        for stage in self.stage:
+            if stage.name == name:
+                return stage
+        raise RecipeError(f"{self._file} has no stage '{name}'; {did_you_mean(name, [s.name for s in self.stage])}")
+
+    def origin(self, key: str) -> str:
+        """Where `model.hidden_size` or `stage.pretrain.steps` came from: override, recipe, plan or default."""
+        return self._origins.get(key, "default")
+
+    def with_plan(self, plan: dict[str, Any], plan_file: str = "plan.toml") -> Self:
+        """The recipe with every value that was left open filled from a plan's tables of the same names."""
+        merged = self.model_dump(exclude_none=True)
+        origins = dict(self._origins)
+        for key, value in _leaves({k: v for k, v in plan.items() if k in ("data", "model", "parallel", "stage")}):
+            if self._origins.get(key) not in ("override", "recipe"):
+                _assign(merged, key.split("."), value, plan_file)
+                origins[key] = "plan"
+        recipe = _validate(type(self), merged, plan_file)
+        recipe._origins, recipe._file = origins, self._file
+        return recipe
+
+    def annotated(self, *tables: str) -> str:
+        """TOML text of the given tables (all when none), each value followed by a comment with its origin."""
+        dump = self.model_dump(exclude_none=True)
+        lines: list[str] = []
+        for table in tables or tuple(dump):
+            value = dump[table]
+            rows = value if table == "stage" else [value]
+            for row in rows:
+                if not isinstance(row, dict):
+                    lines.append(f"{table} = {toml_value(row)}  # {self.origin(table)}")
+                    continue
+                prefix = f"{table}.{row['name']}" if table == "stage" else table
+                lines.append(f"\n[[{table}]]" if table == "stage" else f"\n[{table}]")
+                lines += [f"{k} = {toml_value(v)}  # {self.origin(f'{prefix}.{k}')}" for k, v in row.items()]
+        return "\n".join(lines).strip() + "\n"
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `key=value` overrides such as `stage.pretrain.steps=100`.
+
+    Raises RecipeError with file, key, what is allowed and the nearest valid name.
+    """
+    file = str(path)
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {file} does not exist") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{file} is a folder; a recipe is a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not valid TOML: {error}") from None
+    origins = {key: "recipe" for key, _ in _leaves(raw)}
+    for text in overrides or []:
+        key, sep, value = text.partition("=")
+        if not sep or not key:
+            raise RecipeError(f"override '{text}' is not of the form key=value, such as stage.pretrain.steps=100")
+        _assign(raw, key.split("."), _parse_value(value), f"override '{text}'")
+        origins[key] = "override"
+    recipe = _validate(Recipe, raw, file)
+    recipe._origins, recipe._file = origins, file
+    _check_meaning(recipe, file)
+    return recipe
+
+
+def toml_value(value: Any) -> str:
+    """One value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+        return f'"{escaped}"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }"
+    return repr(value)
+
+
+def document() -> list[tuple[str, str, str, str]]:
+    """Every key of a recipe as (key, type, default, meaning), for the reference page and its test."""
+    rows = []
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            inner = _section_of(field.annotation)
+            if inner is not None:
+                is_list = typing.get_origin(field.annotation) is list
+                walk(inner, f"{prefix}{name}[]." if is_list else f"{prefix}{name}.")
+                continue
+            default = "required" if field.is_required() else toml_value(field.default) if field.default is not None else "planned or unset"
+            rows.append((prefix + name, _type_name(field.annotation), default, field.description or ""))
+
+    walk(Recipe, "")
+    return rows
+
+
+def _check_meaning(recipe: Recipe, file: str) -> None:
+    given = [name for name, value in recipe.budget.model_dump().items() if value is not None]
+    if len(given) > 1:
+        raise RecipeError(f"{file}: budget has {' and '.join(given)}; give one of minutes, pd, tokens, money")
+    if recipe.budget.money is not None and recipe.cluster.price_per_device_hour is None:
+        raise RecipeError(f"{file}: budget.money needs cluster.price_per_device_hour")
+    names = [stage.name for stage in recipe.stage]
+    for index, stage in enumerate(recipe.stage):
+        if stage.name in names[:index]:
+            raise RecipeError(f"{file}: two stages are called '{stage.name}'")
+        if stage.name in ("data", "logs"):
+            raise RecipeError(f"{file}: a stage cannot be called '{stage.name}', the run folder uses that name")
+        if stage.steps is not None and stage.tokens is not None:
+            raise RecipeError(f"{file}: stage.{stage.name} has both steps and tokens; give one")
+        if stage.start_from in names[index:]:
+            raise RecipeError(f"{file}: stage.{stage.name}.start_from names '{stage.start_from}', which does not come before it")
+    sources = [source.name for source in recipe.data.source]
+    for index, name in enumerate(sources):
+        if name in sources[:index]:
+            raise RecipeError(f"{file}: two sources are called '{name}'")
+    if recipe.data.vocab_size is not None and recipe.data.tokenizer is not None:
+        raise RecipeError(f"{file}: data has both vocab_size and tokenizer; give one")
+
+
+def _validate(model: type[Recipe], raw: dict[str, Any], file: str) -> Any:
+    try:
+        return model.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"{file}: {_sentence(error.errors()[0], raw)}") from None
+
+
+def _sentence(problem: Any, raw: dict[str, Any]) -> str:
+    """One pydantic problem as a sentence with key, value and what is allowed."""
+    location = [part for part in problem["loc"] if isinstance(part, (str, int))]
+    key = _dotted(location, raw)
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        section = _section_at(location[:-1])
+        return f"unknown key '{key}'; {did_you_mean(str(location[-1]), section.model_fields)}"
+    if kind == "missing":
+        return f"'{key}' is missing"
+    if kind == "literal_error":
+        options = [o.strip("'") for o in context["expected"].replace(" or ", ", ").split(", ")]
+        return f"'{key}' is {problem['input']!r}; {did_you_mean(str(problem['input']), options)}"
+    reason = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"'{key}' is {problem['input']!r}: {reason}"
+
+
+def _dotted(location: list[str | int], raw: Any) -> str:
+    """A key as people write it: stages and sources by their name instead of their number."""
+    parts: list[str] = []
+    for part in location:
+        if isinstance(part, int):
+            raw = raw[part] if isinstance(raw, list) and part < len(raw) else None
+            name = raw.get("name") if isinstance(raw, dict) else None
+            parts.append(str(name) if name else str(part))
+        else:
+            raw = raw.get(part) if isinstance(raw, dict) else None
+            parts.append(part)
+    return ".".join(parts)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
+        return next((s for a in typing.get_args(annotation) if (s := _section_of(a))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _section_at(location: list[str | int]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_of(section.model_fields[part].annotation) or section
+    return section
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(str(a) for a in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(a) for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is list:
+        return f"list of {_type_name(typing.get_args(annotation)[0])}"
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false"}.get(
+        getattr(annotation, "__name__", ""), str(annotation))
+
+
+def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values; entries of a list of tables are keyed by their name."""
+    if isinstance(value, dict):
+        return [leaf for k, v in value.items() for leaf in _leaves(v, f"{prefix}{k}.")]
+    if isinstance(value, list) and value and all(isinstance(v, dict) and "name" in v for v in value):
+        return [leaf for v in value for leaf in _leaves(v, f"{prefix}{v['name']}.")]
+    return [(prefix[:-1], value)]
+
+
+def _assign(node: Any, path: list[str], value: Any, where: str) -> None:
+    """Set a dotted key; in a list of tables the next part is the `name` of an entry."""
+    head, rest = path[0], path[1:]
+    if isinstance(node, list):
+        entries = {entry.get("name"): entry for entry in node if isinstance(entry, dict)}
+        if head not in entries or not rest:
+            raise RecipeError(f"{where}: '{head}' is not an entry with a key; {did_you_mean(head, map(str, entries))}")
+        _assign(entries[head], rest, value, where)
+    elif not isinstance(node, dict):
+        raise RecipeError(f"{where}: there is a value where '{head}' expects a table")
+    elif rest:
+        _assign(node.setdefault(head, {}), rest, value, where)
+    else:
+        node[head] = value
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
