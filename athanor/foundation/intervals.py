@@ -1,0 +1,59 @@
+"""What a rank was doing when: nested, named intervals on one monotonic clock that all ranks of a host share.
+
+Code that may wait (a collective, the loader, a save) wraps itself in `interval(name)`. Nothing is recorded, at the cost
+of one comparison, unless a recorder is active in this process; `ledger/attribute.py` turns the rows into accounts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """One interval: seconds on the host's monotonic clock; `depth` 0 is outermost; `group` names the ranks of a collective."""
+
+    name: str
+    start: float
+    end: float
+    depth: int
+    group: str | None
+
+
+class Recorder:
+    """Collects intervals of this process in the order in which they end."""
+
+    def __init__(self) -> None:
+        self.rows: list[Interval] = []
+        self.depth = 0
+
+
+_active: Recorder | None = None
+
+
+def activate(recorder: Recorder | None) -> None:
+    """Record into `recorder` from now on (None: stop recording)."""
+    global _active
+    _active = recorder
+
+
+@contextlib.contextmanager
+def interval(name: str, group: str | None = None) -> Iterator[None]:
+    """Record the block as `name`: an account of the ledger, or 'compute'. A collective names its `group`.
+
+    The ranks of one group must enter their collectives in the same order; that is how arrivals are matched.
+    """
+    recorder = _active
+    if recorder is None:
+        yield
+        return
+    depth = recorder.depth
+    recorder.depth = depth + 1
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        recorder.rows.append(Interval(name, start, time.perf_counter(), depth, group))
+        recorder.depth = depth
