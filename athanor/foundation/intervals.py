@@ -7,27 +7,34 @@ of one comparison, unless a recorder is active in this process; `ledger/attribut
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """One interval: seconds on the host's monotonic clock; `depth` 0 is outermost; `group` names the ranks of a collective."""
+    """One interval: seconds on the host's monotonic clock; `depth` 0 is outermost.
+
+    `group` names the ranks of a collective; `arrived` is when this rank had given its part (an asynchronous collective
+    is issued before it is waited for).
+    """
 
     name: str
     start: float
     end: float
     depth: int
     group: str | None
+    arrived: float
 
 
 class Recorder:
-    """Collects intervals of this process in the order in which they end."""
+    """Collects intervals of the thread that made it, in the order in which they end."""
 
     def __init__(self) -> None:
         self.rows: list[Interval] = []
         self.depth = 0
+        self.thread = threading.get_ident()
 
 
 _active: Recorder | None = None
@@ -40,13 +47,13 @@ def activate(recorder: Recorder | None) -> None:
 
 
 @contextlib.contextmanager
-def interval(name: str, group: str | None = None) -> Iterator[None]:
+def interval(name: str, group: str | None = None, arrived: float | None = None) -> Iterator[None]:
     """Record the block as `name`: an account of the ledger, or 'compute'. A collective names its `group`.
 
-    The ranks of one group must enter their collectives in the same order; that is how arrivals are matched.
+    The ranks of one group must wait for their collectives in the same order; that is how arrivals are matched.
     """
     recorder = _active
-    if recorder is None:
+    if recorder is None or recorder.thread != threading.get_ident():
         yield
         return
     depth = recorder.depth
@@ -55,5 +62,5 @@ def interval(name: str, group: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        recorder.rows.append(Interval(name, start, time.perf_counter(), depth, group))
+        recorder.rows.append(Interval(name, start, time.perf_counter(), depth, group, start if arrived is None else arrived))
         recorder.depth = depth

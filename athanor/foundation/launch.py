@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -18,15 +19,19 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from athanor.foundation.errors import AthanorError, RankError
 
 PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor",
            "torch.distributed.tensor.parallel", "torch.optim", "torch.profiler", "safetensors.torch", "numpy",
            "athanor.foundation.launch"]
+
+
+GRACE_SECONDS = 0.5  # how long after a failure we listen for the rank that caused it
 
 
 def launched_from_outside() -> bool:
@@ -38,8 +43,6 @@ def start_server() -> None:
     """Begin importing torch in the fork server, so that the first ranks find it ready; returns at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    from multiprocessing import forkserver
-
     forkserver.ensure_running()
 
 
@@ -86,33 +89,48 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _collect(processes: list[Any], pipes: list[Connection], log_folder: Path,
+def _collect(processes: list[Any], pipes: list[Any], log_folder: Path,
              on_message: Callable[[dict[str, Any]], None], timeout: float | None) -> list[Any]:
+    """Read every rank's pipe until all have returned a result; after a failure, wait a moment for the one that caused it."""
     results: dict[int, Any] = {}
-    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
-    deadline = time.monotonic() + timeout if timeout else None
-    while open_pipes:
-        ready = wait(list(open_pipes), timeout=max(0.0, deadline - time.monotonic()) if deadline else None)
+    failures: dict[int, AthanorError] = {}
+    ranks = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout if timeout else math.inf
+    while ranks:
+        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        ready = cast("list[Any]", wait(list(ranks), timeout=left))
         if not ready:
-            raise RankError(min(open_pipes.values()), f"did not finish within {timeout:.0f} s", str(log_folder))
+            break
         for pipe in ready:
-            rank = open_pipes[pipe]  # type: ignore[index]
+            rank = ranks[pipe]
+            log = str(log_folder / f"rank-{rank}.log")
             try:
-                kind, content = pipe.recv()  # type: ignore[union-attr]
+                kind, content = pipe.recv()
             except EOFError:
-                del open_pipes[pipe]  # type: ignore[arg-type]
-                if rank not in results:
-                    raise RankError(rank, _death(processes[rank]), str(log_folder / f"rank-{rank}.log")) from None
+                del ranks[pipe]
+                if rank not in results and rank not in failures:
+                    failures[rank] = RankError(rank, _death(processes[rank]), log)
                 continue
             if kind == "message":
                 on_message(content)
             elif kind == "result":
                 results[rank] = content
-            elif kind == "refused":
-                raise content
             else:
-                raise RankError(rank, f"failed: {content}", str(log_folder / f"rank-{rank}.log"))
+                failures[rank] = content if kind == "refused" else RankError(rank, f"failed: {content}", log)
+        if failures:
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    if failures:
+        raise _cause(failures)
+    if ranks:
+        raise RankError(min(ranks.values()), f"did not finish within {timeout:.0f} s", str(log_folder))
     return [results[rank] for rank in range(len(processes))]
+
+
+def _cause(failures: dict[int, AthanorError]) -> AthanorError:
+    """A rank that was killed or refused explains the others' broken connections, and not the other way round."""
+    consequences = ("Connection", "connection", "gloo", "NCCL", "Broken pipe")
+    causes = [e for e in failures.values() if not any(word in str(e) for word in consequences)]
+    return (causes or list(failures.values()))[0]
 
 
 def _death(process: Any) -> str:
@@ -169,7 +187,15 @@ def pin_threads(threads: int, local_rank: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to kill this rank when the fork server ends (prctl PR_SET_PDEATHSIG)."""
+    """Die with the fork server (Linux: prctl PR_SET_PDEATHSIG), and let the fork server notice our parent's death.
+
+    The server ends when the last copy of a pipe's writing end is closed; every child gets one, so that it could start
+    children of its own. A rank starts none, and closes it.
+    """
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
         if os.getppid() == 1:

@@ -50,7 +50,8 @@ def resolve(layout: Layout, world_size: int) -> Layout:
     others = layout.pp * layout.dp_replicate * layout.cp * layout.tp
     if layout.dp_shard == -1:
         if world_size % others:
-            raise LayoutError(f"pp x dp_replicate x cp x tp = {others} does not divide the {world_size} ranks; {_nearest(layout, world_size)}")
+            raise LayoutError(f"pp x dp_replicate x cp x tp = {others} does not divide the {world_size} ranks; "
+                              f"{_nearest(layout, world_size)}")
         layout = replace(layout, dp_shard=world_size // others)
     if layout.world_size != world_size:
         factors = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES)
@@ -66,7 +67,7 @@ def check_model(layout: Layout, *, num_attention_heads: int, num_key_value_heads
         if size % layout.tp:
             raise LayoutError(f"tp = {layout.tp} does not divide {name} = {size}; tp may be {_divisors(size)}")
     if layout.pp > num_hidden_layers:
-        raise LayoutError(f"pp = {layout.pp} is more than the {num_hidden_layers} blocks of the model; pp may be at most {num_hidden_layers}")
+        raise LayoutError(f"pp = {layout.pp} is more than the {num_hidden_layers} blocks of the model, its most")
     if seq_len % layout.cp:
         raise LayoutError(f"cp = {layout.cp} does not divide seq_len = {seq_len}; cp may be {_divisors(seq_len)}")
 
@@ -80,7 +81,7 @@ def check_batch(*, global_batch_tokens: int, seq_len: int, micro_batch_size: int
     rows = global_batch_tokens // seq_len
     unit = micro_batch_size * data_ranks
     if rows % unit:
-        raise LayoutError(f"{rows} rows per step cannot be split into micro-batches of {micro_batch_size} on {data_ranks} data ranks; "
+        raise LayoutError(f"{rows} rows per step do not split into micro-batches of {micro_batch_size} on {data_ranks} ranks; "
                           f"the nearest global_batch_tokens is {max(1, round(rows / unit)) * unit * seq_len}")
     if micro_batch_size * seq_len % tp:
         raise LayoutError(f"tp = {tp} does not divide the {micro_batch_size * seq_len} tokens of a micro-batch")

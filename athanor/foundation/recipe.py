@@ -10,7 +10,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -153,7 +153,7 @@ class Recipe(Section):
         """Where `model.hidden_size` or `stage.pretrain.steps` came from: override, recipe, plan or default."""
         return self._origins.get(key, "default")
 
-    def with_plan(self, plan: dict[str, Any], plan_file: str = "plan.toml") -> Self:
+    def with_plan(self, plan: dict[str, Any], plan_file: str = "plan.toml") -> Recipe:
         """The recipe with every value that was left open filled from a plan's tables of the same names."""
         merged = self.model_dump(exclude_none=True)
         origins = dict(self._origins)
@@ -161,7 +161,7 @@ class Recipe(Section):
             if self._origins.get(key) not in ("override", "recipe"):
                 _assign(merged, key.split("."), value, plan_file)
                 origins[key] = "plan"
-        recipe = _validate(type(self), merged, plan_file)
+        recipe = _validate(merged, plan_file)
         recipe._origins, recipe._file = origins, self._file
         return recipe
 
@@ -203,7 +203,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             raise RecipeError(f"override '{text}' is not of the form key=value, such as stage.pretrain.steps=100")
         _assign(raw, key.split("."), _parse_value(value), f"override '{text}'")
         origins[key] = "override"
-    recipe = _validate(Recipe, raw, file)
+    recipe = _validate(raw, file)
     recipe._origins, recipe._file = origins, file
     _check_meaning(recipe, file)
     return recipe
@@ -234,7 +234,8 @@ def document() -> list[tuple[str, str, str, str]]:
                 is_list = typing.get_origin(field.annotation) is list
                 walk(inner, f"{prefix}{name}[]." if is_list else f"{prefix}{name}.")
                 continue
-            default = "required" if field.is_required() else toml_value(field.default) if field.default is not None else "planned or unset"
+            unset = "required" if field.is_required() else "planned or unset"
+            default = unset if field.default is None or field.is_required() else toml_value(field.default)
             rows.append((prefix + name, _type_name(field.annotation), default, field.description or ""))
 
     walk(Recipe, "")
@@ -265,9 +266,9 @@ def _check_meaning(recipe: Recipe, file: str) -> None:
         raise RecipeError(f"{file}: data has both vocab_size and tokenizer; give one")
 
 
-def _validate(model: type[Recipe], raw: dict[str, Any], file: str) -> Any:
+def _validate(raw: dict[str, Any], file: str) -> Recipe:
     try:
-        return model.model_validate(raw)
+        return Recipe.model_validate(raw)
     except pydantic.ValidationError as error:
         raise RecipeError(f"{file}: {_sentence(error.errors()[0], raw)}") from None
 

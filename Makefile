@@ -1,0 +1,48 @@
+# Everything runs in .venv, made once. PYTHON picks the interpreter (3.11 to 3.13); TORCH_INDEX names another wheel index
+# for torch, for example a CPU-only one on a machine without a GPU.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+INSTALL = $(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+RECIPE ?= recipes/stdlib.toml
+
+.PHONY: setup setup-test demo check test test-all drills bench clean
+
+setup: .venv/installed
+setup-test: .venv/installed-test
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "$(PYTHON) is not Python 3.11 to 3.13; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+demo: setup
+	.venv/bin/athanor run $(RECIPE)
+
+check: setup-test
+	.venv/bin/ruff check .
+	.venv/bin/mypy --strict athanor/foundation athanor/ledger athanor/planner athanor/data
+	.venv/bin/mypy athanor
+	.venv/bin/python -m pytest -q tests/house
+
+test: setup-test
+	.venv/bin/python -m pytest -q -m "not slow and not drill" --durations=15
+
+test-all: setup-test
+	.venv/bin/python -m pytest -q -m "not drill" --durations=25
+
+drills: setup-test
+	.venv/bin/python -m pytest -q -m drill --durations=25
+
+bench: setup
+	@for script in benchmarks/*.py; do echo "== $$script"; .venv/bin/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

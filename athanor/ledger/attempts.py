@@ -1,0 +1,62 @@
+"""A stage's book over all attempts, from the lines of its `ledger.jsonl`.
+
+A line holds what all ranks spent between two exchanges: attempt, time (seconds since 1970), first_step, last_step,
+wall_seconds, device_seconds, tokens, model_flops, model_flops_full, accounts (with 'compute' still whole). A line with
+`resumed_step` says that a new attempt went on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from athanor.foundation.run_folder import append_jsonl
+from athanor.ledger.accounts import STEPPING
+from athanor.ledger.attribute import COMPUTE
+from athanor.ledger.book import Book
+
+
+def roll_back(ledger_file: Path, resumed_step: int, attempt: int) -> None:
+    """Note in `ledger.jsonl` that a new attempt goes on from `resumed_step`: later steps of earlier attempts are lost."""
+    append_jsonl(ledger_file, {"attempt": attempt, "resumed_step": resumed_step})
+
+
+def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, peak_flops: float | None) -> Book:
+    """Add up the lines of a `ledger.jsonl`; of a line whose steps were partly rolled back, that share is lost."""
+    book = Book("actual", devices, accelerator, peak_flops)
+    resumed = [(i, line["resumed_step"]) for i, line in enumerate(lines) if "resumed_step" in line]
+    for index, line in enumerate(lines):
+        if "resumed_step" in line:
+            continue
+        kept_until = min([step for at, step in resumed if at > index], default=line["last_step"])
+        steps = line["last_step"] - line["first_step"]
+        kept = 1.0 if steps == 0 else min(1.0, max(0.0, (kept_until - line["first_step"]) / steps))
+        _add_line(book, line, kept)
+    if peak_flops:
+        useful = book.model_flops / peak_flops
+        computing = book.accounts.pop(COMPUTE, 0.0)
+        book.add("useful", useful, "derived")
+        book.add("kernel", computing - useful, "derived")
+        if useful > computing:
+            book.notes.append("error: useful exceeds the measured computing time: the peak is too low or FLOPs are counted twice")
+    else:
+        book.add("kernel", book.accounts.pop(COMPUTE, 0.0))
+        book.notes.append("the device's peak is unknown, so useful cannot be told from kernel")
+    return book.close()
+
+
+def _add_line(book: Book, line: dict[str, Any], kept: float) -> None:
+    for name, seconds in line["accounts"].items():
+        share = kept if name == COMPUTE or name in STEPPING else 1.0
+        if share < 1.0:
+            book.add("lost", seconds * (1.0 - share))
+        if name == COMPUTE:
+            book.accounts[COMPUTE] = book.accounts.get(COMPUTE, 0.0) + seconds * share
+        else:
+            book.add(name, seconds * share)
+    book.wall_seconds += line["wall_seconds"]
+    book.device_seconds += line["device_seconds"]
+    book.tokens += line["tokens"] * kept
+    book.model_flops += line["model_flops"] * kept
+    book.model_flops_full += line["model_flops_full"] * kept

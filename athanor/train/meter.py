@@ -1,0 +1,104 @@
+"""The actual book of a stage, filled while it trains.
+
+Every step's intervals are recorded (a step has some dozens); every few seconds the ranks exchange them, rank 0 turns
+them into accounts and appends a line to `ledger.jsonl`. A later attempt finds there what the earlier ones spent, moves
+the steps that were rolled back to `lost`, and the book covers them all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from athanor.foundation.intervals import Recorder, activate, interval
+from athanor.foundation.run_folder import append_jsonl, read_jsonl
+from athanor.ledger.attempts import book_of
+from athanor.ledger.attribute import attribute, condense
+from athanor.ledger.book import Book
+
+EXCHANGE_SECONDS = 4.0  # how often ranks compare notes
+
+
+class Meter:
+    """One per rank. `launched` is when the launcher began to start this attempt, on the host's monotonic clock.
+
+    The time from then until now is `startup`; later set-up belongs into `interval("startup")`. What no interval covers
+    ends up in `unattributed`, which is why the loop wraps everything that can take time.
+    """
+
+    def __init__(self, ledger_file: Path, *, devices: int, accelerator: str, peak_flops: float | None, launched: float,
+                 attempt: int = 0, first_step: int = 0, peers: Sequence[Sequence[int]] | None = None) -> None:
+        self.file, self.devices, self.accelerator, self.peak_flops = ledger_file, devices, accelerator, peak_flops
+        self.attempt, self.step, self.peers = attempt, first_step, peers
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.recorder = Recorder()
+        activate(self.recorder)
+        self.window_start, self.first_step = launched, first_step
+        self.before: dict[str, float] = {"startup": time.perf_counter() - launched}
+        self.tokens = self.flops = self.flops_full = 0.0
+        self.exchange_every: int | None = None
+        self.first_step_end = 0.0
+
+    def end_step(self, *, tokens: float, flops: float, flops_full: float) -> None:
+        """Count a finished step: tokens, model FLOPs with causal and with full-square attention, over all ranks.
+
+        Every rank must call this after the same steps: now and then it exchanges intervals with the others.
+        """
+        self.step += 1
+        self.tokens += tokens
+        self.flops += flops
+        self.flops_full += flops_full
+        done = self.step - self.first_step
+        if self.exchange_every:
+            if done % self.exchange_every == 0:
+                self.exchange()
+        elif done == 1:
+            self.first_step_end = time.perf_counter()
+        elif done == 2:  # the first step is slow, the second tells how many fit into the time between two exchanges
+            self.exchange_every = self._agree(max(1, round(EXCHANGE_SECONDS / (time.perf_counter() - self.first_step_end))))
+
+    def mfu(self, flops: float, seconds: float) -> float | None:
+        """Share of all devices' peak that `flops` model FLOPs in `seconds` amount to; None when no peak is known."""
+        return flops / seconds / (self.peak_flops * self.devices) if self.peak_flops and seconds > 0 else None
+
+    def exchange(self) -> None:
+        """Put the intervals since the last exchange into `ledger.jsonl`, as device-seconds of all ranks."""
+        with interval("metering"):
+            mine = condense(self.recorder.rows)
+            self.recorder.rows.clear()
+            for name, seconds in self.before.items():
+                mine.seconds[name] = mine.seconds.get(name, 0.0) + seconds
+            self.before = {}
+            now = time.perf_counter()
+            wall, self.window_start = now - self.window_start, now
+            gathered: list[Any] = [None] * self.devices
+            if self.devices > 1:
+                dist.gather_object((mine, wall), gathered if self.rank == 0 else None)
+            else:
+                gathered = [(mine, wall)]
+            if self.rank == 0:
+                accounts = attribute([window for window, _ in gathered], self.peers)
+                append_jsonl(self.file, {
+                    "attempt": self.attempt, "time": time.time(), "first_step": self.first_step, "last_step": self.step,
+                    "wall_seconds": wall, "device_seconds": sum(w for _, w in gathered), "tokens": self.tokens,
+                    "model_flops": self.flops, "model_flops_full": self.flops_full, "accounts": accounts})
+            self.first_step, self.tokens, self.flops, self.flops_full = self.step, 0.0, 0.0, 0.0
+
+    def close(self) -> Book | None:
+        """The stage's book over all attempts, on rank 0; None elsewhere. Recording stops."""
+        self.exchange()
+        activate(None)
+        if self.rank != 0:
+            return None
+        return book_of(read_jsonl(self.file), devices=self.devices, accelerator=self.accelerator, peak_flops=self.peak_flops)
+
+    def _agree(self, value: int) -> int:
+        box = [value]
+        if self.devices > 1:
+            with interval("metering"):
+                dist.broadcast_object_list(box, src=0)
+        return int(box[0])

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from athanor.foundation.errors import RankError, RecipeError
+from athanor.foundation.launch import run_ranks
+
+
+def test_ranks_meet_report_and_return_in_order(tmp_path: Path) -> None:
+    messages: list[dict[str, object]] = []
+    results = run_ranks("launch_ranks:add_up", {"offset": 10}, 2, log_folder=tmp_path, on_message=messages.append)
+    assert results == [{"rank": 0, "sum": 11.0, "threads": 1}, {"rank": 1, "sum": 11.0, "threads": 1}]
+    assert sorted(m["rank"] for m in messages) == [0, 1]
+    assert "hello from 1" in (tmp_path / "rank-1.log").read_text()
+
+
+def test_a_killed_rank_is_named_and_the_others_do_not_stay(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"rank 1 was killed by signal 9 \(SIGKILL\)") as caught:
+        run_ranks("launch_ranks:kill_rank_one", {"pids": str(tmp_path)}, 2, log_folder=tmp_path)
+    assert caught.value.rank == 1 and caught.value.log == str(tmp_path / "rank-1.log")
+    assert not _alive(int((tmp_path / "pid-0").read_text()))
+
+
+def test_an_exception_is_told_with_its_log_and_a_refusal_as_itself(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="rank 1 failed: ZeroDivisionError"):
+        run_ranks("launch_ranks:divide", {}, 2, log_folder=tmp_path)
+    assert "ZeroDivisionError" in (tmp_path / "rank-1.log").read_text()
+    with pytest.raises(RecipeError, match="not like this"):
+        run_ranks("launch_ranks:refuse", {}, 2, log_folder=tmp_path)
+
+
+def test_a_time_limit_ends_ranks_that_hang(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(RankError, match="did not finish within 1 s"):
+        run_ranks("launch_ranks:hang", {}, 2, log_folder=tmp_path, timeout=1.0)
+    assert time.monotonic() - start < 5
+
+
+def test_kill_9_of_the_parent_leaves_no_ranks(tmp_path: Path) -> None:
+    code = ("from athanor.foundation.launch import run_ranks; from pathlib import Path\n"
+            "if __name__ == '__main__':\n"
+            f"    run_ranks('launch_ranks:wait_with_pid', {{'pids': {str(tmp_path)!r}}}, 2, log_folder=Path({str(tmp_path)!r}))")
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, str(script)])
+    files = [tmp_path / "pid-0", tmp_path / "pid-1"]
+    deadline = time.monotonic() + 30
+    while not all(f.exists() and f.read_text() for f in files):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 5
+    while any(_alive(int(f.read_text())) for f in files):
+        assert time.monotonic() < deadline, "ranks outlived the parent"
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+
+from athanor.foundation.intervals import Interval, Recorder, activate, interval
+from athanor.ledger.attribute import attribute, condense
+
+
+def row(name: str, start: float, end: float, depth: int = 0, group: str | None = None,
+        arrived: float | None = None) -> Interval:
+    return Interval(name, start, end, depth, group, start if arrived is None else arrived)
+
+
+def test_each_moment_belongs_to_the_innermost_interval() -> None:
+    rows = [row("input", 0, 1), row("metering", 2, 3, 2), row("data_parallel", 2, 5, 1, "all"), row("compute", 1, 9),
+            row("optimizer", 9, 10)]
+    window = condense(rows)
+    assert window.seconds == {"input": 1, "metering": 1, "compute": 5, "optimizer": 1}
+    assert window.waits == {("data_parallel", "all"): [(2, 2, 5)]}
+
+
+def test_siblings_and_depths_do_not_leak_into_later_parents() -> None:
+    rows = [row("metering", 1, 2, 1), row("compute", 0, 4), row("optimizer", 5, 7),
+            row("metering", 8, 9, 1), row("compute", 7, 10)]
+    assert condense(rows).seconds == {"metering": 2, "compute": 5, "optimizer": 2}
+
+
+def test_waiting_for_a_late_rank_is_skew_and_only_the_rest_is_communication() -> None:
+    punctual = condense([row("data_parallel", 1.0, 4.0, 1, "all"), row("compute", 0.0, 5.0)])
+    late = condense([row("data_parallel", 3.0, 4.0, 1, "all"), row("compute", 0.0, 5.0)])
+    accounts = attribute([punctual, late])
+    # rank 0 waits 2 s for rank 1, which computed 2 s longer than its peer; both transfer for 1 s
+    assert accounts == pytest.approx({"skew": 4.0, "data_parallel": 2.0, "compute": 4.0})
+    assert sum(accounts.values()) == pytest.approx(10.0)
+
+
+def test_an_asynchronous_collective_counts_from_its_issue() -> None:
+    early = condense([row("data_parallel", 5.0, 6.0, 0, "all", arrived=1.0)])
+    late = condense([row("data_parallel", 5.0, 6.0, 0, "all", arrived=5.5)])
+    assert attribute([early, late]) == pytest.approx({"skew": 1.0, "data_parallel": 1.0})
+
+
+def test_ranks_with_unequal_work_are_not_peers() -> None:
+    windows = [condense([row("compute", 0, 1)]), condense([row("compute", 0, 3)])]
+    assert attribute(windows, peers=[[0], [1]]) == {"compute": 4}
+    assert attribute(windows) == {"compute": 2, "skew": 2}
+
+
+def test_windows_that_do_not_match_are_an_error() -> None:
+    with pytest.raises(ValueError, match="group all waited"):
+        attribute([condense([row("tensor", 0, 1, 0, "all")] * 1), condense([row("tensor", 0, 1, 0, "all")] * 2)])
+
+
+def test_recorded_intervals_cover_what_was_spent_and_nothing_is_recorded_without_a_recorder() -> None:
+    recorder = Recorder()
+    activate(recorder)
+    try:
+        with interval("compute"):
+            time.sleep(0.02)
+            with interval("data_parallel", "all"):
+                time.sleep(0.03)
+    finally:
+        activate(None)
+    with interval("compute"):
+        pass
+    window = condense(recorder.rows)
+    assert 0.02 <= window.seconds["compute"] < 0.04
+    ((arrived, start, end),) = window.waits["data_parallel", "all"]
+    assert arrived == start and 0.03 <= end - start < 0.05
+
+
+def test_nothing_is_lost_or_counted_twice_in_random_nests() -> None:
+    import random
+
+    chance = random.Random(3)
+    rows: list[Interval] = []
+    clock = itertools.count()
+
+    def nest(depth: int) -> None:
+        start = next(clock)
+        for _ in range(chance.randrange(0, 3) if depth < 5 else 0):
+            nest(depth + 1)
+        rows.append(row(chance.choice("abc"), start, next(clock), depth))
+
+    for _ in range(20):
+        nest(0)
+    assert sum(condense(rows).seconds.values()) == sum(r.end - r.start for r in rows if r.depth == 0)

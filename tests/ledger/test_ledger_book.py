@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from athanor.foundation.errors import UserError
+from athanor.foundation.run_folder import write_json
+from athanor.ledger.accounts import ACCOUNTS, STEPPING
+from athanor.ledger.attempts import book_of
+from athanor.ledger.book import Book, read_book, total
+
+
+def a_book() -> Book:
+    book = Book("actual", 2, "CPU", 100.0, wall_seconds=10, device_seconds=20, tokens=1000, model_flops=600, model_flops_full=900)
+    for name, seconds in {"useful": 6, "kernel": 4, "data_parallel": 2, "checkpoint": 1, "startup": 5}.items():
+        book.add(name, seconds)
+    return book.close()
+
+
+def test_a_closed_book_sums_to_what_was_paid() -> None:
+    book = a_book()
+    assert book.accounts["unattributed"] == 2 and sum(book.accounts.values()) == book.device_seconds
+    assert book.close().accounts["unattributed"] == 2, "closing twice changes nothing"
+
+
+def test_ratios_follow_their_definitions() -> None:
+    derived = a_book().derived()
+    assert derived["mfu"] == pytest.approx(6 / 12) and derived["mfu_full_attention"] == pytest.approx(0.75)
+    assert derived["goodput"] == pytest.approx(12 / 20) and derived["end_to_end"] == pytest.approx(6 / 20)
+    assert derived["unattributed_share"] == pytest.approx(0.1)
+
+
+def test_the_list_of_accounts_is_closed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'optimizer'"):
+        a_book().add("optimiser", 1)
+    with pytest.raises(ValueError, match="cannot hold"):
+        a_book().add("kernel", float("nan"))
+    assert len({account.name for account in ACCOUNTS}) == len(ACCOUNTS) == 27
+    assert "input" in STEPPING and "checkpoint" not in STEPPING and "startup" not in STEPPING
+
+
+def test_books_survive_the_disk_and_others_are_refused(tmp_path: Path) -> None:
+    a_book().write(tmp_path / "actual.json")
+    assert read_book(tmp_path / "actual.json") == a_book()
+    write_json(tmp_path / "other.json", {"schema": 9})
+    with pytest.raises(UserError, match=r"other\.json is not a book"):
+        read_book(tmp_path / "other.json")
+    write_json(tmp_path / "odd.json", {"schema": 1, "accounts": {"kernal": 1}})
+    with pytest.raises(UserError, match="kernel"):
+        read_book(tmp_path / "odd.json")
+
+
+def test_a_chain_adds_up_and_the_gaps_are_unattributed() -> None:
+    check = Book("actual", 2, "CPU", 100.0, wall_seconds=3, device_seconds=6)
+    check.add("check", 6)
+    whole = total([check.close(), a_book()], "actual", wall_seconds=14, devices=2)
+    assert whole.device_seconds == 28 and whole.accounts["useful"] == 6 and whole.accounts["check"] == 6
+    assert whole.accounts["unattributed"] == pytest.approx(28 - 6 - 18)
+    assert whole.tokens == 1000 and whole.accelerator == "CPU"
+
+
+def line(first: int, last: int, **accounts: float) -> dict[str, object]:
+    seconds = sum(accounts.values())
+    return {"attempt": 0, "first_step": first, "last_step": last, "wall_seconds": seconds, "device_seconds": seconds,
+            "tokens": 10.0 * (last - first), "model_flops": 100.0 * (last - first), "model_flops_full": 0.0, "accounts": accounts}
+
+
+def test_rolled_back_steps_are_lost_and_their_tokens_not_counted() -> None:
+    lines = [line(0, 10, startup=5, compute=20), line(10, 20, compute=20, checkpoint=1), {"attempt": 1, "resumed_step": 15},
+             line(15, 25, startup=3, compute=20)]
+    book = book_of(lines, devices=1, accelerator="CPU", peak_flops=100.0)
+    assert book.tokens == 100 + 50 + 100
+    assert book.accounts["lost"] == pytest.approx(10) and book.accounts["checkpoint"] == 1 and book.accounts["startup"] == 8
+    assert book.accounts["useful"] == pytest.approx(25) and book.accounts["kernel"] == pytest.approx(50 - 25)
+    assert book.accounts["unattributed"] == pytest.approx(0)
+
+
+def test_useful_above_computing_is_an_error_and_not_clamped() -> None:
+    book = book_of([line(0, 10, compute=5)], devices=1, accelerator="CPU", peak_flops=100.0)
+    assert book.accounts["kernel"] == pytest.approx(-5) and book.notes[0].startswith("error: useful exceeds")
