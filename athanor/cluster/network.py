@@ -1,0 +1,93 @@
+"""What the ranks of this machine can do together: collectives by size, and what sharding a module costs beside them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+MESSAGE_BYTES = {"cpu": [2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24],
+                 "cuda": [2**12, 2**15, 2**18, 2**21, 2**24, 2**27, 2**30]}
+
+
+def gather_seconds(seconds: float, device: torch.device) -> list[float]:
+    """The seconds of every rank, on every rank; where all of them meet."""
+    mine = torch.tensor([seconds], dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [float(value) for value in everyone]
+
+
+def collective_curves(device: torch.device, budget_seconds: float) -> dict[str, list[list[float]]]:
+    """Median seconds of each collective by the bytes of the full tensor, ranks starting together. Rows: bytes, seconds."""
+    sizes = MESSAGE_BYTES[device.type]
+    each = budget_seconds / (3 * len(sizes))
+    return {name: [[float(size), time_together(make(size, device), device, each)] for size in sizes]
+            for name, make in COLLECTIVES.items()}
+
+
+def time_together(operation: Callable[[], Any], device: torch.device, budget_seconds: float) -> float:
+    """Median seconds of something all ranks do together, each repetition begun in step; equal on every rank."""
+    operation()
+    estimate = max(gather_seconds(_timed(operation, device), device))
+    repetitions = max(3, min(200, int(budget_seconds / max(estimate, 1e-5) / 1.5)))
+    samples = []
+    for _ in range(repetitions):
+        dist.barrier()
+        samples.append(_timed(operation, device))
+    return max(gather_seconds(statistics.median(samples), device))
+
+
+def _timed(operation: Callable[[], Any], device: torch.device) -> float:
+    begin = time.perf_counter()
+    operation()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _all_reduce(size: int, device: torch.device) -> Callable[[], Any]:
+    full = torch.zeros(size // 4, device=device)
+    return lambda: dist.all_reduce(full)
+
+
+def _all_gather(size: int, device: torch.device) -> Callable[[], Any]:
+    full = torch.zeros(size // 4, device=device)
+    part = torch.zeros(size // 4 // dist.get_world_size(), device=device)
+    return lambda: dist.all_gather_into_tensor(full[:part.numel() * dist.get_world_size()], part)
+
+
+def _reduce_scatter(size: int, device: torch.device) -> Callable[[], Any]:
+    full = torch.zeros(size // 4, device=device)
+    part = torch.zeros(size // 4 // dist.get_world_size(), device=device)
+    return lambda: dist.reduce_scatter_tensor(part, full[:part.numel() * dist.get_world_size()])
+
+
+COLLECTIVES: dict[str, Callable[[int, torch.device], Callable[[], Any]]] = {
+    "all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
+
+
+def fully_shard_overhead(device: torch.device, curves: dict[str, list[list[float]]], budget_seconds: float) -> float:
+    """Seconds that one fully sharded block costs per forward and backward pass beyond its computing and its collectives.
+
+    Measured on tiny linear blocks, sharded and not: hooks, copies in and out, and the launches of its collectives.
+    """
+    blocks, width = 4, 16
+    x = torch.randn(8, width, device=device)
+    plain = nn.Sequential(*(nn.Linear(width, width) for _ in range(blocks))).to(device)
+    sharded = nn.Sequential(*(nn.Linear(width, width) for _ in range(blocks))).to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in sharded:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    bare = time_together(lambda: plain(x).sum().backward(), device, budget_seconds / 2)
+    wrapped = time_together(lambda: sharded(x).sum().backward(), device, budget_seconds / 2)
+    collectives = 2 * curves["all_gather"][0][1] + curves["reduce_scatter"][0][1]
+    return max(0.0, (wrapped - bare) / blocks - collectives)

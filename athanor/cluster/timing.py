@@ -1,0 +1,53 @@
+"""How long one operation takes on this rank's device, as the median and the best of many repetitions."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Operation = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one call: `median` is what to expect, `best` what the device can do."""
+
+    median: float
+    best: float
+
+
+class Clock:
+    """Times operations on one device; on CUDA with events, so that launching does not hide the work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.is_cuda = device, device.type == "cuda"
+
+    def time(self, operation: Operation, budget_seconds: float, least_samples: int = 2) -> Sample:
+        """Run `operation` for about `budget_seconds`, once to warm up, and at least `least_samples` times."""
+        operation()
+        estimate = self.batch(operation, 1)
+        calls = max(1, min(1000, int(budget_seconds / 10 / max(estimate, 1e-7))))
+        samples = [estimate] if calls == 1 else []
+        deadline = time.perf_counter() + budget_seconds - estimate
+        while len(samples) < least_samples or time.perf_counter() < deadline:
+            samples.append(self.batch(operation, calls))
+        return Sample(statistics.median(samples), min(samples))
+
+    def batch(self, operation: Operation, calls: int) -> float:
+        if self.is_cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(calls):
+                operation()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3 / calls
+        begin = time.perf_counter()
+        for _ in range(calls):
+            operation()
+        return (time.perf_counter() - begin) / calls
