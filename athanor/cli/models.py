@@ -1,0 +1,201 @@
+"""`athanor models`: what we have, from what it came, how good it is, what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from athanor.foundation.errors import ModelError
+from athanor.foundation.progress import console, say
+from athanor.foundation.run_folder import registry_root
+from athanor.foundation.units import format_count, format_flops
+from athanor.registry.manifest import Manifest
+from athanor.registry.store import Registry, diff
+
+
+def options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The two options that every one of these verbs takes."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
+    return click.option("--registry", type=click.Path(path_type=Path), default=None, help="The registry's folder.")(function)
+
+
+@click.group(help=__doc__)
+def command() -> None:
+    pass
+
+
+@command.command("list")
+@options
+def list_models(registry: Path | None, as_json: bool) -> None:
+    """All versions, newest first."""
+    store = _open(registry)
+    rows, aliases = store.rows(), store.aliases()
+    for row in rows:
+        row["aliases"] = sorted(a for a, version in aliases.get(row["model"], {}).items() if version == row["version"])
+    if as_json:
+        click.echo(json.dumps({"registry": str(store.root), "models": rows}))
+        return
+    if not rows:
+        say(f"{store.root} holds no model yet; `athanor run` and `athanor models import` add some")
+    table = _table("model", "created", "architecture", "parameters", "tokens", "device-hours", "aliases")
+    for row in rows:
+        table.add_row(f"{row['model']}@{row['version']}", row["created"][:16], row["architecture"],
+                      format_count(row["parameters"]), _known(row["tokens"], format_count),
+                      _known(row["device_hours"], "{:.3g}".format), " ".join(row["aliases"]))
+    console.print(table)
+
+
+@command.command()
+@click.argument("reference")
+@options
+def show(reference: str, registry: Path | None, as_json: bool) -> None:
+    """The card of one version, such as `stdlib-chat` or `stdlib-chat@3f9a`."""
+    store = _open(registry)
+    card = store.get(reference)
+    if as_json:
+        click.echo(json.dumps({**asdict(card), "folder": str(store.folder(card))}))
+        return
+    table = _table("", card.reference)
+    for name, value in _card_lines(store, card):
+        table.add_row(name, value)
+    console.print(table)
+
+
+@command.command()
+@click.argument("reference")
+@options
+def verify(reference: str, registry: Path | None, as_json: bool) -> None:
+    """Compare every byte of a version with its card."""
+    store = _open(registry)
+    card, problems = store.get(reference), store.verify(reference)
+    if as_json:
+        click.echo(json.dumps({"reference": card.reference, "problems": problems}))
+    if problems:
+        raise ModelError(f"{card.reference} is damaged: {'; '.join(problems)}")
+    say(f"{card.reference}: all {len(card.files)} files are as they were registered")
+
+
+@command.command()
+@click.argument("reference")
+@options
+def lineage(reference: str, registry: Path | None, as_json: bool) -> None:
+    """From what a version came, and what started from it."""
+    tree = _open(registry).lineage(reference)
+    if as_json:
+        click.echo(json.dumps(tree))
+        return
+    _say_tree(tree, 0)
+    for child in tree["children"]:
+        say(f"  -> {child}")
+
+
+@command.command("diff")
+@click.argument("first")
+@click.argument("second")
+@options
+def diff_models(first: str, second: str, registry: Path | None, as_json: bool) -> None:
+    """Where two cards differ."""
+    store = _open(registry)
+    cards = store.get(first), store.get(second)
+    differences = diff(*cards)
+    if as_json:
+        click.echo(json.dumps({"first": cards[0].reference, "second": cards[1].reference, "differences": differences}))
+        return
+    table = _table("", cards[0].reference, cards[1].reference)
+    for key, values in differences.items():
+        table.add_row(key, *(_known(value, str) for value in values))
+    console.print(table)
+
+
+@command.command()
+@click.argument("reference")
+@click.argument("folder", type=click.Path(path_type=Path))
+@options
+def export(reference: str, folder: Path, registry: Path | None, as_json: bool) -> None:
+    """Copy a version's Hugging Face folder to a new FOLDER."""
+    card = _open(registry).export(reference, folder)
+    if as_json:
+        click.echo(json.dumps({"reference": card.reference, "folder": str(folder), "files": card.files}))
+    say(f"{card.reference} is in {folder}")
+
+
+@command.command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--name", help="The model's name; the folder's name unless given.")
+@options
+def import_model(folder: Path, name: str | None, registry: Path | None, as_json: bool) -> None:
+    """Register any Hugging Face FOLDER with safetensors weights."""
+    card = _open(registry).import_folder(folder, name or folder.resolve().name)
+    if as_json:
+        click.echo(json.dumps(asdict(card)))
+    say(f"{folder} is registered as {card.reference}")
+
+
+@command.command()
+@click.argument("reference")
+@click.argument("name")
+@options
+def alias(reference: str, name: str, registry: Path | None, as_json: bool) -> None:
+    """Let MODEL@NAME mean this version from now on."""
+    card = _open(registry).set_alias(reference, name)
+    if as_json:
+        click.echo(json.dumps({"reference": card.reference, "alias": f"{card.model}@{name}"}))
+    say(f"{card.model}@{name} is now {card.reference}")
+
+
+@command.command()
+@options
+def reindex(registry: Path | None, as_json: bool) -> None:
+    """Build the index anew from the manifests."""
+    store = _open(registry)
+    count = store.reindex()
+    if as_json:
+        click.echo(json.dumps({"registry": str(store.root), "versions": count}))
+    say(f"{store.index} lists {count} versions")
+
+
+def _open(registry: Path | None) -> Registry:
+    return Registry(registry or registry_root())
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _known(value: Any, text: Callable[[Any], str]) -> str:
+    return "-" if value is None else text(value)
+
+
+def _card_lines(store: Registry, card: Manifest) -> list[tuple[str, str]]:
+    book = card.book or {}
+    lines = [("folder", str(store.folder(card))), ("origin", card.origin), ("created", card.created),
+             ("architecture", card.architecture), ("parameters", format_count(card.parameters)),
+             ("parents", ", ".join(f"{p['model']}@{p['version']}" for p in card.parents) or "-"),
+             ("data", _known((card.data or {}).get("hash"), str)), ("steps", _known(card.steps, str)),
+             ("tokens", _known(card.tokens, format_count)),
+             ("model FLOPs", _known(card.model_flops, format_flops)),
+             ("device-hours", _known(book.get("device_hours"), "{:.4g}".format)),
+             ("money", _known(book.get("money"), "{:.2f}".format)),
+             ("energy", _known(book.get("energy_joules"), "{:.4g} J".format)),
+             ("code", _known(card.code, lambda code: code["commit"][:12] + (" (modified)" if code["modified"] else "")))]
+    for task, score in (card.scores or {}).items():
+        interval = f"[{score['low']:.4g}, {score['high']:.4g}]"
+        lines.append((task, f"{score['value']:.4g} {interval} {score['unit']}, n = {score['count']}"))
+    return lines + [(part, _known(digest, str)) for part, digest in card.hashes.items()]
+
+
+def _say_tree(node: dict[str, Any], depth: int) -> None:
+    known = f"  {node['origin']}, tokens {_known(node['tokens'], format_count)}" if node["registered"] else "  (not registered)"
+    say("  " * depth + ("<- " if depth else "") + node["reference"] + known)
+    for parent in node.get("parents", []):
+        _say_tree(parent, depth + 1)
