@@ -1,0 +1,186 @@
+"""Rows of training data: windows of documents, or packed conversations, each a pure function of its sample number.
+
+A row is {"tokens": int32[S+1], "weight": float32[S], "starts": int32[k]}: inputs are tokens[:-1], targets tokens[1:];
+weight[j] counts the prediction of tokens[j+1]; `starts` are the offsets at which a document begins (the first is 0).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from athanor.data.order import locate
+from athanor.data.packing import pack
+from athanor.data.shards import Shard
+from athanor.data.text.chat import ChatTemplate, check_messages
+from athanor.foundation.errors import DataError
+from athanor.foundation.run_folder import hash_value, read_json, read_jsonl
+
+Row = dict[str, NDArray[Any]]
+Split = Literal["train", "evaluation"]
+
+
+class RowSource(Protocol):
+    """Rows that can be had by number."""
+
+    count: int
+
+    def row(self, index: int) -> Row: ...
+
+
+class Rows:
+    """An endless, mixed and shuffled sequence of rows; in the evaluation split, one pass in the order of the file."""
+
+    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], seed: int, shuffled: bool,
+                 fingerprint: str, dropped: int = 0) -> None:
+        self.sources, self.weights, self.seed, self.shuffled = sources, weights, seed, shuffled
+        self.fingerprint = fingerprint  # hash of all that the rows depend on
+        self.dropped = dropped  # conversations too long for a row
+        self.count = sum(source.count for source in sources)  # rows of one epoch
+
+    def take(self, first_sample: int, count: int) -> list[Row]:
+        """Rows of samples [first_sample, first_sample + count); sample numbers go on growing over epochs."""
+        if self.count == 0:
+            raise DataError("there are no rows to take")
+        samples = np.arange(first_sample, first_sample + count, dtype=np.int64)
+        if not self.shuffled:
+            return [self.sources[0].row(int(sample)) for sample in samples % self.count]
+        source, row = locate(samples, [source.count for source in self.sources], self.weights, self.seed)
+        return [self.sources[s].row(int(r)) for s, r in zip(source, row, strict=True)]
+
+
+class Windows:
+    """Consecutive windows of S + 1 tokens over a shard's stream; the last token of one is the first of the next."""
+
+    def __init__(self, shard: Shard, seq_len: int, pad_id: int, keep_rest: bool) -> None:
+        self.shard, self.seq_len, self.pad_id = shard, seq_len, pad_id
+        targets = max(0, len(shard.tokens) - 1)
+        self.count = -(-targets // seq_len) if keep_rest else targets // seq_len
+
+    def row(self, index: int) -> Row:
+        length = self.seq_len + 1
+        begin = index * self.seq_len
+        tokens = np.full(length, self.pad_id, dtype=np.int32)
+        window = self.shard.tokens[begin:begin + length]
+        tokens[:len(window)] = window
+        first, last = np.searchsorted(self.shard.starts, [begin, begin + len(window)])
+        begins = self.shard.starts[first:last] - begin
+        weight = np.ones(self.seq_len, dtype=np.float32)
+        weight[begins[begins > 0] - 1] = 0.0  # what follows the end of a document cannot be known
+        weight[len(window) - 1:] = 0.0
+        if len(window) < length:
+            begins = np.append(begins, len(window))
+        starts = np.unique(np.append(begins[begins < self.seq_len], 0))
+        return {"tokens": tokens, "weight": weight, "starts": starts.astype(np.int32)}
+
+
+class Conversations:
+    """Conversations packed into rows of S tokens; only what the assistant says has weight."""
+
+    def __init__(self, coded: list[tuple[list[int], list[int]]], seq_len: int, pad_id: int) -> None:
+        self.coded, self.seq_len, self.pad_id = coded, seq_len, pad_id
+        self.packed, too_long = pack([len(ids) for ids, _ in coded], seq_len)
+        self.dropped = len(too_long)
+        self.count = len(self.packed)
+
+    def row(self, index: int) -> Row:
+        tokens = np.full(self.seq_len + 1, self.pad_id, dtype=np.int32)
+        weight = np.zeros(self.seq_len, dtype=np.float32)
+        starts, place = [], 0
+        for conversation in self.packed[index]:
+            ids, mask = self.coded[conversation]
+            starts.append(place)
+            tokens[place:place + len(ids)] = ids
+            weight[place:place + len(ids) - 1] = mask[1:]
+            place += len(ids)
+        if place < self.seq_len:
+            starts.append(place)
+        return {"tokens": tokens, "weight": weight, "starts": np.asarray(starts, dtype=np.int32)}
+
+
+def open_rows(data_folder: Path, data: str, seq_len: int, seed: int, split: Split = "train") -> Rows:
+    """Open the rows of a data folder.
+
+    `data` is "documents" (windows of the token stream), "pairs" (what the build made from functions), or the path of a
+    JSONL file of {"messages": […]}. The evaluation split of documents is the held-out stream, of pairs the held-out
+    functions; of a conversation file it is the same share of it, chosen by content hash.
+    Raises DataError when there is not a single row to train on.
+    """
+    data_folder = Path(data_folder)
+    manifest = read_json(data_folder / "manifest.json")
+    identity = {"manifest": manifest["hash"], "data": data, "seq_len": seq_len, "seed": seed, "split": split}
+    if data == "documents":
+        rows = _document_rows(data_folder, manifest, seq_len, seed, split, identity)
+    else:
+        rows = _conversation_rows(data_folder, manifest, data, seq_len, seed, split, identity)
+    if split == "train" and rows.count == 0:
+        raise DataError(f"'{data}' of {data_folder} has not one row of {seq_len} tokens; give more text or a smaller seq_len"
+                        + (f" ({rows.dropped} conversations are longer)" if rows.dropped else ""))
+    return rows
+
+
+def _document_rows(folder: Path, manifest: dict[str, Any], seq_len: int, seed: int, split: Split,
+                   identity: dict[str, Any]) -> Rows:
+    pad_id = int(manifest["pad_id"])
+    if split == "evaluation":
+        windows = Windows(Shard(folder / "evaluation"), seq_len, pad_id, keep_rest=True)
+        return Rows([windows], [1.0], seed, False, hash_value(identity))
+    sources, weights = [], []
+    for name, source in manifest["sources"].items():
+        prefix = folder / source["bin"].removesuffix(".bin")
+        windows = Windows(Shard(prefix), seq_len, pad_id, keep_rest=False)
+        if windows.count == 0:
+            raise DataError(f"source '{name}' has {source['tokens']} tokens, fewer than one row of {seq_len}; "
+                            "give it more text or a smaller seq_len")
+        sources.append(windows)
+        weights.append(float(source["weight"]))
+    return Rows(sources, weights, seed, True, hash_value(identity | {"weights": weights}))
+
+
+def _conversation_rows(folder: Path, manifest: dict[str, Any], data: str, seq_len: int, seed: int, split: Split,
+                       identity: dict[str, Any]) -> Rows:
+    if data == "pairs" and split == "evaluation":
+        conversations = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["body"]}]
+                         for row in read_jsonl(folder / "functions.jsonl")]
+    elif data == "pairs":
+        conversations = [row["messages"] for row in read_jsonl(folder / "pairs.jsonl")]
+    else:
+        file = Path(data)
+        if not file.is_file():
+            raise DataError(f"data '{data}' is not a file; allowed: documents, pairs, or the path of a JSONL of conversations")
+        share = float(manifest["evaluation_share"])
+        conversations = [messages for messages in read_conversations(file)
+                         if _is_held_out(messages, share) == (split == "evaluation")]
+        identity = identity | {"data": hash_value(conversations)}
+    template = ChatTemplate.load(folder / "tokenizer")
+    packed = Conversations([template.render_with_mask(messages) for messages in conversations], seq_len,
+                           template.tokenizer.pad_id)
+    return Rows([packed], [1.0], seed, split == "train", hash_value(identity | {"template": template.hash}), packed.dropped)
+
+
+def read_conversations(file: Path) -> Iterator[list[dict[str, Any]]]:
+    """The `messages` of each line of a JSONL file; DataError names the line that is not a conversation."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{file} line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where} is not JSON: {error}") from None
+            if not isinstance(row, dict) or "messages" not in row:
+                raise DataError(f'{where} must be an object with "messages"')
+            check_messages(row["messages"], where)
+            yield row["messages"]
+
+
+def _is_held_out(messages: list[dict[str, Any]], share: float) -> bool:
+    digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2.0**64
