@@ -1,0 +1,132 @@
+"""Books side by side: what was foreseen, what was measured, and the error of each account.
+
+An error is forecast / actual - 1: plus means that the forecast was too high. Page and terminal both read this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from athanor.ledger.accounts import ACCOUNTS, Account
+from athanor.ledger.book import Book, read_book
+
+WHOLE_CHAIN = "whole chain"  # no stage can have this name
+
+# every derived figure with its definition; the keys are those of `Book.derived`
+DEFINITIONS = {
+    "mfu": "model FLOPs utilisation: useful device-seconds / device-seconds of kept training steps; attention counted "
+           "causally, nothing recomputed counted",
+    "mfu_full_attention": "MFU with attention counted over the full square, as PaLM counts it; the seconds are the same",
+    "hfu": "hardware FLOPs utilisation: (useful + recompute) / device-seconds of kept training steps",
+    "goodput": "device-seconds of kept training steps / device-seconds paid",
+    "end_to_end": "useful device-seconds / device-seconds paid, from allocation to release",
+    "pd_6nd": "model FLOPs of the kept tokens in PD (8.64e19 FLOP): 6 per parameter and token (6ND) and causal attention",
+    "unattributed_share": "device-seconds that no account explains / device-seconds paid; negative when accounts overlap",
+    "error": "forecast / actual - 1; plus means that the forecast was too high",
+    "share": "device-seconds of the account / device-seconds paid",
+    "device-seconds": "devices x wall-clock seconds; each stands in exactly one account",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One account in both books, in device-seconds; None where there is no such book."""
+
+    account: Account
+    forecast: float | None
+    actual: float | None
+    share: float  # of the paid device-seconds of the actual book, or of the forecast while there is no actual one
+    evidence: str
+    parts: Mapping[str, float] = field(default_factory=dict)  # device-seconds by the step of the chain they were spent in
+
+    @property
+    def error_seconds(self) -> float | None:
+        """Forecast minus actual, in device-seconds."""
+        return None if self.forecast is None or self.actual is None else self.forecast - self.actual
+
+    @property
+    def error(self) -> float | None:
+        """Forecast / actual - 1, or None when a book is missing or the actual is not above zero."""
+        return relative_error(self.forecast, self.actual)
+
+
+@dataclass(frozen=True)
+class Reconciliation:
+    """The books of a stage or of a whole chain, account by account; accounts empty in both are left out."""
+
+    name: str
+    forecast: Book | None
+    actual: Book | None
+    lines: Sequence[Line]
+
+    @property
+    def wall_error(self) -> float | None:
+        """Error of the wall-clock time."""
+        if self.forecast is None or self.actual is None:
+            return None
+        return relative_error(self.forecast.wall_seconds, self.actual.wall_seconds)
+
+    @property
+    def books(self) -> dict[str, Book]:
+        """The books there are, by kind."""
+        return {kind: book for kind, book in (("forecast", self.forecast), ("actual", self.actual)) if book}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values in SI units, for `--json`."""
+        return {
+            **{kind: {"devices": book.devices, "accelerator": book.accelerator, "wall_seconds": book.wall_seconds,
+                      "device_seconds": book.device_seconds, "tokens": book.tokens, "model_flops": book.model_flops,
+                      "derived": book.derived(), "notes": book.notes} for kind, book in self.books.items()},
+            "wall_error": self.wall_error,
+            "accounts": {line.account.name: {
+                "forecast": line.forecast, "actual": line.actual, "share": line.share, "error_seconds": line.error_seconds,
+                "error": line.error, "evidence": line.evidence} for line in self.lines}}
+
+
+def relative_error(forecast: float | None, actual: float | None) -> float | None:
+    """Forecast / actual - 1, or None where that says nothing."""
+    return forecast / actual - 1 if forecast is not None and actual is not None and actual > 0 else None
+
+
+def reconcile(name: str, forecast: Book | None, actual: Book | None,
+              steps: Mapping[str, Book] | None = None) -> Reconciliation:
+    """Set two books side by side. `steps` are the books of single steps inside them, which say where an account's time lay.
+
+    Raises ValueError when there is neither book.
+    """
+    leading = actual or forecast
+    if leading is None:
+        raise ValueError(f"there is no book of {name}")
+    paid = leading.device_seconds
+    lines = []
+    for account in ACCOUNTS:
+        values = [book.accounts.get(account.name, 0.0) if book else None for book in (forecast, actual)]
+        if not any(values):
+            continue
+        seconds = leading.accounts.get(account.name, 0.0)
+        parts = {step: held for step, book in (steps or {}).items() if (held := book.accounts.get(account.name))}
+        lines.append(Line(account, values[0], values[1], seconds / paid if paid > 0 else 0.0,
+                          leading.evidence.get(account.name, ""), parts))
+    return Reconciliation(name, forecast, actual, lines)
+
+
+def reconcile_run(root: Path, stages: Sequence[str]) -> list[Reconciliation]:
+    """The books of a run folder: first the whole chain's, then each stage's; those with neither book are left out.
+
+    Raises UserError when a file is there but is no book.
+    """
+    forecast, actual = _books(root)
+    of_stages = {stage: _books(root / stage) for stage in stages}
+    kind = 1 if actual else 0
+    steps = {stage: book for stage, books in of_stages.items() if (book := books[kind])}
+    found = [reconcile(WHOLE_CHAIN, forecast, actual, steps)] if forecast or actual else []
+    return found + [reconcile(stage, *books) for stage, books in of_stages.items() if any(books)]
+
+
+def _books(folder: Path) -> tuple[Book | None, Book | None]:
+    files = folder / "forecast.json", folder / "actual.json"
+    forecast, actual = (read_book(file) if file.exists() else None for file in files)
+    return forecast, actual

@@ -1,0 +1,137 @@
+"""The figures at the head of the page and under each book, each with the name of its definition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from athanor.foundation.units import format_bytes, format_count, format_flops, format_rate, format_seconds, format_share
+from athanor.ledger.book import Book
+from athanor.ledger.reconcile import DEFINITIONS, Reconciliation
+from athanor.report.run_record import Row, RunRecord
+
+NO_BREAK = "\u00a0"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value in people's units, the words under it, and the key of its definition ('' when it needs none)."""
+
+    value: str
+    caption: str
+    definition: str = ""
+
+
+def clock(seconds: float) -> str:
+    """`42 s`, `4:11`, `1:04:11`."""
+    whole = round(seconds)
+    if whole < 60:
+        return format_seconds(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def signed_percent(ratio: float | None, digits: int = 0) -> str:
+    """`+12 %`, `-3 %`, `0 %`; a dash when there is nothing to compare, `>+999 %` where digits would say no more."""
+    if ratio is None:
+        return "–"
+    if abs(ratio) >= 9.995:
+        return f"{'>+' if ratio > 0 else '<-'}999{NO_BREAK}%"
+    text = f"{100 * ratio:+.{digits}f}"
+    return ("0" if float(text) == 0 else text) + NO_BREAK + "%"
+
+
+def headlines(record: RunRecord) -> list[Figure]:
+    """Wall-clock, bits per byte, end to end, MFU and goodput, as far as the run has got."""
+    figures = []
+    leading = record.books[0] if record.books else None
+    if leading:
+        figures.append(_wall_clock(leading))
+    bits = _bits_per_byte(record)
+    if bits:
+        figures.append(bits)
+    if leading:
+        book = leading.actual or leading.forecast
+        assert book is not None, "a reconciliation has at least one book"
+        figures += _ratios(book, leading.name)
+    return figures
+
+
+def _wall_clock(leading: Reconciliation) -> Figure:
+    forecast, actual, error = leading.forecast, leading.actual, leading.wall_error
+    if actual is None:
+        assert forecast is not None, "a reconciliation has at least one book"
+        return Figure(clock(forecast.wall_seconds), f"wall-clock of the {leading.name}, forecast; not measured yet")
+    if forecast is None or error is None:
+        return Figure(clock(actual.wall_seconds), f"wall-clock of the {leading.name}; there was no forecast")
+    if abs(error) < 0.0005:
+        return Figure(clock(actual.wall_seconds), f"wall-clock; forecast {clock(forecast.wall_seconds)}, met", "error")
+    side = "too high" if error > 0 else "too low"
+    return Figure(clock(actual.wall_seconds), f"wall-clock; forecast {clock(forecast.wall_seconds)}, "
+                  f"{format_share(abs(error)).replace(' ', NO_BREAK)} {side}", "error")
+
+
+def _bits_per_byte(record: RunRecord) -> Figure | None:
+    for model, tasks in record.scores.items():
+        score = tasks.get("bits_per_byte")
+        if score:
+            beside = ", ".join(f"{name} {value:.2f}" for name, value in baselines(score))
+            return Figure(f"{score['value']:.2f}", f"bits per byte, held-out text, {model}" + (f"; {beside}" if beside else ""),
+                          "bits_per_byte")
+    return None
+
+
+def baselines(score: Row) -> list[tuple[str, float]]:
+    """Bits per byte that xz and gzip need for the same bytes, from a score's details."""
+    details = score.get("details", {})
+    return [(name, float(details[key])) for name in ("xz", "gzip") for key in (name, f"{name}_bits_per_byte") if key in details]
+
+
+def _ratios(book: Book, name: str) -> list[Figure]:
+    derived, forecast = book.derived(), " (forecast)" if book.kind == "forecast" else ""
+    of = "" if name == "whole chain" else f", {name}"
+    figures = []
+    if "end_to_end" in derived and derived["end_to_end"] > 0:
+        figures.append(Figure(_percent(derived["end_to_end"]),
+                              f"end to end{of}: useful / paid device-seconds{forecast}", "end_to_end"))
+    if "mfu" in derived:
+        full = derived.get("mfu_full_attention")
+        beside = f"; {_percent(full)} with full-square attention" if full else ""
+        hfu = "the same" if abs(derived["hfu"] - derived["mfu"]) < 5e-4 else _percent(derived["hfu"])
+        figures.append(Figure(_percent(derived["mfu"]), f"MFU, causal attention{beside}; HFU {hfu}{forecast}", "mfu"))
+    if "goodput" in derived:
+        figures.append(Figure(_percent(derived["goodput"]), f"goodput: kept stepping time / paid{forecast}", "goodput"))
+    return figures
+
+
+def _percent(share: float) -> str:
+    return (f"{100 * share:.0f}" if share >= 0.0995 else f"{100 * share:.1f}") + NO_BREAK + "%"
+
+
+def book_figures(found: Reconciliation) -> list[tuple[str, str, str, str]]:
+    """(name, key of the definition, forecast, actual) of what a pair of books says besides its accounts."""
+    rows = [("wall-clock", "", [format_seconds(b.wall_seconds) for b in found.books.values()]),
+            ("paid, device-seconds", "device-seconds", [f"{b.device_seconds:,.1f}" for b in found.books.values()]),
+            ("devices", "", [f"{b.devices} × {b.accelerator}" for b in found.books.values()]),
+            ("peak of one device", "", [format_rate(b.peak_flops) if b.peak_flops else "unknown" for b in found.books.values()])]
+    if any(book.tokens for book in found.books.values()):
+        rows += [("tokens", "", [format_count(b.tokens) for b in found.books.values()]),
+                 ("model FLOPs (6ND)", "pd_6nd", [format_flops(b.model_flops) for b in found.books.values()])]
+    for key, name in (("mfu", "MFU"), ("mfu_full_attention", "MFU, full-square attention"), ("hfu", "HFU"),
+                      ("goodput", "goodput"), ("end_to_end", "end to end"), ("unattributed_share", "unattributed")):
+        values = [book.derived().get(key) for book in found.books.values()]
+        if any(value is not None for value in values):
+            rows.append((name, key, [format_share(v) if v is not None else "–" for v in values]))
+    for kind in sorted({kind for book in found.books.values() for kind in book.memory_bytes}):
+        peaks = [max(book.memory_bytes.get(kind, []), default=None) for book in found.books.values()]
+        rows.append((f"memory, {kind}", "", [format_bytes(peak) if peak is not None else "–" for peak in peaks]))
+    kinds = list(found.books)
+    by_kind = [(name, key, dict(zip(kinds, values, strict=True))) for name, key, values in rows]
+    return [(name, key, held.get("forecast", "–"), held.get("actual", "–")) for name, key, held in by_kind]
+
+
+def definitions() -> dict[str, str]:
+    """Every key that a figure of the page refers to, with its definition."""
+    return {**DEFINITIONS,
+            "bits_per_byte": "-log2 of the probability that the model gives the held-out text, per byte of it; every byte is "
+                             "scored, the first of each document included; xz -9 and gzip -9 compress exactly the same bytes",
+            "interval": "95 % confidence interval of the score"}

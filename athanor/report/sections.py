@@ -1,0 +1,149 @@
+"""The parts of the page that are lists: data funnel, samples, scores, the chain's steps, what was run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from athanor.foundation.units import format_bytes, format_count, format_rate, format_seconds
+from athanor.report.figures import baselines
+from athanor.report.plots import interval_bar, share_bar
+from athanor.report.run_record import Row, RunRecord, StageRecord
+
+SAMPLE_STEPS, SAMPLE_CHARACTERS = 4, 2400
+
+
+@dataclass(frozen=True)
+class Item:
+    """A labelled bar with its figures; `lines` say more below it."""
+
+    label: str
+    bar: Markup
+    text: str
+    lines: Sequence[str] = ()
+
+
+def funnel(record: RunRecord) -> list[Item]:
+    """Documents and bytes after each stage of the data, what was dropped there by reason, then training and evaluation."""
+    stages = record.funnel.get("stages", [])
+    most = max((stage.get("bytes", 0) for stage in stages), default=0) or 1
+    items = []
+    for index, stage in enumerate(stages):
+        dropped = [f"{reason}: {_amount(amount)}" for reason, amount in stage.get("dropped", {}).items() if _documents(amount)]
+        items.append(Item(str(stage["name"]), share_bar(stage.get("bytes", 0) / most, "read" if index == 0 else "kept"),
+                          _amount(stage), dropped))
+    manifest = record.manifest
+    ends = (("training", list(manifest.get("sources", {}).values()), "a-useful"),
+            ("evaluation", [manifest.get("evaluation", {})], "a-data_parallel"))
+    for label, parts, style in ends:
+        total = {key: sum(part.get(key, 0) for part in parts) for key in ("documents", "bytes", "tokens")}
+        if total["documents"]:
+            text = f"{_amount(total)} · {format_count(total['tokens'])} tokens"
+            items.append(Item(label, share_bar(total["bytes"] / max(most, total["bytes"]), style), text))
+    return items
+
+
+def _documents(amount: Any) -> float:
+    return float(amount.get("documents", 0) if isinstance(amount, dict) else amount)
+
+
+def _amount(amount: Any) -> str:
+    documents = _documents(amount)
+    text = f"{documents:,.0f} document{'' if documents == 1 else 's'}"
+    return f"{text} · {format_bytes(amount['bytes'])}" if isinstance(amount, dict) and "bytes" in amount else text
+
+
+def samples(stage: StageRecord) -> list[tuple[int, list[tuple[str, str]]]]:
+    """(step, [(prompt, generated)]) of a few steps spread over the training, the first and the last included."""
+    steps = sorted({row["step"] for row in stage.samples if "step" in row})
+    last = len(steps) - 1
+    picked = dict.fromkeys(steps[round(i * last / (SAMPLE_STEPS - 1))] for i in range(SAMPLE_STEPS)) if steps else {}
+    return [(step, [(_short(row.get("prompt", "")), _short(row.get("text", ""))) for row in stage.samples
+                    if row.get("step") == step]) for step in picked]
+
+
+def _short(text: Any) -> str:
+    text = str(text)
+    more = len(text) - SAMPLE_CHARACTERS
+    return text if more <= 0 else f"{text[:SAMPLE_CHARACTERS]} … ({more:,} more characters)"
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A model's score at a task, or what a compressor needs for the same bytes."""
+
+    model: str
+    value: str
+    interval: str
+    bar: Markup
+
+
+def scores(record: RunRecord) -> list[tuple[str, str, list[ScoreRow]]]:
+    """(task, what is counted, rows) for every task, the models in the order in which they were trained."""
+    found = []
+    for task in dict.fromkeys(task for tasks in record.scores.values() for task in tasks):
+        held = {model: tasks[task] for model, tasks in record.scores.items() if task in tasks}
+        ends = [score[key] for score in held.values() for key in ("low", "value", "high")]
+        first = next(iter(held.values()))
+        beside = baselines(first) if task == "bits_per_byte" else []
+        ends += [value for _, value in beside] or ([0.0] if first.get("unit") == "share" else [])
+        scale = min(ends), max(ends)
+        rows = [ScoreRow(model, _score(s["value"], s), f"{_score(s['low'], s)} … {_score(s['high'], s)}",
+                         interval_bar(s["low"], s["value"], s["high"], scale, f"model-{index}"))
+                for index, (model, s) in enumerate(held.items())]
+        rows += [ScoreRow(f"{name} -9, same bytes", f"{value:.3f}", "exact", interval_bar(value, value, value, scale, "beside"))
+                 for name, value in beside]
+        better = "higher is better" if first.get("higher_is_better", True) else "lower is better"
+        found.append((task, f"{first.get('unit', '')}, {first.get('count', 0):,} items, {better}", rows))
+    return found
+
+
+def _score(value: float, score: Row) -> str:
+    return f"{100 * value:.1f} %" if score.get("unit") == "share" else f"{value:.3f}"
+
+
+def chain(record: RunRecord) -> list[Item]:
+    """The steps of the chain in their order with measured and forecast seconds; a step done again counts as it last ran."""
+    last: dict[str, Row] = {}
+    for row in record.chain:
+        if "step" in row and row.get("seconds") is not None:
+            last[str(row["step"])] = row
+    planned = record.plan.get("forecast", {})
+    steps = planned.get("chain", {}) if isinstance(planned.get("chain"), dict) else {}
+    longest = max((float(row["seconds"]) for row in last.values()), default=0.0) or 1.0
+    return [Item(name, share_bar(row["seconds"] / longest, "chain"), format_seconds(row["seconds"])
+                 + (f" · forecast {format_seconds(steps[name])}" if isinstance(steps.get(name), (int, float)) else ""))
+            for name, row in last.items()]
+
+
+def reasons(record: RunRecord) -> list[tuple[str, str, str]]:
+    """(dotted key, chosen value, sentence) for everything the plan decided."""
+    return [(key, _planned(record.plan, key), str(sentence)) for key, sentence in record.plan.get("reason", {}).items()]
+
+
+def _planned(plan: Any, key: str) -> str:
+    """The plan's value at a dotted key, entries of lists by their name; '' when there is none."""
+    for part in key.split("."):
+        if isinstance(plan, list):
+            plan = next((entry for entry in plan if isinstance(entry, dict) and entry.get("name") == part), None)
+        else:
+            plan = plan.get(part) if isinstance(plan, dict) else None
+    return "" if plan is None or isinstance(plan, (dict, list)) else f"{plan:,}" if isinstance(plan, int) else str(plan)
+
+
+def machine(record: RunRecord) -> list[tuple[str, str]]:
+    """What the run ran on, and with which versions."""
+    spec = record.cluster
+    if not spec:
+        return []
+    rows = [("devices", f"{spec.get('devices', '?')} × {spec.get('accelerator', '?')} ({spec.get('device_type', '?')}), "
+             f"{spec.get('threads_per_device', '?')} threads each")]
+    rows += [(f"peak, {dtype}", f"{format_rate(rate)} per device") for dtype, rate in spec.get("peak_flops", {}).items()]
+    if "memory_bytes" in spec:
+        rows.append(("memory", f"{format_bytes(spec['memory_bytes'])} per device"))
+    rows += [(key, str(spec[key])) for key in ("host", "date", "source") if spec.get(key)]
+    versions = ", ".join(f"{name} {version}" for name, version in spec.get("versions", {}).items())
+    return rows + ([("versions", versions)] if versions else [])

@@ -1,0 +1,88 @@
+"""The ledger on the terminal: the same accounts, in the same order and hues as on the page."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from athanor.foundation.progress import console as people
+from athanor.foundation.units import format_seconds, format_share
+from athanor.ledger.accounts import BY_NAME
+from athanor.ledger.book import Book
+from athanor.ledger.reconcile import Line, Reconciliation
+from athanor.report.figures import signed_percent
+
+MOST_BAR = 72  # characters of the longest bar
+
+
+def print_ledger(found: Reconciliation, console: Console | None = None) -> None:
+    """Show a pair of books to people (on standard error unless another console is given)."""
+    console = console or people
+    console.print(ledger(found, console.width))
+
+
+def ledger(found: Reconciliation, width: int = 100) -> RenderableType:
+    """Bars of both books, the table of accounts with errors, and the derived figures."""
+    bar_width = max(10, min(MOST_BAR, width - 30))
+    longest = max(sum(s for s in book.accounts.values() if s > 0) for book in found.books.values()) or 1.0
+    head = Text(found.name, style="bold")
+    head.append(f"  wall-clock {_wall(found)}", style="not bold")
+    bars = [Text.assemble(f"{kind:>8} ", bar(book, longest, bar_width), f" {format_seconds(book.wall_seconds)}")
+            for kind, book in found.books.items()]
+    return Group(head, *bars, _table(found, width), *_figures(found))
+
+
+def bar(book: Book, longest: float, width: int) -> Text:
+    """A book as one bar of blocks; `longest` device-seconds are `width` characters, and rounding never adds up."""
+    text, at, used = Text(), 0.0, 0
+    for name, account in BY_NAME.items():
+        at += max(0.0, book.accounts.get(name, 0.0))
+        until = round(width * at / longest)
+        text.append("█" * (until - used), style=_style(name, account.colour))
+        used = until
+    return text
+
+
+def _style(name: str, colour: str) -> str:
+    return "default" if name == "unattributed" else colour  # ink: dark on light terminals, light on dark ones
+
+
+def _wall(found: Reconciliation) -> str:
+    if found.actual is None:
+        return f"{format_seconds(found.books['forecast'].wall_seconds)} (forecast; not measured yet)"
+    text = format_seconds(found.actual.wall_seconds)
+    if found.forecast is None:
+        return f"{text} (there was no forecast)"
+    return f"{text}, forecast {format_seconds(found.forecast.wall_seconds)} ({signed_percent(found.wall_error, 1)})"
+
+
+def _table(found: Reconciliation, width: int) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("account", no_wrap=True)
+    for column in ("forecast, s", "actual, s", "share", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if width >= 100:
+        table.add_column("", style="dim", no_wrap=True)
+    for line in found.lines:
+        name = Text("■ ", style=_style(line.account.name, line.account.colour)).append(line.account.name, style="default")
+        table.add_row(name, *_cells(line), *([line.account.meaning] if width >= 100 else []))
+    paid = [f"{book.device_seconds:,.1f}" if book else "–" for book in (found.forecast, found.actual)]
+    table.add_row(Text("  paid", style="bold"), *paid, format_share(1.0))
+    return table
+
+
+def _cells(line: Line) -> list[str]:
+    seconds = ["–" if value is None else f"{value:,.1f}" for value in (line.forecast, line.actual)]
+    return [*seconds, format_share(line.share), signed_percent(line.error)]
+
+
+def _figures(found: Reconciliation) -> list[Text]:
+    """MFU, HFU, goodput and end to end of the actual book (else the forecast), each with its definition in brief."""
+    book = found.actual or found.books["forecast"]
+    derived = book.derived()
+    shown = (("mfu", "MFU, causal attention: useful / stepping time"), ("mfu_full_attention", "MFU, full-square attention"),
+             ("hfu", "HFU: useful + recompute / stepping time"), ("goodput", "goodput: kept stepping time / paid"),
+             ("end_to_end", "end to end: useful / paid"))
+    lines = [Text(f"{format_share(derived[key]):>8}  {words}") for key, words in shown if key in derived]
+    return lines + [Text(note, style="dim") for note in book.notes]
