@@ -105,7 +105,7 @@ class Build:
             entry.split = "evaluation" if is_held_out else "train"
         self._drop_near(kept, np.stack(signatures), np.asarray(held_out))
         for source in self.recipe.data.source:
-            self._check_left(source.name)
+            self._check_left(source.name, "train")
 
     def make_tokenizer(self) -> ChatTemplate:
         """Train the tokenizer on training documents (or take the given one) and open it with its chat template."""
@@ -202,8 +202,8 @@ class Build:
         self.near_within = {"threshold": TRAINING_SIMILARITY, "documents": int(alike.sum()),
                             "bytes": sum(kept[row].size_bytes for row in stays[alike])}
 
-    def _check_left(self, source: str) -> None:
-        if not any(entry.source == source and not entry.reason for entry in self.parts.entries):
+    def _check_left(self, source: str, split: str = "") -> None:
+        if not any(entry.source == source and not entry.reason and entry.split == split for entry in self.parts.entries):
             raise DataError(f"source '{source}': no document is left to train on ({self.funnel.reasons(source)})")
 
     def _tokenizer_texts(self) -> Iterator[str]:

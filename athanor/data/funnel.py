@@ -45,10 +45,11 @@ class Funnel:
             heapq.heapreplace(heap, entry)
 
     def sample_near(self, name: str, decision: Decision, doc_id: str, facts: dict[str, Any], text: str) -> None:
-        """Offer what a filter kept, ordered by how little was missing."""
+        """Offer what a filter kept, ordered by how little was missing; what was far from it is no sample."""
         distance = abs(decision.value - decision.threshold) / max(abs(decision.threshold), 1e-9)
-        self.sample("near_threshold", name, distance, doc_id,
-                    {**facts, "value": decision.value, "threshold": decision.threshold}, text)
+        if distance < 0.75:
+            self.sample("near_threshold", name, distance, doc_id,
+                        {**facts, "value": decision.value, "threshold": decision.threshold}, text)
 
     def reasons(self, source: str) -> str:
         """Why documents of a source were dropped, as half a sentence."""
