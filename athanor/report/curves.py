@@ -11,6 +11,7 @@ from athanor.report.figures import signed_percent
 from athanor.report.plots import Axis, Chart, Curve, Point, thin
 from athanor.report.run_record import Row, StageRecord
 
+ROUTINE = ("start", "checkpoint", "evaluation", "sample", "done")  # kinds of events that belong to every run
 PROMISED = 0.25  # the error of step time that a forecast may have
 
 
@@ -54,16 +55,20 @@ def throughput_chart(stage: StageRecord, rows: list[Row]) -> Chart | None:
     if len(rows) < 2:
         return None
     times = _times(rows)
-    points = [(at, float(row["tokens_per_second"])) for at, row in zip(times, rows, strict=True)]
+    scale, unit = next((pair for pair in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")) if times[-1] > 2 * pair[0]),
+                       (1.0, "seconds"))
+    points = [(at / scale, float(row["tokens_per_second"])) for at, row in zip(times, rows, strict=True)]
     middle = statistics.median(y for _, y in points)
-    by_step = {row["step"]: at for at, row in zip(times, rows, strict=True)}
-    marks = [(by_step[event["step"]], str(event.get("sentence", ""))) for event in stage.events
+    by_step = {row["step"]: at / scale for at, row in zip(times, rows, strict=True)}
+    marks = [(by_step[event["step"]], str(event.get("sentence", "")), event.get("kind") in ROUTINE) for event in stage.events
              if event.get("step") in by_step]
     highest = max(y for _, y in thin(points))
     alt = f"Tokens per second of {stage.name}: median {format_count(middle)}, over {format_seconds(times[-1])}"
-    alt += f"; {len(marks)} events are marked" if marks else ""
-    return Chart("Tokens per second", alt, [Curve("tokens per second", points)],
-                 Axis("time", format_seconds), Axis("tokens/s", format_count), (0.0, highest), marks[:60])
+    unusual = [sentence for _, sentence, is_routine in marks if not is_routine]
+    alt += f"; {len(unusual)} faults and restarts are marked" if unusual else ""
+    x = Axis(f"{unit}, the first step at the left", "{:.3g}".format)
+    return Chart("Tokens per second", alt, [Curve("tokens per second", points)], x, Axis("tokens/s", format_count),
+                 (0.0, highest), marks[:200])
 
 
 def _times(rows: list[Row]) -> list[float]:

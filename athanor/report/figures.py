@@ -10,21 +10,24 @@ from athanor.ledger.reconcile import DEFINITIONS, Reconciliation
 from athanor.report.run_record import Row, RunRecord
 
 NO_BREAK = "\u00a0"
+NAMES = {"mfu": "MFU", "mfu_full_attention": "MFU, full-square attention", "hfu": "HFU", "pd_6nd": "PD (6ND)",
+         "goodput": "goodput", "end_to_end": "end to end", "unattributed_share": "unattributed", "bits_per_byte": "bits per byte"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A value in people's units, the words under it, and the key of its definition ('' when it needs none)."""
+    """A value in people's units, its name, the words after the name, and the key of its definition."""
 
     value: str
-    caption: str
-    definition: str = ""
+    name: str
+    rest: str
+    definition: str
 
 
-def clock(seconds: float) -> str:
-    """`42 s`, `4:11`, `1:04:11`."""
+def clock(seconds: float, least: int = 60) -> str:
+    """`4:11`, `1:04:11`; `42 s` below `least` seconds."""
     whole = round(seconds)
-    if whole < 60:
+    if whole < least:
         return format_seconds(seconds)
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
@@ -60,22 +63,21 @@ def _wall_clock(leading: Reconciliation) -> Figure:
     forecast, actual, error = leading.forecast, leading.actual, leading.wall_error
     if actual is None:
         assert forecast is not None, "a reconciliation has at least one book"
-        return Figure(clock(forecast.wall_seconds), f"wall-clock of the {leading.name}, forecast; not measured yet")
+        rest = f" of the {leading.name}, forecast; not measured yet"
+        return Figure(clock(forecast.wall_seconds), "wall-clock", rest, "wall-clock")
     if forecast is None or error is None:
-        return Figure(clock(actual.wall_seconds), f"wall-clock of the {leading.name}; there was no forecast")
-    if abs(error) < 0.0005:
-        return Figure(clock(actual.wall_seconds), f"wall-clock; forecast {clock(forecast.wall_seconds)}, met", "error")
-    side = "too high" if error > 0 else "too low"
-    return Figure(clock(actual.wall_seconds), f"wall-clock; forecast {clock(forecast.wall_seconds)}, "
-                  f"{format_share(abs(error)).replace(' ', NO_BREAK)} {side}", "error")
+        return Figure(clock(actual.wall_seconds), "wall-clock", f" of the {leading.name}; there was no forecast", "wall-clock")
+    foreseen = f"; forecast {clock(forecast.wall_seconds)}, "
+    side = f"{format_share(abs(error)).replace(' ', NO_BREAK)} too {'high' if error > 0 else 'low'}"
+    return Figure(clock(actual.wall_seconds), "wall-clock", foreseen + (side if abs(error) >= 0.0005 else "met"), "wall-clock")
 
 
 def _bits_per_byte(record: RunRecord) -> Figure | None:
     for model, tasks in record.scores.items():
         score = tasks.get("bits_per_byte")
         if score:
-            beside = ", ".join(f"{name} {value:.2f}" for name, value in baselines(score))
-            return Figure(f"{score['value']:.2f}", f"bits per byte, held-out text, {model}" + (f"; {beside}" if beside else ""),
+            beside = ", ".join(f"{name}{NO_BREAK}{value:.2f}" for name, value in baselines(score))
+            return Figure(f"{score['value']:.2f}", "bits per byte", f", held-out, {model}" + (f"; {beside}" if beside else ""),
                           "bits_per_byte")
     return None
 
@@ -91,15 +93,15 @@ def _ratios(book: Book, name: str) -> list[Figure]:
     of = "" if name == "whole chain" else f", {name}"
     figures = []
     if "end_to_end" in derived and derived["end_to_end"] > 0:
-        figures.append(Figure(_percent(derived["end_to_end"]),
-                              f"end to end{of}: useful / paid device-seconds{forecast}", "end_to_end"))
+        figures.append(Figure(_percent(derived["end_to_end"]), "end to end", f"{of}: useful / paid device-seconds{forecast}",
+                              "end_to_end"))
     if "mfu" in derived:
         full = derived.get("mfu_full_attention")
         beside = f"; {_percent(full)} with full-square attention" if full else ""
         hfu = "the same" if abs(derived["hfu"] - derived["mfu"]) < 5e-4 else _percent(derived["hfu"])
-        figures.append(Figure(_percent(derived["mfu"]), f"MFU, causal attention{beside}; HFU {hfu}{forecast}", "mfu"))
+        figures.append(Figure(_percent(derived["mfu"]), "MFU", f", causal attention{beside}; HFU {hfu}{forecast}", "mfu"))
     if "goodput" in derived:
-        figures.append(Figure(_percent(derived["goodput"]), f"goodput: kept stepping time / paid{forecast}", "goodput"))
+        figures.append(Figure(_percent(derived["goodput"]), "goodput", f": kept stepping time / paid{forecast}", "goodput"))
     return figures
 
 
@@ -109,18 +111,17 @@ def _percent(share: float) -> str:
 
 def book_figures(found: Reconciliation) -> list[tuple[str, str, str, str]]:
     """(name, key of the definition, forecast, actual) of what a pair of books says besides its accounts."""
-    rows = [("wall-clock", "", [format_seconds(b.wall_seconds) for b in found.books.values()]),
+    rows = [("wall-clock", "wall-clock", [format_seconds(b.wall_seconds) for b in found.books.values()]),
             ("paid, device-seconds", "device-seconds", [f"{b.device_seconds:,.1f}" for b in found.books.values()]),
             ("devices", "", [f"{b.devices} × {b.accelerator}" for b in found.books.values()]),
             ("peak of one device", "", [format_rate(b.peak_flops) if b.peak_flops else "unknown" for b in found.books.values()])]
     if any(book.tokens for book in found.books.values()):
         rows += [("tokens", "", [format_count(b.tokens) for b in found.books.values()]),
                  ("model FLOPs (6ND)", "pd_6nd", [format_flops(b.model_flops) for b in found.books.values()])]
-    for key, name in (("mfu", "MFU"), ("mfu_full_attention", "MFU, full-square attention"), ("hfu", "HFU"),
-                      ("goodput", "goodput"), ("end_to_end", "end to end"), ("unattributed_share", "unattributed")):
+    for key in ("mfu", "mfu_full_attention", "hfu", "goodput", "end_to_end", "unattributed_share"):
         values = [book.derived().get(key) for book in found.books.values()]
         if any(value is not None for value in values):
-            rows.append((name, key, [format_share(v) if v is not None else "–" for v in values]))
+            rows.append((NAMES[key], key, [format_share(v) if v is not None else "–" for v in values]))
     for kind in sorted({kind for book in found.books.values() for kind in book.memory_bytes}):
         peaks = [max(book.memory_bytes.get(kind, []), default=None) for book in found.books.values()]
         rows.append((f"memory, {kind}", "", [format_bytes(peak) if peak is not None else "–" for peak in peaks]))
@@ -132,6 +133,7 @@ def book_figures(found: Reconciliation) -> list[tuple[str, str, str, str]]:
 def definitions() -> dict[str, str]:
     """Every key that a figure of the page refers to, with its definition."""
     return {**DEFINITIONS,
+            "wall-clock": "seconds from the start to the end, by the clock; of a chain, over all its invocations",
             "bits_per_byte": "-log2 of the probability that the model gives the held-out text, per byte of it; every byte is "
                              "scored, the first of each document included; xz -9 and gzip -9 compress exactly the same bytes",
             "interval": "95 % confidence interval of the score"}

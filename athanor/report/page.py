@@ -48,13 +48,14 @@ def render(record: RunRecord) -> str:
     leading = (first.actual or first.forecast) if first else None
     return environment.get_template("page.html").render(
         record=record, accounts=ACCOUNTS, books=record.books, subtitle=subtitle(record), headlines=figures.headlines(record),
-        paid=f"{leading.device_seconds:,.0f}" if leading else "", definitions=figures.definitions(),
+        paid=f"{leading.device_seconds:,.0f}" if leading else "", definitions=figures.definitions(), names=figures.NAMES,
         book_figures=figures.book_figures, signed_percent=figures.signed_percent, format_seconds=format_seconds,
         format_share=format_share, seconds=_seconds, is_far=_is_far, longest=_longest, paid_error=_paid_error,
         stacked_bar=plots.stacked_bar, error_bar=plots.error_bar, draw=plots.draw,
         stages=[(stage, charts(stage, of_stage.get(stage.name)), _events(stage)) for stage in record.stages],
         flops_note=lambda name: flops_note(of_stage.get(name)), shown_events=SHOWN_EVENTS,
-        scores=sections.scores(record), funnel=sections.funnel(record), chain=sections.chain(record),
+        scores=sections.scores(record), funnel=sections.funnel(record),
+        excerpts=sections.excerpts(record), chain=sections.chain(record),
         samples=[(stage.name, sections.samples(stage)) for stage in record.stages if stage.samples],
         machine=sections.machine(record), reasons=sections.reasons(record), script=SCRIPT,
         script_hash="sha256-" + base64.b64encode(digest).decode())
@@ -75,9 +76,10 @@ def subtitle(record: RunRecord) -> str:
         parts.append(f"text: {', '.join(sources)}")
     if record.cluster:
         parts.append(f"{record.cluster.get('devices', '?')} × {record.cluster.get('accelerator', '?')}")
-    times = [row["time"] for stage in record.stages for row in stage.events if isinstance(row.get("time"), (int, float))]
+    rows = [*record.chain, *(row for stage in record.stages for row in stage.events)]
+    times = [row["time"] for row in rows if isinstance(row.get("time"), (int, float))]
     if times:
-        parts.append(f"last event {datetime.fromtimestamp(max(times), UTC):%-d %b %Y, %H:%M} UTC")
+        parts.append(f"last heard of {datetime.fromtimestamp(max(times), UTC):%-d %b %Y, %H:%M} UTC")
     return " · ".join(parts)
 
 
@@ -86,8 +88,8 @@ def _events(stage: StageRecord) -> list[tuple[str, str]]:
     rows = [row for row in stage.events if isinstance(row.get("time"), (int, float)) and row.get("sentence")]
     saves = [row for row in rows if row.get("kind") == "checkpoint"]
     hidden = {id(row) for row in saves[:-2]}
-    return [(figures.clock(row["time"] - rows[0]["time"]), str(row["sentence"])) for row in rows
-            if id(row) not in hidden][:MOST_EVENTS]
+    shown = [row for row in rows if id(row) not in hidden][:MOST_EVENTS]
+    return [(figures.clock(row["time"] - rows[0]["time"], least=0), str(row["sentence"])) for row in shown]
 
 
 def _seconds(value: float | None) -> str:

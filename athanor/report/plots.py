@@ -38,7 +38,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """A small line chart. `alt` tells in words what it shows, `marks` are events at an x with their sentence."""
+    """A small line chart. `alt` tells in words what it shows, `marks` are events: x, a sentence, and whether it is routine."""
 
     title: str
     alt: str
@@ -46,7 +46,7 @@ class Chart:
     x: Axis
     y: Axis
     y_range: tuple[float, float]
-    marks: Sequence[tuple[float, str]] = field(default_factory=list)
+    marks: Sequence[tuple[float, str, bool]] = field(default_factory=list)
     band: tuple[float, float] | None = None
 
 
@@ -125,10 +125,10 @@ def draw(chart: Chart) -> Markup:
                             '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
             LEFT, RIGHT, y, y, LEFT - 4, y + 3.5, chart.y.format(tick)))
     parts += _x_ticks(chart, left, right, place)
-    for x, sentence in chart.marks:
+    for x, sentence, is_routine in chart.marks:
         at = place(x, low)[0]
-        parts.append(Markup('<line class="mark" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"><title>{}</title></line>').format(
-            at, at, TOP, BOTTOM, sentence))
+        parts.append(Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"><title>{}</title></line>').format(
+            "routine" if is_routine else "mark", at, at, BOTTOM - 7 if is_routine else TOP, BOTTOM, sentence))
     parts += [_draw_curve(curve, place, chart) for curve in chart.curves]
     height = 148 if chart.x.second else 134
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
@@ -137,7 +137,7 @@ def draw(chart: Chart) -> Markup:
 
 def _x_ticks(chart: Chart, left: float, right: float, place: Callable[[float, float], Point]) -> list[Markup]:
     parts = []
-    values = [tick for tick in nice_ticks(left, right, 4) if left <= tick <= right]
+    values = [tick for tick in nice_ticks(left, right, 5) if left <= tick <= right]
     for tick in values:
         at = place(tick, chart.y_range[0])[0]
         anchor = "middle" if at < RIGHT - 12 else "end"
@@ -146,7 +146,7 @@ def _x_ticks(chart: Chart, left: float, right: float, place: Callable[[float, fl
     label_y = 129
     if chart.x.second:
         factor, write = chart.x.second
-        shown = [tick for tick in nice_ticks(left * factor, right * factor, 3) if left * factor <= tick <= right * factor]
+        shown = [tick for tick in nice_ticks(left * factor, right * factor, 5) if left * factor <= tick <= right * factor]
         for tick in shown:
             at = place(tick / factor, chart.y_range[0])[0]
             parts.append(Markup('<text class="tick" x="{:.1f}" y="129" text-anchor="{}">{}</text>').format(

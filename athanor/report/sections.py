@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,42 +17,55 @@ SAMPLE_STEPS, SAMPLE_CHARACTERS = 4, 2400
 
 @dataclass(frozen=True)
 class Item:
-    """A labelled bar with its figures; `lines` say more below it."""
+    """A labelled bar with its figures."""
 
     label: str
     bar: Markup
     text: str
-    lines: Sequence[str] = ()
 
 
 def funnel(record: RunRecord) -> list[Item]:
-    """Documents and bytes after each stage of the data, what was dropped there by reason, then training and evaluation."""
+    """What was read, what each reason dropped (its bar is what was left after it), and what training and evaluation got."""
     stages = record.funnel.get("stages", [])
-    most = max((stage.get("bytes", 0) for stage in stages), default=0) or 1
-    items = []
-    for index, stage in enumerate(stages):
-        dropped = [f"{reason}: {_amount(amount)}" for reason, amount in stage.get("dropped", {}).items() if _documents(amount)]
-        items.append(Item(str(stage["name"]), share_bar(stage.get("bytes", 0) / most, "read" if index == 0 else "kept"),
-                          _amount(stage), dropped))
-    manifest = record.manifest
-    ends = (("training", list(manifest.get("sources", {}).values()), "a-useful"),
-            ("evaluation", [manifest.get("evaluation", {})], "a-data_parallel"))
-    for label, parts, style in ends:
-        total = {key: sum(part.get(key, 0) for part in parts) for key in ("documents", "bytes", "tokens")}
-        if total["documents"]:
-            text = f"{_amount(total)} · {format_count(total['tokens'])} tokens"
-            items.append(Item(label, share_bar(total["bytes"] / max(most, total["bytes"]), style), text))
+    if not stages:
+        return []
+    left = {unit: stages[0][unit] for unit in ("documents", "bytes")}
+    read = left["bytes"] or 1
+    items = [Item("read", share_bar(1.0, "read"), _amount(left))]
+    for stage in stages:
+        for reason, amount in stage["dropped"].items():
+            left = {unit: left[unit] - amount[unit] for unit in left}
+            items.append(Item(reason, share_bar(left["bytes"] / read, "kept"), f"−{_amount(amount)}"))
+    for name, counts in record.funnel.get("splits", {}).items():
+        style = "a-data_parallel" if name == "evaluation" else "a-useful"
+        items.append(Item(name.replace("train-", "training, "), share_bar(counts["bytes"] / read, style),
+                          f"{_amount(counts)} · {format_count(counts['tokens'])} tokens"))
     return items
 
 
-def _documents(amount: Any) -> float:
-    return float(amount.get("documents", 0) if isinstance(amount, dict) else amount)
+def _amount(counts: Row) -> str:
+    documents = counts["documents"]
+    return f"{documents:,} document{'' if documents == 1 else 's'} · {format_bytes(counts['bytes'])}"
 
 
-def _amount(amount: Any) -> str:
-    documents = _documents(amount)
-    text = f"{documents:,.0f} document{'' if documents == 1 else 's'}"
-    return f"{text} · {format_bytes(amount['bytes'])}" if isinstance(amount, dict) and "bytes" in amount else text
+def excerpts(record: RunRecord) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
+    """(kind of sample, [(reason or filter, [(where from and by how much, excerpt)])]) of the data's funnel."""
+    titles = {"dropped": "What was dropped, by reason", "near_threshold": "What only just stayed, by filter",
+              "kept": "What was kept"}
+    found = []
+    for kind, title in titles.items():
+        groups = [(name, [(_origin(row), str(row.get("excerpt", ""))) for row in rows])
+                  for name, rows in record.funnel.get("samples", {}).get(kind, {}).items()]
+        if groups:
+            found.append((title, groups))
+    return found
+
+
+def _origin(row: Row) -> str:
+    text = f"{row.get('uri', row.get('doc_id', ''))}, {format_bytes(row.get('bytes', 0))}"
+    if isinstance(row.get("value"), (int, float)):
+        text += f"; value {row['value']:.3g}, threshold {row['threshold']:.3g}"
+    return text + (f"; like {row['like']}" if row.get("like") else "")
 
 
 def samples(stage: StageRecord) -> list[tuple[int, list[tuple[str, str]]]]:
@@ -139,8 +151,9 @@ def machine(record: RunRecord) -> list[tuple[str, str]]:
     spec = record.cluster
     if not spec:
         return []
-    rows = [("devices", f"{spec.get('devices', '?')} × {spec.get('accelerator', '?')} ({spec.get('device_type', '?')}), "
-             f"{spec.get('threads_per_device', '?')} threads each")]
+    threads = spec.get("threads_per_device", 0)
+    rows = [("devices", f"{spec.get('devices', '?')} × {spec.get('accelerator', '?')}"
+             + (f", {threads} thread{'' if threads == 1 else 's'} each" if spec.get("device_type") == "cpu" else ""))]
     rows += [(f"peak, {dtype}", f"{format_rate(rate)} per device") for dtype, rate in spec.get("peak_flops", {}).items()]
     if "memory_bytes" in spec:
         rows.append(("memory", f"{format_bytes(spec['memory_bytes'])} per device"))

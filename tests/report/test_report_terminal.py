@@ -1,0 +1,76 @@
+"""The ledger on the terminal, and the verb."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from athanor.cli.report import command, find_run
+from athanor.foundation.errors import UserError
+from athanor.foundation.run_folder import RunFolder
+from athanor.ledger.accounts import BY_NAME
+from athanor.ledger.book import Book, read_book
+from athanor.ledger.reconcile import reconcile
+from athanor.report.terminal import bar, print_ledger
+
+
+def printed(run: RunFolder, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    print_ledger(reconcile("whole chain", read_book(run.forecast), read_book(run.actual)), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= width for line in text.splitlines())
+    return str(text)
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_table_holds_both_books(finished: RunFolder, width: int) -> None:
+    text, actual, forecast = printed(finished, width), read_book(finished.actual), read_book(finished.forecast)
+    rows = {line.split()[1]: line.split()[2:] for line in text.splitlines() if line.startswith("■")}
+    assert list(rows) == [name for name in BY_NAME if actual.accounts.get(name) or forecast.accounts.get(name)]
+    for name, cells in rows.items():
+        assert cells[:2] == [f"{book.accounts.get(name, 0.0):,.1f}" for book in (forecast, actual)]
+        assert cells[2] == f"{100 * actual.accounts.get(name, 0.0) / actual.device_seconds:.1f}"
+    assert f"{100 * actual.derived()['mfu']:.1f} %" in text and "useful / paid" in text
+    assert "efficien" not in text.lower()
+
+
+def test_a_bar_has_the_accounts_in_order_and_their_hues() -> None:
+    book = Book("actual", 1, "CPU", None, 100, 100)
+    for name, seconds in (("startup", 25.0), ("useful", 50.0), ("skew", 0.1), ("kernel", 24.9)):
+        book.add(name, seconds)
+    text = bar(book, 200.0, 40)
+    assert text.plain == "█" * 20
+    assert [(span.end - span.start, span.style) for span in text.spans if span.end > span.start] == [
+        (10, BY_NAME["useful"].colour), (5, BY_NAME["kernel"].colour), (5, BY_NAME["startup"].colour)]
+
+
+def test_the_verb_writes_the_page_and_prints_one_json_document(finished: RunFolder, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    result = CliRunner().invoke(command, [str(finished.root), "--json", "--out", str(out)], catch_exceptions=False)
+    value = json.loads(result.stdout)
+    actual = read_book(finished.actual)
+    assert value["report"] == str(out) and out.read_text().startswith("<!doctype html>")
+    assert {name: line["actual"] for name, line in value["chain"]["accounts"].items()} == pytest.approx(actual.accounts)
+    assert value["chain"]["wall_error"] == pytest.approx(read_book(finished.forecast).wall_seconds / actual.wall_seconds - 1)
+    assert list(value["stages"]) == ["pretrain", "chat"]
+
+
+def test_people_get_the_ledger_on_standard_error(finished: RunFolder, tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, [str(finished.root), "--out", str(tmp_path / "page.html")], catch_exceptions=False)
+    assert result.stdout == ""
+
+
+def test_a_recipe_leads_to_its_run_folder(finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATHANOR_RUNS", str(finished.root.parent))
+    assert find_run(str(finished.recipe), []) == finished.root
+    with pytest.raises(UserError, match="has not been run"):
+        find_run(str(finished.recipe), ["name=other"])
+    with pytest.raises(UserError, match=r"no run folder or recipe .*did you mean '.*stdlib'"):
+        find_run(str(finished.root) + "x", [])
+    with pytest.raises(UserError, match="overrides"):
+        find_run(str(finished.root), ["name=other"])
