@@ -1,0 +1,124 @@
+"""`athanor plan`: choose shape, tokens and layout for a budget, say why, and write the forecast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from athanor.foundation.progress import console, say
+from athanor.foundation.units import format_bytes, format_count, format_rate, format_seconds, format_share
+
+if TYPE_CHECKING:
+    from athanor.foundation.recipe import Recipe
+    from athanor.foundation.run_folder import RunFolder
+    from athanor.planner.plan import Plan
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--cluster", "cluster_file", type=click.Path(path_type=Path),
+              help="a cluster.toml; else the recipe's, the run folder's, or this machine is measured")
+@click.option("--out", type=click.Path(path_type=Path), help="where to write the plan; the run folder when left out")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
+def command(recipe: Path, overrides: tuple[str, ...], cluster_file: Path | None, out: Path | None, as_json: bool) -> None:
+    """Choose shape, tokens and layout for RECIPE's budget, say why, and write the forecast."""
+    from athanor.foundation.recipe import load_recipe
+    from athanor.foundation.run_folder import RunFolder, runs_root
+
+    loaded = load_recipe(recipe, list(overrides))
+    run = RunFolder(runs_root() / loaded.name)
+    plan = plan_run(loaded, run, cluster_file)
+    file = out or run.plan
+    write_plan(plan, run, file)
+    if as_json:
+        click.echo(json.dumps(describe(plan, file)))
+    else:
+        show(plan)
+        say(f"written to {file}")
+
+
+def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -> Plan:
+    """Plan a recipe on its cluster; measures this machine into the run folder when nothing else is given."""
+    from athanor.cli.check import check
+    from athanor.cluster.spec import read_cluster
+    from athanor.data.sources import scan
+    from athanor.foundation.errors import UserError
+    from athanor.planner.plan import make_plan
+
+    named = None if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
+    file = cluster_file or named or run.cluster
+    sources = scan(recipe)
+    if recipe.cluster.accelerator and not (cluster_file or named):
+        raise UserError(f"cluster.accelerator = '{recipe.cluster.accelerator}': a plan needs measured rates; run `athanor check` "
+                        "on such a machine and give its cluster.toml as cluster.file")
+    if file == run.cluster and not file.exists():
+        say(f"measuring this machine into {file}")
+        check(file, recipe.cluster.devices)
+    return make_plan(recipe, read_cluster(file), sources)
+
+
+def write_plan(plan: Plan, run: RunFolder, file: Path) -> None:
+    """`plan.toml`, `forecast.json` of the run and of each stage."""
+    from athanor.foundation.run_folder import write_atomic
+
+    write_atomic(file, plan.to_toml())
+    plan.forecast.write(run.forecast)
+    for name, book in plan.books.items():
+        book.write(run.stage(name).forecast)
+
+
+def describe(plan: Plan, file: Path) -> dict[str, Any]:
+    """The plan as one JSON document."""
+    return {"file": str(file), **plan.values, "reason": plan.reasons, "scan": plan.scan, "chain_seconds": plan.chain,
+            "forecast": {name: {"step_seconds": step.seconds, "accounts": step.accounts} for name, step in plan.steps.items()},
+            "wall_seconds": plan.forecast.wall_seconds, "runner_ups": plan.runner_ups, "notes": plan.notes}
+
+
+def show(plan: Plan) -> None:
+    """What was chosen, why, what came next, and where the time will go."""
+    from rich.table import Table
+
+    say("The plan")
+    for key, sentence in plan.reasons.items():
+        value = _value(plan.values, key)
+        say(f"  {key}{' = ' + value if value else ''}: {sentence}")
+    if plan.runner_ups:
+        table = Table(title="Next best shapes", box=None, title_justify="left")
+        for column in ("width", "depth", "parameters", "tokens", "tokens/s", "loss", "layout"):
+            table.add_column(column, justify="right")
+        for row in plan.runner_ups:
+            table.add_row(str(row["hidden_size"]), str(row["num_hidden_layers"]), format_count(row["parameters"]),
+                          format_count(row["tokens"]), f"{row['tokens_per_second']:,.0f}", f"{row['predicted_loss']:.3f}",
+                          row["layout"])
+        console.print(table)
+    forecast = plan.forecast
+    table = Table(title=f"Forecast: {format_seconds(forecast.wall_seconds)} on {forecast.devices} devices", box=None,
+                  title_justify="left")
+    for column in ("account", *plan.books, "whole chain", "share"):
+        table.add_column(column, justify="left" if column == "account" else "right")
+    for name in sorted(forecast.accounts, key=forecast.accounts.__getitem__, reverse=True):
+        seconds = [book.accounts.get(name, 0.0) for book in (*plan.books.values(), forecast)]
+        if abs(seconds[-1]) > 1e-9:
+            cells = [format_seconds(value / forecast.devices) if value else "" for value in seconds]
+            table.add_row(name, *cells, format_share(seconds[-1] / forecast.device_seconds))
+    console.print(table)
+    for name, step in plan.steps.items():
+        book = plan.books[name]
+        say(f"{name}: {format_seconds(step.seconds)} a step, {format_count(book.tokens)} tokens, MFU "
+            f"{format_share(book.derived()['mfu'])} of {format_rate(book.peak_flops or 0.0)}, "
+            f"peak memory {format_bytes(sum(value[0] for value in book.memory_bytes.values()))} a rank")
+    for note in plan.notes:
+        say(note)
+
+
+def _value(values: dict[str, Any], key: str) -> str:
+    head, _, rest = key.partition(".")
+    if head != "stage":
+        return ""
+    name, _, last = rest.rpartition(".")
+    stage = next(s for s in values["stage"] if s["name"] == name)
+    return str(stage.get(last, ""))

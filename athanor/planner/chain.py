@@ -1,0 +1,28 @@
+"""How long the chain's other steps take: measuring, building data, evaluation, registry, serving, report."""
+
+from __future__ import annotations
+
+from athanor.cluster.spec import ClusterSpec
+from athanor.planner.coefficients import load, python_factor, text_factor
+
+ACCOUNT = {"check": "check", "plan": "check", "data": "data", "evaluate": "evaluation", "registry": "publish",
+           "serve": "publish", "report": "publish"}
+
+
+def chain_seconds(cluster: ClusterSpec, *, source_bytes: float, documents: float, evaluation_tokens: float, models: int,
+                  tasks: list[str], step_forward_tokens_per_second: float, num_hidden_layers: int,
+                  limit: int | None) -> dict[str, float]:
+    """Wall seconds of each step besides training, for `models` models to be evaluated and registered."""
+    constants = load()["chain"]
+    slow, text = python_factor(cluster.python), text_factor(cluster.python)
+    items = min(limit or 10**9, evaluation_tokens * constants["functions_per_evaluation_token"])
+    evaluate = constants["evaluate_seconds"]
+    if "bits_per_byte" in tasks:
+        evaluate += models * evaluation_tokens / step_forward_tokens_per_second * constants["score_factor"]
+    for task in tasks:
+        evaluate += models * items * constants["generated_seconds_per_item"].get(task, 0.0) * num_hidden_layers * slow
+    return {"check": constants["check_seconds"], "plan": constants["plan_seconds"] * slow,
+            "data": (constants["data_seconds"] + constants["data_seconds_per_byte"] * source_bytes
+                     + constants["data_seconds_per_document"] * documents) * text,
+            "evaluate": evaluate, "registry": constants["registry_seconds_per_model"] * models * slow,
+            "serve": constants["serve_seconds"] * slow, "report": constants["report_seconds"] * slow}

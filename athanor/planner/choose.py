@@ -1,0 +1,235 @@
+"""Which shape and layout: every candidate is forecast, and the one with the best predicted loss in the budget is taken."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from athanor.foundation.errors import LayoutError, UserError
+from athanor.foundation.layout import Layout, check_batch, check_model
+from athanor.foundation.recipe import Parallel, Recipe, Stage
+from athanor.foundation.units import format_bytes
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.planner import scaling
+from athanor.planner.forecast import Forecaster, StageChoice, Step, mean_context
+from athanor.planner.memory import fits, peak_memory
+
+HIDDEN_SIZES = (64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192)
+LAYERS = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)
+ASPECT = (16, 160)  # hidden_size / num_hidden_layers of a shape worth considering
+LEAST_STEPS = 10  # below this nothing is learned
+UNCOVERED = ("pp", "cp", "ep")
+MOST_DOUBLINGS = 12  # of the rows per rank and step
+NO_STEP = Step(0.0, {}, {}, 0.0)
+
+
+@dataclass(frozen=True)
+class Text:
+    """How much there is to learn from, in tokens; nothing was tokenized yet."""
+
+    vocab_size: int
+    bytes_per_token: float
+    unique_tokens: float
+    evaluation_tokens: float
+    document_tokens: float
+    pair_tokens: float
+    pairs_tokens: float  # of all pairs together
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage's part of the budget, of one kind: seconds of step time, model FLOPs, tokens, or steps."""
+
+    kind: str
+    amount: float
+
+    def tokens(self, shape: DecoderShape, choice: StageChoice, layout: Layout, step: Step) -> float:
+        """Tokens that it pays for."""
+        batch = choice.global_batch_tokens(layout)
+        if self.kind == "seconds":
+            return self.amount / step.seconds * batch
+        if self.kind == "flops":
+            return float(self.amount / shape.flops(1.0, mean_context(choice.seq_len, choice.document_tokens)))
+        return self.amount if self.kind == "tokens" else self.amount * batch
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shape on its best layout and batch, with what a stage's part of the budget buys on it."""
+
+    shape: DecoderShape
+    layout: Layout
+    choice: StageChoice
+    step: Step
+    tokens: float
+    loss: float  # nats per token, predicted
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.choice.global_batch_tokens(self.layout)
+
+
+def block_parameters(shape: DecoderShape) -> float:
+    """Parameters outside embedding and head."""
+    return float(shape.parameters() - shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2))
+
+
+def shapes(recipe: Recipe, vocab_size: int, max_position: int) -> Iterator[DecoderShape]:
+    """All shapes that agree with what the recipe fixes; a fixed size is taken as it is."""
+    model = recipe.model
+    heads, width = model.num_attention_heads, model.hidden_size
+    if heads and width and not model.head_dim and width % heads:
+        raise UserError(f"model.num_attention_heads = {heads} does not divide model.hidden_size = {width}")
+    is_free = model.hidden_size is None and model.num_hidden_layers is None
+    for hidden, layers in itertools.product([model.hidden_size] if model.hidden_size else HIDDEN_SIZES,
+                                            [model.num_hidden_layers] if model.num_hidden_layers else LAYERS):
+        if is_free and not ASPECT[0] <= hidden / layers <= ASPECT[1]:
+            continue
+        heads = model.num_attention_heads
+        head_dim = model.head_dim or (hidden // heads if heads else head_size(hidden))
+        heads = heads or max(1, hidden // head_dim)
+        keys = model.num_key_value_heads or heads
+        if heads % keys:
+            raise UserError(f"model.num_key_value_heads = {keys} does not divide the {heads} query heads")
+        yield DecoderShape(
+            vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=keys, head_dim=head_dim, max_position_embeddings=model.max_position_embeddings or max_position,
+            intermediate_size=model.intermediate_size or round(8 * hidden / 3 / 32) * 32,
+            rope_theta=model.rope_theta or 10000.0, rms_norm_eps=model.rms_norm_eps or 1e-5,
+            initializer_range=model.initializer_range or 0.02,
+            tie_word_embeddings=hidden < 2048 if model.tie_word_embeddings is None else model.tie_word_embeddings)
+
+
+def head_size(hidden_size: int) -> int:
+    """32 for narrow models, so that there are several heads; 64 and 128 for wider ones."""
+    wanted = 32 if hidden_size < 512 else 64 if hidden_size < 2048 else 128
+    return wanted if hidden_size % wanted == 0 else math.gcd(hidden_size, 32)
+
+
+def layouts(parallel: Parallel, devices: int) -> list[Layout]:
+    """All layouts of one machine that agree with the recipe: tensor and sharded data parallelism.
+
+    Raises LayoutError when none does, or when an axis is asked for that this planner does not forecast.
+    """
+    for axis in UNCOVERED:
+        if (getattr(parallel, axis) or 1) > 1:
+            raise LayoutError(f"parallel.{axis} = {getattr(parallel, axis)}: plans cover dp_shard, dp_replicate and tp; "
+                              f"leave {axis} out, or give a plan.toml with plan.file")
+    out = []
+    replicate = parallel.dp_replicate or 1
+    for tp in range(1, devices + 1):
+        if devices % (tp * replicate) or (parallel.tp or tp) != tp:
+            continue
+        shard = devices // (tp * replicate)
+        if parallel.dp_shard in (None, -1, shard):
+            out.append(Layout(dp_replicate=replicate, dp_shard=shard, tp=tp))
+    if not out:
+        axes = ("dp_replicate", "dp_shard", "tp")
+        asked = ", ".join(f"{axis} = {getattr(parallel, axis)}" for axis in axes if getattr(parallel, axis))
+        raise LayoutError(f"{asked} cannot be laid out on {devices} devices; their product must be {devices}")
+    return out
+
+
+def row_choices(stage: Stage, seq_len: int, layout: Layout, critical_tokens: float | None) -> list[int]:
+    """Possible rows per data rank and step: as the recipe says, nearest to a critical batch, or all powers of two."""
+    if stage.global_batch_tokens:
+        rows, _ = check_batch(global_batch_tokens=stage.global_batch_tokens, seq_len=seq_len,
+                              micro_batch_size=stage.micro_batch_size or 1, data_ranks=layout.data_ranks, tp=layout.tp)
+        return [rows // layout.data_ranks]
+    unit = stage.micro_batch_size or 1
+    if critical_tokens is None:
+        return [unit * 2**power for power in range(MOST_DOUBLINGS)]
+    return [unit * 2 ** max(0, round(math.log2(critical_tokens / seq_len / layout.data_ranks / unit)))]
+
+
+def fastest(forecaster: Forecaster, shape: DecoderShape, layout: Layout, stage: Stage, template: StageChoice,
+            rows: int) -> tuple[StageChoice, Step] | None:
+    """The micro-batch size with the shortest step of `rows` rows per rank; None when none fits memory."""
+    best: tuple[StageChoice, Step] | None = None
+    for size in [stage.micro_batch_size] if stage.micro_batch_size else [d for d in range(1, rows + 1) if rows % d == 0]:
+        memory = peak_memory(shape, layout, rows=size, seq_len=template.seq_len, dtype=template.precision)
+        if not fits(memory, forecaster.cluster.memory_bytes) or size * template.seq_len % layout.tp:
+            break
+        choice = replace(template, micro_batch_size=size, num_microbatches=rows // size)
+        step = forecaster.step(shape, layout, choice)
+        if best is None or step.seconds < best[1].seconds:
+            best = choice, step
+    return best
+
+
+def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stage: Stage, template: StageChoice, part: Part,
+        unique_tokens: float) -> Candidate | None:
+    """What a part of the budget is best spent on with this shape: layout, batch, micro-batch. None when nothing fits.
+
+    With time to spend, small batches are weighed against fast ones by the predicted loss; otherwise the batch is the
+    critical one, and the fastest layout wins.
+    """
+    best: Candidate | None = None
+    for layout in options:
+        critical = None
+        if part.kind != "seconds":
+            tokens = 1e6 * part.amount if part.kind == "steps" else part.tokens(shape, template, layout, NO_STEP)
+            critical = scaling.critical_batch_tokens(tokens)
+        for rows in row_choices(stage, template.seq_len, layout, critical):
+            found = fastest(forecaster, shape, layout, stage, template, rows)
+            if found is None:
+                break
+            choice, step = found
+            tokens, batch = part.tokens(shape, choice, layout, step), choice.global_batch_tokens(layout)
+            loss = scaling.loss(block_parameters(shape), tokens, unique_tokens, batch)
+            candidate = Candidate(shape, layout, choice, step, tokens, loss)
+            is_better = best is None or (loss < best.loss if part.kind == "seconds" else
+                                         batch / step.seconds > best.batch_tokens / best.step.seconds)
+            if is_better and (tokens >= batch * LEAST_STEPS or best is None):
+                best = candidate
+    return best
+
+
+def legal(shape: DecoderShape, options: list[Layout], seq_len: int) -> list[Layout]:
+    """Layouts whose degrees divide the shape; LayoutError of the first when none does."""
+    out, first = [], None
+    for layout in options:
+        try:
+            check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
+                        intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
+                        num_hidden_layers=shape.num_hidden_layers, seq_len=seq_len)
+            out.append(layout)
+        except LayoutError as error:
+            first = first or error
+    if not out and first:
+        raise first
+    return out
+
+
+def rank_candidates(forecaster: Forecaster, recipe: Recipe, stage: Stage, template: StageChoice, text: Text,
+                    part: Part) -> list[Candidate]:
+    """All shapes for one part of the budget, best first.
+
+    With time or FLOPs the predicted loss decides. With a number of tokens the loss alone would always take the largest
+    model; then the shape nearest to 20 tokens per parameter is taken (Hoffmann et al. 2022).
+    """
+    out: list[Candidate] = []
+    smallest, refused = math.inf, None
+    options = layouts(recipe.parallel, forecaster.cluster.devices)
+    for shape in shapes(recipe, text.vocab_size, template.seq_len):
+        try:
+            possible = legal(shape, options, template.seq_len)
+        except LayoutError as error:
+            refused = refused or error
+            continue
+        candidate = buy(forecaster, shape, possible, stage, template, part, text.unique_tokens)
+        if candidate is not None:
+            out.append(candidate)
+        else:
+            smallest = min(smallest, sum(peak_memory(shape, possible[-1], rows=1, seq_len=template.seq_len,
+                                                     dtype=template.precision).values()))
+    if not out:
+        if refused:
+            raise refused
+        raise UserError(f"no shape fits: the smallest possible needs {format_bytes(smallest)}, of the "
+                        f"{format_bytes(forecaster.cluster.memory_bytes)} of a device 80 % can be used")
+    if part.kind in ("tokens", "steps"):
+        return sorted(out, key=lambda c: abs(math.log(c.tokens / c.shape.parameters() / 20)))
+    return sorted(out, key=lambda c: c.loss)

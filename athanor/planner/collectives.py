@@ -1,0 +1,42 @@
+"""Time of collectives by size, from the measured curves of the ranks of one machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from athanor.cluster.spec import ClusterSpec
+from athanor.planner.operators import WIDTH_BYTES, Table
+
+
+class Curves:
+    """Seconds of a collective among the ranks that were measured together."""
+
+    def __init__(self, cluster: ClusterSpec) -> None:
+        self._tables = {name: Table(rows, True) for name, rows in cluster.collectives.items()}
+
+    def __call__(self, name: str, full_bytes: float) -> float:
+        """`full_bytes` is the whole tensor, not one rank's part. Below the smallest size measured the latency counts."""
+        table = self._tables[name]
+        return table(max(full_bytes, float(table.axes[0][0])))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Seconds of collectives of one micro-batch on one rank, none of it hidden (gloo shares the rank's own cores)."""
+
+    data_parallel: float
+    tensor: float
+
+
+def fully_shard_seconds(curves: Curves, unit_bytes: list[float], reshard: bool) -> float:
+    """Gather each unit's parameters for forward (and again for backward when resharded), reduce its gradients."""
+    gathers = 2 if reshard else 1
+    return sum(gathers * curves("all_gather", size) + curves("reduce_scatter", size) for size in unit_bytes)
+
+
+def tensor_seconds(curves: Curves, tokens: float, hidden_size: int, blocks: int, dtype: str) -> float:
+    """Two gathers and two scatters a block, forward; each is the other's backward. Embedding and head add one of each."""
+    size = tokens * hidden_size * WIDTH_BYTES[dtype]
+    pairs = 2 * blocks + 1
+    small = 3 * curves("all_reduce", tokens * WIDTH_BYTES[dtype])  # maximum, sum and target of the sharded cross-entropy
+    return 2 * pairs * (curves("all_gather", size) + curves("reduce_scatter", size)) + small

@@ -1,0 +1,173 @@
+"""From shape, layout and cluster to a book: every second of a step, and of a stage, in exactly one account."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from athanor.cluster.spec import ClusterSpec
+from athanor.foundation.layout import Layout
+from athanor.ledger.book import Book
+from athanor.planner.coefficients import load, python_factor
+from athanor.planner.collectives import Curves, fully_shard_seconds, tensor_seconds
+from athanor.planner.memory import peak_memory
+from athanor.planner.operators import Rates, Work, block_work, ends_work
+
+
+@dataclass(frozen=True)
+class StageChoice:
+    """What a stage will do; steps of `rows` rows of `seq_len` tokens, in micro-batches of `micro_batch_size` rows a rank."""
+
+    name: str
+    seq_len: int
+    micro_batch_size: int
+    num_microbatches: int
+    steps: int
+    precision: str
+    checkpoint_every: int
+    evaluate_every: int
+    document_tokens: float  # mean length of what attention may not leave
+    evaluation_tokens: float = 0.0
+
+    def global_batch_tokens(self, layout: Layout) -> int:
+        return self.seq_len * self.micro_batch_size * self.num_microbatches * layout.data_ranks
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: wall seconds, device-seconds by account, and the forward seconds of one micro-batch."""
+
+    seconds: float
+    accounts: dict[str, float]
+    parts: dict[str, float]  # device-seconds of computing, by kind of work
+    forward_seconds: float
+
+
+class Forecaster:
+    """Forecasts on one cluster; tables are prepared once per dtype."""
+
+    def __init__(self, cluster: ClusterSpec) -> None:
+        self.cluster, self.curves, self._rates = cluster, Curves(cluster), dict[str, Rates]()
+        self._work: dict[Any, tuple[Work, Work]] = {}  # of a block and of the ends, by what they depend on
+
+    def rates(self, dtype: str) -> Rates:
+        if dtype not in self._rates:
+            self._rates[dtype] = Rates(self.cluster, dtype)
+        return self._rates[dtype]
+
+    def step(self, shape: Any, layout: Layout, stage: StageChoice) -> Step:
+        """One step of a stage."""
+        constants, rates = load()["step"], self.rates(stage.precision)
+        work = self._micro_batch(shape, layout, stage)
+        times, devices = stage.num_microbatches, layout.world_size
+        compute = times * (work.seconds + self._sharding(shape, layout))
+        compute += constants["python_seconds"] * python_factor(self.cluster.python)
+        data_parallel, tensor = self._traffic(shape, layout, stage)
+        update = self._update(shape, layout)
+        entry = constants["input_seconds_per_row"] * stage.micro_batch_size * times * python_factor(self.cluster.python)
+        skew = self._skew(compute, shape, times) if devices > 1 else 0.0
+        seconds = compute + data_parallel + tensor + update + entry + skew
+        tokens = stage.global_batch_tokens(layout)
+        useful = shape.flops(tokens, mean_context(stage.seq_len, stage.document_tokens)) / rates.peak_flops
+        accounts = {"useful": useful, "kernel": compute * devices - useful, "data_parallel": data_parallel * devices,
+                    "tensor": tensor * devices, "skew": skew * devices, "optimizer": update * devices, "input": entry * devices}
+        parts = {kind: times * devices * (work.forward[kind] + work.backward[kind]) for kind in work.forward}
+        parts["sharding"] = times * devices * self._sharding(shape, layout)
+        return Step(seconds, {name: value for name, value in accounts.items() if value}, parts, work.forward_seconds)
+
+    def stage(self, shape: Any, layout: Layout, stage: StageChoice) -> Book:
+        """The book of a whole stage: its steps, and start, checkpoints, validations and metering."""
+        constants, step = load()["stage"], self.step(shape, layout, stage)
+        slow, devices = python_factor(self.cluster.python), layout.world_size
+        once = {"startup": (constants["startup_seconds"] + constants["startup_seconds_per_parameter"] * shape.parameters()) * slow
+                + self.cluster.startup_seconds.get("join", 0.0)}
+        saves = math.ceil(stage.steps / stage.checkpoint_every)
+        once["checkpoint"] = saves * self.save_seconds(shape, layout)
+        checks = math.ceil(stage.steps / stage.evaluate_every)
+        once["evaluation"] = checks * self.validation_seconds(step, shape, layout, stage)
+        once["metering"] = constants["metering_seconds"] * slow * stage.steps * step.seconds / constants["metering_every_seconds"]
+        book = Book("forecast", devices, self.cluster.accelerator, self.rates(stage.precision).peak_flops)
+        for name, value in step.accounts.items():
+            book.add(name, value * stage.steps, "planned")
+        for name, value in once.items():
+            book.add(name, value * devices, "planned")
+        book.wall_seconds = stage.steps * step.seconds + math.fsum(once.values())
+        book.device_seconds = book.wall_seconds * devices
+        book.tokens = float(stage.steps * stage.global_batch_tokens(layout))
+        book.model_flops = shape.flops(book.tokens, mean_context(stage.seq_len, stage.document_tokens))
+        book.model_flops_full = shape.flops_full(book.tokens, stage.seq_len)
+        memory = peak_memory(shape, layout, rows=stage.micro_batch_size, seq_len=stage.seq_len, dtype=stage.precision)
+        book.memory_bytes = {kind: [value] for kind, value in memory.items()}
+        return book.close()
+
+    def save_seconds(self, shape: Any, layout: Layout) -> float:
+        """One checkpoint: weights and both moments of this rank's shards, written and synced."""
+        size = 12.0 * shape.parameters() / (layout.dp_shard * layout.tp)
+        disk = self.cluster.disk
+        written = size / disk["write_bytes_per_second"] + disk.get("sync_seconds", 0.0)
+        return float(load()["stage"]["checkpoint_seconds"] + written)
+
+    def validation_seconds(self, step: Step, shape: Any, layout: Layout, stage: StageChoice) -> float:
+        """One validation: forward over the held-out tokens, split over data ranks, and a generated sample."""
+        constants = load()["stage"]
+        batch = stage.seq_len * stage.micro_batch_size * layout.data_ranks
+        sample = constants["sample_tokens"] * constants["decode_seconds_per_block"] * shape.num_hidden_layers
+        return float(math.ceil(stage.evaluation_tokens / batch) * step.forward_seconds
+                     + sample * python_factor(self.cluster.python))
+
+    def _micro_batch(self, shape: Any, layout: Layout, stage: StageChoice) -> Work:
+        constants, rates = load()["step"], self.rates(stage.precision)
+        rows, seq_len = stage.micro_batch_size, stage.seq_len
+        key = (replace(shape, num_hidden_layers=1), layout.tp, rows, seq_len, stage.precision)
+        if key not in self._work:
+            self._work[key] = (block_work(rates, shape, rows, seq_len, layout.tp, constants["operations_per_block"]),
+                               ends_work(rates, shape, rows * seq_len, layout.tp, constants["operations_ends"]))
+        block, ends = self._work[key]
+        total = Work(dict(ends.forward), dict(ends.backward))
+        for kind in block.forward:
+            total.add(kind, (block.forward[kind], block.backward[kind]), shape.num_hidden_layers)
+        return total
+
+    def _sharding(self, shape: Any, layout: Layout) -> float:
+        """What fully_shard itself costs a micro-batch: hooks, copies in and out."""
+        per_block = self.cluster.overhead_seconds["sharded_block"] * load()["step"]["sharded_block_factor"]
+        return float(per_block * (shape.num_hidden_layers + 1)) if layout.data_ranks > 1 else 0.0
+
+    def _traffic(self, shape: Any, layout: Layout, stage: StageChoice) -> tuple[float, float]:
+        """Seconds of a step in data-parallel and in tensor-parallel collectives."""
+        data = tensor = 0.0
+        if layout.data_ranks > 1:
+            ends = 4.0 * shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) / layout.tp
+            block = (4.0 * shape.parameters() / layout.tp - ends) / shape.num_hidden_layers
+            units = [block] * shape.num_hidden_layers + [ends]
+            data = stage.num_microbatches * fully_shard_seconds(self.curves, units, reshard=True)
+            data += 2 * self.curves("all_reduce", 8.0)  # the global token count, and the gradient's norm
+        if layout.tp > 1:
+            tensor = stage.num_microbatches * tensor_seconds(
+                self.curves, stage.micro_batch_size * stage.seq_len, shape.hidden_size, shape.num_hidden_layers, stage.precision)
+        return data, tensor
+
+    def _update(self, shape: Any, layout: Layout) -> float:
+        tensors = 9 * shape.num_hidden_layers + (2 if shape.tie_word_embeddings else 3)
+        rates = self.rates("fp32") if any(row[0] == "fp32" for row in self.cluster.matmul) else next(iter(self._rates.values()))
+        return (rates.update(tensors, shape.parameters() / (layout.dp_shard * layout.tp))
+                + rates.launch(load()["step"]["operations_per_update"] * tensors))
+
+    def _skew(self, compute: float, shape: Any, micro_batches: int) -> float:
+        """Waiting for the slowest rank between two collectives, whose spread shrinks as the work between them grows."""
+        rows = self.cluster.jitter
+        if not rows:
+            return 0.0
+        between = compute / (micro_batches * 3 * (shape.num_hidden_layers + 1))
+        _, excess = min(rows, key=lambda row: abs(math.log(row[0] / max(between, 1e-6))))
+        return float(compute * excess)
+
+
+def mean_context(seq_len: int, document_tokens: float) -> float:
+    """Keys that a query sees on average in a row of `seq_len` when documents end at random every `document_tokens`.
+
+    Position j of a row sees d (1 - exp(-j / d)) keys, averaged over the row.
+    """
+    ratio = seq_len / document_tokens
+    return document_tokens * (1.0 - (1.0 - math.exp(-ratio)) / ratio) + 0.5

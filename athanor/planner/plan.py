@@ -1,0 +1,162 @@
+"""From recipe, cluster and scanned bytes to a plan: every open value filled, each with its reason, and the forecast books."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from athanor.cluster.spec import ClusterSpec, with_devices
+from athanor.foundation.recipe import Recipe, toml_value
+from athanor.foundation.units import format_count
+from athanor.ledger.book import Book, total
+from athanor.planner import scaling
+from athanor.planner.chain import ACCOUNT, chain_seconds
+from athanor.planner.choose import Candidate, Text, block_parameters, rank_candidates
+from athanor.planner.coefficients import load
+from athanor.planner.forecast import Forecaster, StageChoice, Step
+from athanor.planner.stage import FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
+
+
+@dataclass
+class Plan:
+    """What to do and why. `values` has the recipe's tables; `books` one forecast per stage; `chain` the other steps' seconds."""
+
+    values: dict[str, Any]
+    reasons: dict[str, str]
+    scan: dict[str, Any]
+    books: dict[str, Book]
+    steps: dict[str, Step]
+    chain: dict[str, float]
+    forecast: Book
+    runner_ups: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    def to_toml(self) -> str:
+        """The text of `plan.toml`."""
+        lines = ["# What `athanor plan` decided. Values of the recipe win over these; [reason] says why each was chosen."]
+        for table in ("data", "model", "parallel"):
+            lines += [f"\n[{table}]", *(f"{key} = {toml_value(value)}" for key, value in self.values[table].items())]
+        for stage in self.values["stage"]:
+            lines += ["\n[[stage]]", *(f"{key} = {toml_value(value)}" for key, value in stage.items())]
+        lines += ["\n[reason]", *(f"{toml_value(key)} = {toml_value(text)}" for key, text in self.reasons.items())]
+        lines += ["\n[scan]", *(f"{toml_value(key)} = {toml_value(value)}" for key, value in self.scan.items())]
+        for name, step in self.steps.items():
+            lines += [f"\n[forecast.{toml_value(name)}]", f"step_seconds = {step.seconds!r}",
+                      f"accounts = {toml_value(step.accounts)}", f"computing = {toml_value(step.parts)}"]
+        lines += ["\n[forecast.chain]", *(f"{key} = {value!r}" for key, value in self.chain.items())]
+        return "\n".join(lines) + "\n"
+
+
+def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any]) -> Plan:
+    """Fill what the recipe left open. `scan` has the sources' "bytes" and "documents".
+
+    Raises UserError when the budget is too small to train anything, LayoutError when no layout is legal.
+    """
+    cluster = with_devices(cluster, recipe.cluster.devices)
+    forecaster, text = Forecaster(cluster), describe_text(recipe, scan)
+    shares = budget_shares(recipe.stage)
+    main = max(recipe.stage, key=lambda stage: shares[stage.name])
+    ranked = rank_candidates(forecaster, recipe, main, open_stage(main, text, cluster), text,
+                             budget_part(recipe, cluster, shares[main.name], main))
+    best, spare = ranked[0], 0.0
+    filled: dict[str, FilledStage] = {}
+    for stage in sorted(recipe.stage, key=lambda stage: stage is main):  # the main stage takes what the others leave
+        part = budget_part(recipe, cluster, shares[stage.name] + (spare if stage is main else 0.0), stage)
+        filled[stage.name] = fill_stage(forecaster, best, stage, open_stage(stage, text, cluster), text, part)
+        spare += filled[stage.name].unused * shares[stage.name]
+    filled = {stage.name: filled[stage.name] for stage in recipe.stage}
+    choices = {name: stage.choice for name, stage in filled.items()}
+    reasons = {"model": _why_model(best, ranked), "parallel": _why_layout(best, cluster)}
+    reasons |= {f"stage.{name}.{key}": why for name, stage in filled.items() for key, why in stage.reasons.items()}
+    books = {name: forecaster.stage(best.shape, best.layout, choice) for name, choice in choices.items()}
+    chain = _chain(recipe, cluster, scan, text, best, filled[main.name])
+    return Plan(plan_values(recipe, best, choices, text), reasons, _scan_table(scan, text), books,
+                {name: stage.step for name, stage in filled.items()}, chain, whole_forecast(books, chain, cluster),
+                [_row(candidate) for candidate in ranked[1:6]], _notes(best, text, choices[main.name]))
+
+
+def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice], text: Text) -> dict[str, Any]:
+    """The recipe's tables with every open value filled."""
+    shape, layout = best.shape, best.layout
+    model = {"architecture": recipe.model.architecture}
+    model |= {key: getattr(shape, key) for key in type(recipe.model).model_fields if key != "architecture"}
+    stages = []
+    for stage in recipe.stage:
+        choice = choices[stage.name]
+        rate = scaling.learning_rate(shape.hidden_size) * (1.0 if stage.objective == "pretrain" else 0.3)
+        stages.append({
+            "name": stage.name, "seq_len": choice.seq_len, "steps": choice.steps, "micro_batch_size": choice.micro_batch_size,
+            "global_batch_tokens": choice.global_batch_tokens(layout), "learning_rate": stage.learning_rate or rate,
+            "learning_rate_schedule": stage.learning_rate_schedule or "linear",
+            "warmup_steps": _warmup(choice.steps) if stage.warmup_steps is None else stage.warmup_steps,
+            "weight_decay": 0.1 if stage.weight_decay is None else stage.weight_decay,
+            "gradient_clip": stage.gradient_clip or 1.0, "optimizer": stage.optimizer or "adamw", "precision": choice.precision,
+            "compile": bool(stage.compile), "checkpoint_every": choice.checkpoint_every, "evaluate_every": choice.evaluate_every})
+    data = {} if recipe.data.tokenizer else {"vocab_size": text.vocab_size}
+    parallel = {axis: getattr(layout, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
+    parallel["recompute"] = recipe.parallel.recompute or "none"
+    return {"data": data, "model": model, "parallel": parallel, "stage": stages}
+
+
+def _warmup(steps: int) -> int:
+    """A twentieth of the steps, but ten at least, and never more than a fifth."""
+    return min(steps // 5, max(10, steps // 20))
+
+
+def whole_forecast(books: dict[str, Book], chain: dict[str, float], cluster: ClusterSpec) -> Book:
+    """One book over the stages and the chain's other steps."""
+    parts = list(books.values())
+    for name, seconds in chain.items():
+        book = Book("forecast", cluster.devices, cluster.accelerator, None, wall_seconds=seconds,
+                    device_seconds=seconds * cluster.devices)
+        book.add(ACCOUNT[name], seconds * cluster.devices, "planned")
+        parts.append(book)
+    return total(parts, "forecast", wall_seconds=sum(book.wall_seconds for book in parts), devices=cluster.devices)
+
+
+def _chain(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], text: Text, best: Candidate,
+           main: FilledStage) -> dict[str, float]:
+    speed = main.choice.seq_len * main.choice.micro_batch_size / main.step.forward_seconds
+    return chain_seconds(cluster, source_bytes=scan["bytes"], documents=scan["documents"],
+                         evaluation_tokens=text.evaluation_tokens, models=len(recipe.stage), tasks=recipe.evaluate.tasks,
+                         step_forward_tokens_per_second=speed, num_hidden_layers=best.shape.num_hidden_layers,
+                         limit=recipe.evaluate.limit)
+
+
+def _scan_table(scan: dict[str, Any], text: Text) -> dict[str, Any]:
+    return {"bytes": scan["bytes"], "documents": scan["documents"], "bytes_per_token": round(text.bytes_per_token, 3),
+            "tokens": round(text.unique_tokens), "evaluation_tokens": round(text.evaluation_tokens)}
+
+
+def _row(candidate: Candidate) -> dict[str, Any]:
+    shape = candidate.shape
+    return {"hidden_size": shape.hidden_size, "num_hidden_layers": shape.num_hidden_layers, "parameters": shape.parameters(),
+            "tokens": candidate.tokens, "layout": str(candidate.layout), "predicted_loss": candidate.loss,
+            "tokens_per_second": candidate.batch_tokens / candidate.step.seconds}
+
+
+def _why_model(best: Candidate, ranked: list[Candidate]) -> str:
+    if len(ranked) == 1:
+        return "its sizes are given by the recipe"
+    by = (f"lowest predicted loss ({best.loss:.2f} nats per token) of {len(ranked)} shapes" if best.loss <= ranked[1].loss else
+          f"nearest to 20 tokens per parameter of {len(ranked)} shapes")
+    return (f"{best.shape.hidden_size} wide, {best.shape.num_hidden_layers} deep: {by}; "
+            f"{format_count(best.shape.parameters())} parameters, of them {format_count(block_parameters(best.shape))} in "
+            f"decoder blocks, on {format_count(best.tokens)} tokens")
+
+
+def _why_layout(best: Candidate, cluster: ClusterSpec) -> str:
+    return f"{best.layout} is the fastest layout of {cluster.devices} devices that fits memory and divides the shape"
+
+
+def _notes(best: Candidate, text: Text, choice: StageChoice) -> list[str]:
+    tokens = choice.steps * choice.global_batch_tokens(best.layout)
+    epochs = tokens / text.unique_tokens
+    unique = format_count(text.unique_tokens)
+    notes = [f"the main stage reads {format_count(tokens)} of about {unique} tokens ({epochs:.2g} epochs)"]
+    low, high = load()["law"].get("fitted_parameters", [0.0, math.inf])
+    if not low <= block_parameters(best.shape) <= high:
+        notes.append(f"the law of loss was fitted to {format_count(low)} to {format_count(high)} parameters in decoder blocks; "
+                     "this shape lies outside")
+    return notes

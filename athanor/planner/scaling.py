@@ -1,0 +1,40 @@
+"""What loss a shape reaches after so many tokens, and how batch and learning rate follow from size and tokens."""
+
+from __future__ import annotations
+
+import math
+
+from athanor.planner.coefficients import load
+
+
+def effective_tokens(tokens: float, unique_tokens: float) -> float:
+    """Tokens that count: repeated ones lose value with each epoch (Muennighoff et al. 2023, equation 5).
+
+    D' = U + U R* (1 - exp(-R / R*)) with U unique tokens, R repetitions after the first epoch.
+    """
+    if tokens <= unique_tokens:
+        return tokens
+    half_life = float(load()["law"]["repeat_half_life"])
+    repeats = tokens / unique_tokens - 1.0
+    return unique_tokens * (1.0 + half_life * (1.0 - math.exp(-repeats / half_life)))
+
+
+def critical_batch_tokens(tokens: float) -> float:
+    """Tokens of a step at which half of them are wasted: c sqrt(tokens), 10 M for fifteen trillion, a few k for millions."""
+    return float(load()["law"]["batch_coefficient"]) * math.sqrt(tokens)
+
+
+def loss(block_parameters: float, tokens: float, unique_tokens: float, batch_tokens: float) -> float:
+    """Nats per held-out token: E + A / N^alpha + B / D'^beta (the form of Hoffmann et al. 2022), N in decoder blocks.
+
+    Repeated tokens count less, and so do those of large batches: D / (1 + batch / critical batch), the trade-off between
+    steps and examples of McCandlish et al. 2018.
+    """
+    law = load()["law"]
+    counted = effective_tokens(tokens, unique_tokens) / (1.0 + batch_tokens / critical_batch_tokens(tokens))
+    return float(law["irreducible"] + law["a"] / block_parameters ** law["alpha"] + law["b"] / counted ** law["beta"])
+
+
+def learning_rate(hidden_size: int) -> float:
+    """Peak rate of AdamW: 2e-3 at width 128, falling with the square root of the width (3.5e-4 at 4096)."""
+    return float(f"{min(3e-3, 2e-3 * math.sqrt(128 / hidden_size)):.2g}")

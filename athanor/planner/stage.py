@@ -1,0 +1,170 @@
+"""What one stage does with its part of the budget: batch, steps, how often it saves and validates, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from athanor.cluster.spec import ClusterSpec
+from athanor.foundation.errors import UserError
+from athanor.foundation.recipe import Recipe, Stage
+from athanor.foundation.units import PD_FLOP, format_count, format_seconds
+from athanor.planner import scaling
+from athanor.planner.choose import LEAST_STEPS, Candidate, Part, Text, buy
+from athanor.planner.coefficients import load
+from athanor.planner.forecast import Forecaster, StageChoice, Step
+
+PRETRAIN_SHARE = 0.85
+MOST_EPOCHS_OF_PAIRS = 3.0
+FAULT_SECONDS = 86400.0  # assumed time between faults of one device, for the checkpoint interval
+VALIDATION_SHARE = 0.03  # of a stage's step time
+MOST_VALIDATIONS = 10
+
+
+@dataclass(frozen=True)
+class FilledStage:
+    """A stage with nothing left open; `unused` is the share of its part of the budget that it leaves to the main stage."""
+
+    choice: StageChoice
+    step: Step
+    reasons: dict[str, str]
+    unused: float
+
+
+def budget_part(recipe: Recipe, cluster: ClusterSpec, share: float, stage: Stage) -> Part:
+    """`share` of the recipe's budget; without one, the stage's own steps or tokens. UserError when there is neither."""
+    budget, price = recipe.budget, recipe.cluster.price_per_device_hour or cluster.price_per_device_hour
+    if budget.minutes is not None:
+        return Part("seconds", budget.minutes * 60 * share)
+    if budget.money is not None:
+        if price is None:
+            raise UserError("budget.money needs cluster.price_per_device_hour")
+        return Part("seconds", budget.money / (price * cluster.devices) * 3600 * share)
+    if budget.pd is not None:
+        return Part("flops", budget.pd * PD_FLOP * share)
+    if budget.tokens is not None:
+        return Part("tokens", budget.tokens * share)
+    if stage.tokens is not None:
+        return Part("tokens", stage.tokens)
+    if stage.steps is not None:
+        return Part("steps", stage.steps)
+    raise UserError(f"there is no budget: give budget.minutes, pd, tokens or money, or stage.{stage.name}.steps")
+
+
+def budget_shares(stages: list[Stage]) -> dict[str, float]:
+    """Shares of the budget: as given; pretraining 0.85 of the rest when others share it; the rest in equal parts."""
+    given = {stage.name: stage.share for stage in stages if stage.share}
+    rest = 1.0 - sum(given.values())
+    open_stages = [stage for stage in stages if stage.name not in given]
+    if rest < -1e-9 or (open_stages and rest <= 1e-9):
+        raise UserError(f"the stages' shares add up to {sum(given.values()):g}, which leaves nothing for "
+                        + (open_stages[0].name if open_stages else "rounding; together they may be at most 1"))
+    first = [s for s in open_stages if s.objective == "pretrain"]
+    others = [s for s in open_stages if s.objective != "pretrain"]
+    out = dict(given)
+    for group, share in ((first, PRETRAIN_SHARE if others else 1.0), (others, 1.0 - PRETRAIN_SHARE if first else 1.0)):
+        out |= {stage.name: rest * share / len(group) for stage in group}
+    return out
+
+
+def describe_text(recipe: Recipe, scan: dict[str, Any]) -> Text:
+    """How many tokens the sources will give, from their bytes and constants of earlier builds."""
+    constants = load()["text"]
+    vocabulary = recipe.data.vocab_size or (_tokenizer_size(recipe.data.tokenizer) if recipe.data.tokenizer
+                                            else vocabulary_for(scan["bytes"]))
+    growth = (vocabulary / constants["reference_vocab_size"]) ** constants["bytes_per_token_exponent"]
+    per_token = constants["bytes_per_token"] * growth
+    tokens = scan["bytes"] * constants["kept_share"] / per_token
+    held_out = recipe.data.evaluation_share
+    return Text(vocabulary, per_token, max(1.0, tokens * (1 - held_out)), tokens * held_out,
+                max(16.0, scan["bytes"] / per_token / max(1, scan["documents"])), constants["pair_tokens"],
+                max(1.0, tokens * (1 - held_out) * constants["pairs_share"]))
+
+
+def vocabulary_for(source_bytes: float) -> int:
+    """Entries of a new tokenizer: 4096 for 10 MB of text, doubling with every fourfold of it, at most 131072."""
+    return 1 << min(17, max(9, round(12 + math.log(max(source_bytes, 1) / 1e7, 4))))
+
+
+def _tokenizer_size(path: str) -> int:
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        ids = [*raw["model"]["vocab"].values(), *(token["id"] for token in raw.get("added_tokens", []))]
+        return int(max(ids)) + 1
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"data.tokenizer: {file} is not a tokenizer.json that can be read: {error}") from None
+
+
+def open_stage(stage: Stage, text: Text, cluster: ClusterSpec) -> StageChoice:
+    """A stage before its batch and steps are known."""
+    is_pairs = stage.data != "documents"
+    return StageChoice(
+        stage.name, seq_len=stage.seq_len or (256 if cluster.device_type == "cpu" else 2048),
+        micro_batch_size=stage.micro_batch_size or 1, num_microbatches=1, steps=stage.steps or 1,
+        precision=stage.precision or ("fp32" if cluster.device_type == "cpu" else "bf16"),
+        checkpoint_every=stage.checkpoint_every or 1, evaluate_every=stage.evaluate_every or 1,
+        document_tokens=text.pair_tokens if is_pairs else text.document_tokens,
+        evaluation_tokens=text.evaluation_tokens * (load()["text"]["pairs_share"] if is_pairs else 1.0))
+
+
+def fill_stage(forecaster: Forecaster, best: Candidate, stage: Stage, template: StageChoice, text: Text,
+               part: Part) -> FilledStage:
+    """Batch, steps and intervals of one stage on the chosen shape.
+
+    Raises UserError when the part pays for fewer than LEAST_STEPS steps, saying what would be enough, or when the stage
+    does not fit memory.
+    """
+    is_pairs = stage.data == "pairs"
+    bought = buy(forecaster, best.shape, [best.layout], stage, template, part,
+                 text.pairs_tokens if is_pairs else text.unique_tokens)
+    if bought is None:
+        raise UserError(f"stage.{stage.name} does not fit memory with {best.shape.parameters():,} parameters; "
+                        "lower its seq_len or micro_batch_size, or the model's sizes")
+    choice, step, batch = bought.choice, bought.step, bought.batch_tokens
+    paid, cap = bought.tokens / batch, MOST_EPOCHS_OF_PAIRS * text.pairs_tokens / batch if is_pairs else math.inf
+    unused = 0.0
+    if stage.steps is not None or stage.tokens is not None:
+        steps, why = stage.steps or max(1, round((stage.tokens or 0.0) / batch)), "given by the recipe"
+    elif paid < LEAST_STEPS:
+        raise UserError(_too_small(stage, paid, part))
+    elif cap < paid:
+        steps = math.ceil(max(cap, LEAST_STEPS))
+        unused = max(0.0, 1.0 - steps / paid)
+        why = f"{MOST_EPOCHS_OF_PAIRS:g} epochs of the data; the budget would pay for {paid:,.0f} steps"
+    else:
+        steps = int(paid)
+        spent = format_seconds(part.amount) if part.kind == "seconds" else "the budget"
+        why = f"{spent} at {format_seconds(step.seconds)} a step; {format_count(steps * batch)} tokens"
+    reasons = {"steps": why, "global_batch_tokens": (
+        f"lowest predicted loss: smaller steps learn more per token, larger ones are faster ({batch / step.seconds:,.0f} "
+        "tokens/s)" if part.kind == "seconds" and not stage.global_batch_tokens else
+        f"about the critical batch of {scaling.critical_batch_tokens(steps * batch):,.0f} tokens"),
+        "micro_batch_size": f"the fastest of what fits memory; {choice.num_microbatches} a step and rank"}
+    choice = _with_intervals(forecaster, best, stage, replace(choice, steps=steps), step, reasons)
+    return FilledStage(choice, step, reasons, unused)
+
+
+def _with_intervals(forecaster: Forecaster, best: Candidate, stage: Stage, choice: StageChoice, step: Step,
+                    reasons: dict[str, str]) -> StageChoice:
+    """How often to save (Young 1974: sqrt(2 save time x time between faults)) and to validate."""
+    save = forecaster.save_seconds(best.shape, best.layout)
+    apart = math.sqrt(2 * save * FAULT_SECONDS / best.layout.world_size)
+    checkpoint = stage.checkpoint_every or max(1, min(round(apart / step.seconds), math.ceil(choice.steps / 4)))
+    reasons["checkpoint_every"] = (f"a save takes {format_seconds(save)}; one every "
+                                   f"{format_seconds(checkpoint * step.seconds)} balances saving against work lost to faults")
+    cost = forecaster.validation_seconds(step, best.shape, best.layout, choice)
+    count = min(MOST_VALIDATIONS, max(2, int(VALIDATION_SHARE * choice.steps * step.seconds / max(cost, 1e-9))))
+    evaluate = stage.evaluate_every or max(1, math.ceil(choice.steps / count))
+    reasons["evaluate_every"] = f"{math.ceil(choice.steps / evaluate)} validations of {format_seconds(cost)} each"
+    return replace(choice, checkpoint_every=checkpoint, evaluate_every=evaluate)
+
+
+def _too_small(stage: Stage, paid: float, part: Part) -> str:
+    needed = part.amount * LEAST_STEPS / max(paid, 1e-12)
+    scale, unit = {"seconds": (60.0, "minutes"), "flops": (PD_FLOP, "PD"), "tokens": (1.0, "tokens")}[part.kind]
+    return (f"the budget pays for {paid:.2g} steps of stage.{stage.name}; the smallest that trains anything is {LEAST_STEPS} "
+            f"steps, {1.02 * needed / scale:.3g} {unit} for this stage")
