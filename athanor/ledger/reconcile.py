@@ -5,6 +5,7 @@ An error is forecast / actual - 1: plus means that the forecast was too high. Pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,8 @@ def reconcile(name: str, forecast: Book | None, actual: Book | None,
             continue
         seconds = leading.accounts.get(account.name, 0.0)
         parts = {step: held for step, book in (steps or {}).items() if (held := book.accounts.get(account.name))}
+        if steps and abs(others := seconds - math.fsum(parts.values())) > 1e-6 * paid:
+            parts["other steps"] = others
         lines.append(Line(account, values[0], values[1], seconds / paid if paid > 0 else 0.0,
                           leading.evidence.get(account.name, ""), parts))
     return Reconciliation(name, forecast, actual, lines)

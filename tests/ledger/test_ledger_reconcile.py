@@ -73,12 +73,14 @@ def test_a_run_has_the_chain_first_and_says_in_which_stage_the_seconds_lay(tmp_p
         (tmp_path / name).mkdir()
         actual.write(tmp_path / name / "actual.json")
     book("forecast", 9, useful=11).write(tmp_path / "chat" / "forecast.json")
-    total(stages.values(), "actual", wall_seconds=70, devices=2).write(tmp_path / "actual.json")
+    data = book("actual", 8, data=16, startup=1)
+    total([*stages.values(), data], "actual", wall_seconds=70, devices=2).write(tmp_path / "actual.json")
     found = reconcile_run(tmp_path, ["pretrain", "chat", "never started"])
     assert [f.name for f in found] == [WHOLE_CHAIN, "pretrain", "chat"]
     lines = by_name(found[0].lines)
     assert lines["useful"].parts == {"pretrain": 60.0, "chat": 12.0} and lines["useful"].actual == 72.0
-    assert lines["startup"].parts == {"pretrain": 8.0}
+    assert lines["startup"].parts == {"pretrain": 8.0, "other steps": pytest.approx(1)}
+    assert lines["data"].parts == {"other steps": pytest.approx(16)}
     assert found[1].forecast is None and found[2].forecast is not None
 
 
