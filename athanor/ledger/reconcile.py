@@ -71,6 +71,13 @@ class Reconciliation:
         return relative_error(self.forecast.wall_seconds, self.actual.wall_seconds)
 
     @property
+    def paid_error(self) -> float | None:
+        """Error of the device-seconds."""
+        if self.forecast is None or self.actual is None:
+            return None
+        return relative_error(self.forecast.device_seconds, self.actual.device_seconds)
+
+    @property
     def books(self) -> dict[str, Book]:
         """The books there are, by kind."""
         return {kind: book for kind, book in (("forecast", self.forecast), ("actual", self.actual)) if book}

@@ -14,7 +14,7 @@ from athanor.foundation.run_folder import RunFolder, write_atomic
 from athanor.foundation.units import format_count, format_seconds, format_share
 from athanor.ledger.accounts import ACCOUNTS
 from athanor.ledger.book import Book
-from athanor.ledger.reconcile import Line, Reconciliation, relative_error
+from athanor.ledger.reconcile import Line, Reconciliation
 from athanor.report import figures, plots, sections
 from athanor.report.curves import charts, flops_note
 from athanor.report.run_record import RunRecord, StageRecord, read_run
@@ -50,7 +50,7 @@ def render(record: RunRecord) -> str:
         record=record, accounts=ACCOUNTS, books=record.books, subtitle=subtitle(record), headlines=figures.headlines(record),
         paid=f"{leading.device_seconds:,.0f}" if leading else "", definitions=figures.definitions(), names=figures.NAMES,
         book_figures=figures.book_figures, signed_percent=figures.signed_percent, format_seconds=format_seconds,
-        format_share=format_share, seconds=_seconds, is_far=_is_far, longest=_longest, paid_error=_paid_error,
+        format_share=format_share, seconds=_seconds, is_far=_is_far, longest=_longest,
         stacked_bar=plots.stacked_bar, error_bar=plots.error_bar, draw=plots.draw,
         stages=[(stage, charts(stage, of_stage.get(stage.name)), _events(stage)) for stage in record.stages],
         flops_note=lambda name: flops_note(of_stage.get(name)), shown_events=SHOWN_EVENTS,
@@ -108,7 +108,3 @@ def _longest(found: Reconciliation) -> float:
 
     return max([positive(book) for book in found.books.values()] + [1e-9])
 
-
-def _paid_error(found: Reconciliation) -> float | None:
-    books = found.books
-    return relative_error(books["forecast"].device_seconds, books["actual"].device_seconds) if len(books) == 2 else None

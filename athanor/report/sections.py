@@ -137,13 +137,15 @@ def reasons(record: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _planned(plan: Any, key: str) -> str:
-    """The plan's value at a dotted key, entries of lists by their name; '' when there is none."""
+    """The plan's value at a dotted key, entries of lists by their name, a table as its pairs; '' when there is none."""
     for part in key.split("."):
         if isinstance(plan, list):
             plan = next((entry for entry in plan if isinstance(entry, dict) and entry.get("name") == part), None)
         else:
             plan = plan.get(part) if isinstance(plan, dict) else None
-    return "" if plan is None or isinstance(plan, (dict, list)) else f"{plan:,}" if isinstance(plan, int) else str(plan)
+    if isinstance(plan, dict):
+        return ", ".join(f"{name} {value}" for name, value in plan.items() if not isinstance(value, (dict, list)))
+    return "" if plan is None or isinstance(plan, list) else str(plan)
 
 
 def machine(record: RunRecord) -> list[tuple[str, str]]:

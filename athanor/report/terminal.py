@@ -68,7 +68,7 @@ def _table(found: Reconciliation, width: int) -> Table:
         name = Text("■ ", style=_style(line.account.name, line.account.colour)).append(line.account.name, style="default")
         table.add_row(name, *_cells(line), *([line.account.meaning] if width >= 100 else []))
     paid = [f"{book.device_seconds:,.1f}" if book else "–" for book in (found.forecast, found.actual)]
-    table.add_row(Text("  paid", style="bold"), *paid, format_share(1.0))
+    table.add_row(Text("  paid", style="bold"), *paid, format_share(1.0), signed_percent(found.paid_error))
     return table
 
 
