@@ -118,16 +118,19 @@ def _score(value: float, score: Row) -> str:
 
 
 def chain(record: RunRecord) -> list[Item]:
-    """The steps of the chain in their order with measured and forecast seconds; a step done again counts as it last ran."""
+    """The steps of the chain in their order with measured and forecast seconds; a step done again counts as it last ran.
+
+    A training step is named after its stage, with or without a verb before it.
+    """
     last: dict[str, Row] = {}
     for row in record.chain:
         if "step" in row and row.get("seconds") is not None:
             last[str(row["step"])] = row
-    planned = record.plan.get("forecast", {})
-    steps = planned.get("chain", {}) if isinstance(planned.get("chain"), dict) else {}
+    foreseen = {found.name: found.forecast.wall_seconds for found in record.books if found.forecast}
+    foreseen |= record.plan.get("forecast", {}).get("chain", {})
     longest = max((float(row["seconds"]) for row in last.values()), default=0.0) or 1.0
     return [Item(name, share_bar(row["seconds"] / longest, "chain"), format_seconds(row["seconds"])
-                 + (f" · forecast {format_seconds(steps[name])}" if isinstance(steps.get(name), (int, float)) else ""))
+                 + (f" · forecast {format_seconds(seconds)}" if (seconds := foreseen.get(name.split()[-1])) else ""))
             for name, row in last.items()]
 
 

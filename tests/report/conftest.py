@@ -172,7 +172,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         wall = sum(book.wall_seconds for book in sides[kind]) + 2.5
         total(sides[kind], kind, wall_seconds=wall, devices=2).write(run.root / f"{kind}.json")
     append_jsonl(run.chain, {"event": "begin", "time": 1.79e9 - 70, "devices": 2})
-    for name, (seconds, _) in steps.items():
+    seconds_of = {name: seconds for name, (seconds, _) in steps.items()}
+    seconds_of |= {f"train {name}": actual.wall_seconds for name, (_, actual) in zip(STEPS, books, strict=True)}
+    for name, seconds in seconds_of.items():
         append_jsonl(run.chain, {"event": "start", "step": name, "time": 1.79e9})
         append_jsonl(run.chain, {"event": "done", "step": name, "time": 1.79e9 + 400, "seconds": seconds, "devices": 2,
                                  "inputs": {}, "outputs": {}, "details": {}})

@@ -167,7 +167,7 @@ def test_samples_chain_plan_and_recipe_are_there(page: Page, finished: RunFolder
     whole = page.texts[0]
     assert "step 540" in whole and "step 0" in whole
     assert any("return file.readlines()" in page.texts[i] for i in page.find("em"))
-    assert "36 s · forecast 40 s" in whole
+    assert "36 s · forecast 40 s" in whole and "train pretrain4 min 07 s · forecast 3 min 56 s" in whole
     assert "85 % of the budget of 240 s at 0.41 s a step" in whole
     assert finished.recipe.read_text().strip() in whole
     assert "torch 2.13.0" in whole
