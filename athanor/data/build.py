@@ -19,7 +19,7 @@ from athanor.data.pairs import find_functions, make_pair
 from athanor.data.shards import ShardWriter
 from athanor.data.sources import scan
 from athanor.data.store import Entry, Parts
-from athanor.data.text.chat import ChatTemplate
+from athanor.data.text.chat import template_hash
 from athanor.data.text.tokenizer import Tokenizer, copy_tokenizer, tokenizer_hash, train_tokenizer
 from athanor.foundation.errors import DataError, RecipeError
 from athanor.foundation.recipe import Recipe
@@ -107,15 +107,12 @@ class Build:
         for source in self.recipe.data.source:
             self._check_left(source.name, "train")
 
-    def make_tokenizer(self) -> ChatTemplate:
-        """Train the tokenizer on training documents (or take the given one) and open it with its chat template."""
-        target = self.folder / "tokenizer"
-        vocab_size = self.recipe.data.vocab_size
+    def make_tokenizer(self) -> Tokenizer:
+        """Train the tokenizer on training documents, unless one was given."""
         if self.given is None:
-            if vocab_size is None:
-                raise RecipeError("data.vocab_size is open; give it, or data.tokenizer, or follow a plan that has it")
-            train_tokenizer(self._tokenizer_texts(), vocab_size).save(target)
-        return ChatTemplate.load(target)
+            assert self.recipe.data.vocab_size is not None, "checked before the build began"
+            train_tokenizer(self._tokenizer_texts(), self.recipe.data.vocab_size).save(self.folder / "tokenizer")
+        return Tokenizer.load(self.folder / "tokenizer")
 
     def encode(self, tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
         """Write token shards, the lineage of their sequences, and the held-out texts; tokens per split and source."""
@@ -240,15 +237,15 @@ def build(recipe: Recipe, data_folder: Path, *, progress: Progress | None = None
         with work.timed("deduplicate"):
             work.deduplicate()
         with work.timed("tokenizer"):
-            template = work.make_tokenizer()
-        counts = work.encode(template.tokenizer)
+            tokenizer = work.make_tokenizer()
+        counts = work.encode(tokenizer)
         with work.timed("pairs"):
             functions = work.write_pairs()
         with work.timed("write"):
             work.parts.write_decisions([*work.filters, "near_duplicate"])
             write_json(folder / "funnel.json", _funnel(work, counts, functions))
             files = _hash_files(folder)
-        manifest = _manifest(work, template, counts, functions, files)
+        manifest = _manifest(work, tokenizer, counts, functions, files)
         write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -267,9 +264,9 @@ def choose_evaluation(hashes: list[bytes], share: float) -> list[bool]:
     return chosen
 
 
-def _manifest(work: Build, template: ChatTemplate, counts: dict[str, dict[str, int]], functions: dict[str, int],
+def _manifest(work: Build, tokenizer: Tokenizer, counts: dict[str, dict[str, int]], functions: dict[str, int],
               files: dict[str, str]) -> dict[str, Any]:
-    tokenizer, data = template.tokenizer, work.recipe.data
+    data, folder = work.recipe.data, work.folder / "tokenizer"
     sources = {source.name: {**counts[f"train-{source.name}"], "bin": f"train-{source.name}.bin", "weight": source.weight,
                              "kind": source.kind, "path": source.path, "read": work.funnel.entered(source.name)}
                for source in data.source}
@@ -279,7 +276,7 @@ def _manifest(work: Build, template: ChatTemplate, counts: dict[str, dict[str, i
     total = {unit: sum(count[unit] for count in counts.values()) for unit in ("documents", "tokens", "bytes")}
     return {"schema": 1, "hash": hash_value(identity), "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id,
-            "tokenizer_hash": tokenizer_hash(work.folder / "tokenizer"), "template_hash": template.hash,
+            "tokenizer_hash": tokenizer_hash(folder), "template_hash": template_hash(folder),
             "sources": sources, "evaluation": counts["evaluation"], "evaluation_share": data.evaluation_share, **functions,
             "bytes_per_token": total["bytes"] / (total["tokens"] - 2 * total["documents"]), "seconds": work.seconds,
             "files": files}

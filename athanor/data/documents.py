@@ -7,6 +7,8 @@ import gzip
 import hashlib
 import io
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -74,18 +76,21 @@ def read_documents(source: Source, tokenizer: Tokenizer | None = None) -> Iterat
         uri = uri_of(start, file)
         is_code = source.kind == "python" or uri.lower().endswith(CODE_SUFFIXES)
         pieces = _token_documents(source, file, tokenizer) if source.kind == "tokens" else READERS[source.kind](source, file)
-        for offset, length, content in pieces:
-            doc_id = make_doc_id(source.name, uri, offset, length)
-            text = to_text(content)
-            if isinstance(text, Refusal):
-                yield Rejected(doc_id, source.name, uri, offset, length, text)
-            else:
-                yield Document(doc_id, text, source.name, uri, offset, length, is_code)
+        try:
+            for offset, length, content in pieces:
+                doc_id = make_doc_id(source.name, uri, offset, length)
+                text = to_text(content)
+                if isinstance(text, Refusal):
+                    yield Rejected(doc_id, source.name, uri, offset, length, text)
+                else:
+                    yield Document(doc_id, text, source.name, uri, offset, length, is_code)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"source '{source.name}': cannot read {file}: {error}") from None
 
 
 def make_doc_id(source: str, uri: str, offset: int, length: int) -> str:
     """128 bits of BLAKE2b over where a document lies, as 32 hexadecimal digits."""
-    place = f"{source}/{uri}".encode("utf-8", "surrogateescape") + b"\0"
+    place = f"{source}/{uri}\0".encode()
     digest = hashlib.blake2b(place + offset.to_bytes(8, "little") + length.to_bytes(8, "little"), digest_size=16)
     return digest.hexdigest()
 
@@ -195,40 +200,47 @@ def _parquet_rows(source: Source, file: Path) -> Iterator[Piece]:
 
 
 class _TextOfHtml(HTMLParser):
-    """Collects what a page shows: no scripts or styles, a line for each block."""
+    """Collects what a page shows, line by line: no scripts or styles, a line for each block."""
 
     SILENT = ("script", "style", "template", "noscript", "head")
     BLOCKS = ("p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "section", "article", "table",
-              "ul", "ol", "dt", "dd", "blockquote", "header", "footer", "nav", "title")
+              "ul", "ol", "dt", "dd", "blockquote", "header", "footer", "nav")
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.silent = 0
+        self.lines = [""]
+        self.silent = self.preformatted = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.silent += tag in self.SILENT
+        self.preformatted += tag == "pre"
         if tag in self.BLOCKS:
-            self.parts.append("\n")
+            self.lines.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self.SILENT:
-            self.silent = max(0, self.silent - 1)
+        self.silent = max(0, self.silent - (tag in self.SILENT))
+        self.preformatted = max(0, self.preformatted - (tag == "pre"))
         if tag in self.BLOCKS:
-            self.parts.append("\n")
+            self.lines.append("")
 
     def handle_data(self, data: str) -> None:
-        if not self.silent:
-            self.parts.append(data)
+        if self.silent:
+            return
+        if self.preformatted:
+            first, *others = data.split("\n")
+            self.lines[-1] += first
+            self.lines += others
+        else:
+            data = re.sub(r"\s+", " ", data)
+            self.lines[-1] += data if self.lines[-1] else data.lstrip()
 
 
 def html_text(page: str) -> str:
-    """The text of an HTML page: a line for each block, runs of white space made one."""
+    """The text of an HTML page: a line for each block; white space is kept in preformatted text alone."""
     parser = _TextOfHtml()
     parser.feed(page)
     parser.close()
-    lines = (" ".join(line.split()) for line in "".join(parser.parts).split("\n"))
-    return "\n".join(line for line in lines if line)
+    return "\n".join(line.rstrip() for line in parser.lines if line.strip())
 
 
 def _html_page(source: Source, file: Path) -> Iterator[Piece]:

@@ -58,7 +58,8 @@ def list_files(source: Source) -> list[Path]:
 
 def uri_of(start: Path, file: Path) -> str:
     """The name of a file in the lineage: its path below the source, the same on every machine."""
-    return file.name if start == file else file.relative_to(start).as_posix()
+    name = file.name if start == file else file.relative_to(start).as_posix()
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def scan(recipe: Recipe) -> dict[str, Any]:

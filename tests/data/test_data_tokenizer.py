@@ -81,7 +81,7 @@ def test_transformers_loads_the_folder(folder: Path, tokenizer: Tokenizer) -> No
         assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode(text)]
         assert theirs.decode(tokenizer.encode(text)) == text
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "def f():"}, {"role": "assistant", "content": "é"}]
+    messages = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "def f():"), ("assistant", "é"))]
     template = ChatTemplate.load(folder)
     assert theirs.apply_chat_template(messages, return_dict=False) == template.render(messages)
     assert theirs.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=False) == template.render(

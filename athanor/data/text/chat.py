@@ -40,17 +40,10 @@ class ChatTemplate:
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
         """Open a tokenizer folder with chat_template.jinja, or with a template in tokenizer_config.json."""
-        folder = Path(folder)
-        tokenizer = Tokenizer.load(folder)
-        file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), tokenizer, str(file))
-        source = read_json(config).get("chat_template") if config.is_file() else None
-        if isinstance(source, list):  # several named templates
-            source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-        if not isinstance(source, str):
+        source, where = _find_template(Path(folder))
+        if source is None:
             raise DataError(f"{folder} has no chat template: neither chat_template.jinja nor one in tokenizer_config.json")
-        return cls(source, tokenizer, str(config))
+        return cls(source, Tokenizer.load(Path(folder)), where)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Token ids of a conversation, ready for an answer when `add_generation_prompt`."""
@@ -107,6 +100,12 @@ class ChatTemplate:
         return ids
 
 
+def template_hash(folder: Path) -> str | None:
+    """The hash of a tokenizer folder's chat template; None when it has none."""
+    source, _ = _find_template(folder)
+    return None if source is None else hash_value(source)
+
+
 def check_messages(messages: Any, where: str) -> None:
     """Raise DataError unless `messages` is a list of {"role": text, "content": text}."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
@@ -117,6 +116,16 @@ def check_messages(messages: Any, where: str) -> None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise DataError(f"{where}: '{key}' of message {index} must be text")
+
+
+def _find_template(folder: Path) -> tuple[str | None, str]:
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8"), str(file)
+    source = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(source, list):  # several named templates
+        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    return source if isinstance(source, str) else None, str(config)
 
 
 def _raise_exception(sentence: str) -> NoReturn:

@@ -41,7 +41,7 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, bos_id: int, eos_id: int, pad_id: int) -> None:
         inner.encode_special_tokens = True  # the text of a special token inside a document is ordinary text
         self.inner, self.bos_id, self.eos_id, self.pad_id = inner, bos_id, eos_id, pad_id
-        self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         added = inner.get_added_tokens_decoder()
         self.special_ids = {token.content: index for index, token in added.items() if token.special}
         self._bytes: list[bytes] | None = None
@@ -81,7 +81,7 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """The bytes that each id stands for; special tokens stand for none."""
         if self._bytes is None:
-            table = [b""] * (max(self.inner.get_vocab(with_added_tokens=True).values()) + 1)
+            table = [b""] * self.vocab_size
             alphabet = _byte_alphabet() if self._is_byte_level() else None
             special = set(self.special_ids.values())
             for piece, index in self.inner.get_vocab(with_added_tokens=True).items():
