@@ -76,7 +76,7 @@ def _bar_label(name: str, x: float, width: float) -> Markup:
     if visible is None:
         return Markup("")
     red, green, blue = (int(BY_NAME[name].colour[i:i + 2], 16) for i in (1, 3, 5))
-    ink = "on-light" if 0.299 * red + 0.587 * green + 0.114 * blue > 165 else "on-dark"
+    ink = "on-light" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "on-dark"
     return Markup('<text class="{} {}" x="{:.3f}%" y="21">{}</text>').format(visible, ink, x + width / 2, name)
 
 
