@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from athanor.cluster.spec import ClusterSpec
 from athanor.planner.operators import WIDTH_BYTES, Table
 
@@ -20,18 +18,9 @@ class Curves:
         return table(max(full_bytes, float(table.axes[0][0])))
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Seconds of collectives of one micro-batch on one rank, none of it hidden (gloo shares the rank's own cores)."""
-
-    data_parallel: float
-    tensor: float
-
-
-def fully_shard_seconds(curves: Curves, unit_bytes: list[float], reshard: bool) -> float:
-    """Gather each unit's parameters for forward (and again for backward when resharded), reduce its gradients."""
-    gathers = 2 if reshard else 1
-    return sum(gathers * curves("all_gather", size) + curves("reduce_scatter", size) for size in unit_bytes)
+def fully_shard_seconds(curves: Curves, unit_bytes: float, reshard: bool) -> float:
+    """Gather a unit's parameters for forward (and again for backward when resharded), reduce its gradients."""
+    return (2 if reshard else 1) * curves("all_gather", unit_bytes) + curves("reduce_scatter", unit_bytes)
 
 
 def tensor_seconds(curves: Curves, tokens: float, hidden_size: int, blocks: int, dtype: str) -> float:

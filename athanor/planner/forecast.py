@@ -140,8 +140,8 @@ class Forecaster:
         if layout.data_ranks > 1:
             ends = 4.0 * shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) / layout.tp
             block = (4.0 * shape.parameters() / layout.tp - ends) / shape.num_hidden_layers
-            units = [block] * shape.num_hidden_layers + [ends]
-            data = stage.num_microbatches * fully_shard_seconds(self.curves, units, reshard=True)
+            data = stage.num_microbatches * (shape.num_hidden_layers * fully_shard_seconds(self.curves, block, reshard=True)
+                                             + fully_shard_seconds(self.curves, ends, reshard=True))
             data += 2 * self.curves("all_reduce", 8.0)  # the global token count, and the gradient's norm
         if layout.tp > 1:
             tensor = stage.num_microbatches * tensor_seconds(

@@ -65,6 +65,10 @@ class Rates:
         chains = {row[1] for row in cluster.elementwise}
         self._chains = {name: [Table([[row[2], row[column]] for row in cluster.elementwise if row[1] == name], True)
                                for column in (3, 4)] for name in chains}
+        updates = np.asarray(cluster.optimizer, dtype=float)
+        relative = updates[:, :2] / updates[:, 2:]  # errors count in proportion
+        costs, *_ = np.linalg.lstsq(relative, np.ones(len(updates)), rcond=None)
+        self._per_tensor, self._per_element = (max(0.0, float(cost)) for cost in costs)
         other = cluster.elementwise[0][0]
         self._bytes_ratio = WIDTH_BYTES[dtype] / WIDTH_BYTES[other]
         self._flops_ratio = cluster.peak_flops[other] / self.peak_flops
@@ -90,10 +94,7 @@ class Rates:
 
     def update(self, tensors: int, elements: float) -> float:
         """Seconds of an AdamW step: a cost per tensor and a cost per element, both fitted to the measured rows."""
-        rows = np.asarray(self.cluster.optimizer, dtype=float)
-        design = rows[:, :2] / rows[:, 2:]  # relative errors count alike
-        (per_tensor, per_element), *_ = np.linalg.lstsq(design, np.ones(len(rows)), rcond=None)
-        return float(max(per_tensor, 0.0) * tensors + max(per_element, 0.0) * elements)
+        return self._per_tensor * tensors + self._per_element * elements
 
     def launch(self, operations: float) -> float:
         """Seconds of launching operations whose work is too small to measure, forward and backward together."""
