@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -51,13 +52,13 @@ def compile_each(cpu_seconds: float) -> None:
     A source that takes too long ends this process (SIGPROF), as does one that crashes the compiler: the parent counts
     the lines, blames the source that is next, and starts another child behind it.
     """
+    gc.disable()  # trees have no cycles, and their many nodes would set it off again and again
     verdict: tuple[str | None, int]
     for source, first_line, last_line in json.load(sys.stdin):
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
-            tree = ast.parse(source)
             compile(source, "<generated>", "exec", dont_inherit=True)
-            verdict = (None, substance(tree, first_line, last_line))
+            verdict = (None, substance(ast.parse(source), first_line, last_line))
         except REFUSALS as error:
             verdict = (f"{type(error).__name__}: {error}"[:200], 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
