@@ -41,7 +41,7 @@ def test_bootstrap_covers_the_truth_and_narrows() -> None:
         for trial in range(60):
             sizes = generator.lognormal(6, 1, count)
             bits = sizes * generator.normal(2.0, 0.4, count)
-            low, high = bootstrap_ratio(bits, sizes, resamples=300, seed=trial)
+            low, high = bootstrap_ratio(list(bits), list(sizes), resamples=300, seed=trial)
             hits += low <= 2.0 <= high
             width += (high - low) / 60
         widths[count] = width

@@ -1,0 +1,35 @@
+"""Tasks and scorers are found by name: a file in `tasks/` or `scorers/`, or a `package.module` from outside."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from athanor.foundation.errors import UserError, did_you_mean
+
+Kind = Literal["tasks", "scorers"]
+OFFERS = {"tasks": "run", "scorers": "score"}  # the function that each must have
+
+
+def names(kind: Kind) -> list[str]:
+    """Everything in the folder."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name(kind))]))
+
+
+def load(kind: Kind, name: str) -> ModuleType:
+    """The module of a task (`run(subject, data, limit, progress)`) or scorer (`score(prompt, answer, reference)`).
+
+    Raises UserError with the nearest valid name.
+    """
+    if "." not in name and name not in names(kind):
+        raise UserError(f"there is no {kind[:-1]} '{name}'; {did_you_mean(name, names(kind))}, or package.module of your own")
+    try:
+        module = importlib.import_module(name if "." in name else f"athanor.evaluate.{kind}.{name}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{kind[:-1]} '{name}' cannot be imported: {error}") from None
+    if not callable(getattr(module, OFFERS[kind], None)):
+        raise UserError(f"{name} is no {kind[:-1]}: it has no function '{OFFERS[kind]}'")
+    return module

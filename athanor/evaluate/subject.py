@@ -1,0 +1,99 @@
+"""A model under test: its engine, its tokenizer, how it is asked, and answers for many prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from athanor.data.text.chat import ChatTemplate
+from athanor.data.text.tokenizer import Tokenizer
+from athanor.foundation.errors import ModelError, UserError
+from athanor.foundation.run_folder import read_json
+
+if TYPE_CHECKING:
+    from athanor.inference.engine import Engine, Request
+
+Progress = Callable[[int, int], None]  # done, total
+CONCURRENT = 64  # requests of full context that the cache is made for
+CHECK_EVERY = 8  # tokens between looks at whether an answer is over
+
+
+@dataclass
+class Subject:
+    """A model folder, opened. A chat model is asked through its template, another by plain text to go on with.
+
+    `context_tokens` is the longest context that tasks use: the model's own, or a shorter one it was trained on.
+    """
+
+    name: str
+    folder: Path
+    is_chat: bool
+    context_tokens: int
+    engine: Engine
+    tokenizer: Tokenizer
+
+    def chat(self) -> ChatTemplate:
+        return ChatTemplate.load(self.folder)
+
+
+def open_subject(name: str, folder: Path, is_chat: bool, context_tokens: int | None = None) -> Subject:
+    """Load a Hugging Face folder for testing. Raises ModelError or DataError when a part of it is missing."""
+    from athanor.inference.engine import open_engine
+
+    config = read_json(folder / "config.json")
+    longest = config.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        raise ModelError(f"{folder / 'config.json'} has no 'max_position_embeddings'")
+    context_tokens = min(longest, context_tokens or longest)
+    engine = open_engine(folder, cache_tokens=CONCURRENT * context_tokens)
+    return Subject(name, folder, is_chat, context_tokens, engine, Tokenizer.load(folder))
+
+
+def generate(subject: Subject, prompts: Sequence[list[int]], max_new_tokens: Sequence[int], progress: Progress,
+             is_over: Callable[[int, str], bool] = lambda index, text: False) -> list[tuple[str, str]]:
+    """Greedy answers to token prompts: (text, finish reason: stop, length or cancelled), in their order.
+
+    Generation ends at the tokenizer's eos, after `max_new_tokens[i]`, or soon after `is_over(i, text so far)`.
+    """
+    from athanor.inference.engine import Sampling
+
+    engine, tokenizer = subject.engine, subject.tokenizer
+    requests: dict[int, Request] = {}
+    for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+        requests[index] = engine.submit(prompt, Sampling(max_new_tokens=limit, temperature=0.0,
+                                                         stop_token_ids=(tokenizer.eos_id,)))
+    answers: dict[int, tuple[str, str]] = {}
+    seen = dict.fromkeys(requests, 0)
+    while requests:
+        engine.step()
+        for index, request in list(requests.items()):
+            length = len(request.token_ids)
+            if request.finish_reason is None and length < seen[index] + CHECK_EVERY:
+                continue
+            seen[index] = length
+            text = tokenizer.decode(request.token_ids)
+            if request.finish_reason is None and is_over(index, text):
+                engine.cancel(request)
+                answers[index] = text, "cancelled"
+            elif request.finish_reason is not None:
+                answers[index] = text, str(request.finish_reason)
+            else:
+                continue
+            del requests[index]
+            progress(len(answers), len(prompts))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def held_out(data: Path, name: str) -> list[dict[str, object]]:
+    """The lines of a held-out file of a data folder. Raises UserError when it is missing or empty."""
+    from athanor.foundation.run_folder import read_jsonl
+
+    path = data / name
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; {data} is not a data folder, or `athanor data build` has not finished it")
+    rows = read_jsonl(path)
+    if not rows:
+        raise UserError(f"{path} is empty, so there is nothing to score; raise data.evaluation_share")
+    return rows

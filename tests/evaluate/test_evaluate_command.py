@@ -1,0 +1,116 @@
+"""`athanor evaluate` on real ranks: two models at once, merged scores, and bad input in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bigram_model import follow, write_bigram
+from click.testing import CliRunner
+
+from athanor.cli.evaluate import command, run_candidates
+from athanor.data.text.tokenizer import Tokenizer
+from athanor.evaluate.ranks import Candidate, evaluate
+from athanor.foundation.errors import AthanorError
+from athanor.foundation.recipe import load_recipe
+from athanor.foundation.run_folder import RunFolder
+
+RECIPE = """name = "tiny"
+[[data.source]]
+name = "here"
+kind = "python"
+[[stage]]
+name = "pretrain"
+seq_len = 64
+[[stage]]
+name = "chat"
+objective = "sft"
+start_from = "pretrain"
+seq_len = 32
+[evaluate]
+tasks = ["bits_per_byte", "python_parses"]
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: Path, tokenizer: Tokenizer, source: str, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run of two stages: one that knows the first document by heart, one that answers every question with `x`."""
+    monkeypatch.setenv("ATHANOR_RUNS", str(tmp_path / "runs"))
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    run.root.mkdir(parents=True)
+    data.rename(run.data)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    write_bigram(run.stage("pretrain").model, tokenizer, follow(tokenizer, [0, *tokenizer.encode(source), 1]), 256)
+    answer = [tokenizer.special_ids["<|assistant|>"], *tokenizer.encode("x"), 1]
+    write_bigram(run.stage("chat").model, tokenizer, follow(tokenizer, answer), 256)
+    return run
+
+
+def call(*arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments] + ["--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    content: dict[str, Any] = json.loads(result.stdout)
+    return content
+
+
+def test_a_recipe_scores_its_stages_and_keeps_other_scores(run: RunFolder, tmp_path: Path) -> None:
+    run.scores.write_text(json.dumps({"schema": 1, "models": {"pretrain": {"identifiers": {"value": 0.25}}}}))
+    found = call(tmp_path / "tiny.toml")
+    assert found["scores"] == str(run.scores)
+    written = json.loads(run.scores.read_text())["models"]
+    assert list(written) == list(found["models"]) == ["pretrain", "chat"]
+    assert written["pretrain"].pop("identifiers") == {"value": 0.25}
+    assert written == found["models"]
+    first, second = (written[stage]["bits_per_byte"] for stage in ("pretrain", "chat"))
+    assert first["value"] < 0.8 * second["value"] and first["details"]["xz"] == second["details"]["xz"]
+    assert (first["details"]["context_tokens"], second["details"]["context_tokens"]) == (64, 64)
+    base, tuned = (written[stage]["python_parses"] for stage in ("pretrain", "chat"))
+    assert (base["details"]["asked"], tuned["details"]["asked"]) == ("plain text", "chat template")
+    assert base["count"] == tuned["count"] == 2
+    assert set(found["seconds"]["chat"]) == {"bits_per_byte", "python_parses"}
+
+
+def test_a_model_folder_on_its_own(run: RunFolder) -> None:
+    folder = run.stage("pretrain").model
+    found = call(folder, "--data", run.data, "--task", "identifiers", "--ask", "text", "--limit", 9)
+    assert found["scores"] is None and found["models"]["model"]["identifiers"]["count"] == 9
+    assert not run.scores.exists()
+
+
+def test_progress_reaches_every_model_and_task(run: RunFolder, tmp_path: Path) -> None:
+    candidates = [Candidate(name, run.stage("pretrain").model, False) for name in ("a", "b", "c")]
+    messages: list[dict[str, Any]] = []
+    result = evaluate(candidates, ["bits_per_byte"], run.data, log_folder=tmp_path / "logs", on_progress=messages.append)
+    assert list(result.scores) == ["a", "b", "c"]
+    assert result.scores["a"] == result.scores["b"] == result.scores["c"], "the same model scores the same, bit for bit"
+    assert {m["model"] for m in messages if m["done"] == m["total"]} == {"a", "b", "c"}
+
+
+def test_only_stages_with_a_model(run: RunFolder, tmp_path: Path) -> None:
+    recipe = load_recipe(tmp_path / "tiny.toml")
+    assert [(c.name, c.is_chat, c.context_tokens) for c in run_candidates(recipe, run)] == [
+        ("pretrain", False, 64), ("chat", True, 64)]
+    run.stage("chat").model.rename(tmp_path / "away")
+    assert [c.name for c in run_candidates(recipe, run)] == ["pretrain"]
+    with pytest.raises(AthanorError, match="train stage 'chat' first"):
+        run_candidates(recipe, run, ("chat",))
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["tiny.toml", "--task", "bits_per_bite"], "no task 'bits_per_bite'; did you mean 'bits_per_byte'"),
+    (["tiny.toml", "--stage", "chap"], "no stage 'chap'; did you mean 'chat'"),
+    (["tiny.toml", "evaluate.taks=1"], "unknown key 'evaluate.taks'; did you mean 'tasks'"),
+    (["runs/tiny/pretrain/model"], "give it with --data"),
+    (["runs/tiny/pretrain", "--data", "runs/tiny/data"], "is not a model folder: it has no config.json; did you mean 'model'"),
+    (["runs/tiny/pretrain/model", "--data", "runs"], "evaluation.jsonl does not exist"),
+    (["nothing.toml"], "nothing.toml does not exist"),
+])
+def test_bad_input_is_one_sentence_and_writes_nothing(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      arguments: list[str], sentence: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AthanorError) as caught:
+        CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    assert not run.scores.exists()
