@@ -76,11 +76,13 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, FunctionNode]]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield prefix + child.name, child
-        inner = f"{prefix}{child.name}." if isinstance(child, (FunctionNode, ast.ClassDef)) else prefix
-        yield from _walk(child, inner)
+    """Functions in statements only: expressions are most of a tree and hold none."""
+    for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for child in getattr(node, field, ()):
+            if isinstance(child, FunctionNode):
+                yield prefix + child.name, child
+            inner = f"{prefix}{child.name}." if isinstance(child, (FunctionNode, ast.ClassDef)) else prefix
+            yield from _walk(child, inner)
 
 
 def _function(lines: list[str], name: str, node: FunctionNode) -> Function | None:

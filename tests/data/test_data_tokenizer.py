@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -29,10 +33,13 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 def test_three_trainings_give_equal_bytes(tmp_path: Path, folder: Path) -> None:
-    for number in range(2):
-        train_tokenizer(iter(TEXTS), 700).save(tmp_path / str(number))
+    program = ("import sys, json; from pathlib import Path; from athanor.data.text.tokenizer import train_tokenizer\n"
+               "train_tokenizer(iter(json.load(sys.stdin)), 700).save(Path(sys.argv[1]))")
+    for threads in ("1", "3"):  # in processes of their own: other hash seeds, another division of the work
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / threads)], input=json.dumps(TEXTS), text=True, check=True,
+                       env={**os.environ, "RAYON_NUM_THREADS": threads}, timeout=120)
         for file in folder.iterdir():
-            assert (tmp_path / str(number) / file.name).read_bytes() == file.read_bytes()
+            assert (tmp_path / threads / file.name).read_bytes() == file.read_bytes()
 
 
 def test_special_tokens_have_their_ids(tokenizer: Tokenizer) -> None:
