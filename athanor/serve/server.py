@@ -1,0 +1,156 @@
+"""Starting and stopping the server: a port, a uvicorn server over the API, and the first answers that prove it works."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from athanor.foundation.errors import AthanorError, ModelError, UserError
+from athanor.inference.engine import open_engine
+from athanor.registry.model_folder import read_config
+from athanor.serve.api import Api, Limits
+from athanor.serve.target import Target, find_target
+from athanor.serve.worker import Worker
+
+GRACE_SECONDS = 5  # how long answers that are being written may go on after a stop
+DEFAULT_CACHE_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen; port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    @property
+    def is_local(self) -> bool:
+        return self.host in ("127.0.0.1", "localhost", "::1")
+
+
+def listen(address: Address) -> socket.socket:
+    """A listening socket. Raises UserError that names host and port and how to choose others."""
+    where = f"{address.host} port {address.port}"
+    try:
+        family, kind, protocol, _, bound = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM,
+                                                              flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise UserError(f"'{address.host}' is not an address of this machine ({error.strerror}); choose another with --host "
+                        "or serve.host") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(bound)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        reasons = {errno.EADDRINUSE: "is in use by another program", errno.EACCES: "needs privileges (ports below 1024 do)",
+                   errno.EADDRNOTAVAIL: "is not an address of this machine"}
+        why = reasons.get(error.errno or 0, f"cannot be used: {error.strerror}")
+        raise UserError(f"{where} {why}; choose another with --port or serve.port (0 takes a free one)") from None
+    return listener
+
+
+def make_server(target: Target, api_key: str | None = None, limits: Limits | None = None,
+                cache_tokens: int | None = None) -> tuple[uvicorn.Server, Api]:
+    """Open the model and put a server before it, which nobody runs yet. Raises ModelError for a folder that is no model."""
+    engine = open_engine(target.folder, cache_tokens=cache_tokens or DEFAULT_CACHE_TOKENS)
+    limits = limits or Limits()
+    api = Api(target, Worker(engine, limits.answers), context_tokens(target.folder), int(time.time()), api_key, limits)
+    config = uvicorn.Config(api.app(), log_level="warning", access_log=False, lifespan="on", ws="none", server_header=False,
+                            timeout_graceful_shutdown=GRACE_SECONDS)
+    return uvicorn.Server(config), api
+
+
+def context_tokens(folder: Path) -> int:
+    """The longest prompt and answer together that the model was made for."""
+    length = read_config(folder).get("max_position_embeddings")
+    if not isinstance(length, int):
+        raise ModelError(f"{folder / 'config.json'} has no max_position_embeddings")
+    return length
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def running(target: Target, **options: Any) -> Iterator[tuple[str, Api]]:
+    """The real server on a free port of the loopback interface, in a thread of this process; gives its URL, and stops it."""
+    listener = listen(Address(port=0))
+    try:
+        server, api = make_server(target, **options)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server", daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise AthanorError("the server ended before it was ready")
+                time.sleep(0.005)
+            yield url_of(listener), api
+        finally:
+            server.should_exit = True
+            thread.join()
+    finally:
+        listener.close()
+
+
+def smoke(model_folder: Path, max_tokens: int = 48) -> dict[str, Any]:
+    """Start the server, ask one chat and one streamed chat over HTTP, stop it; answers, usage and timings (seconds).
+
+    The two ask the same with temperature 0, so they must say the same; AthanorError otherwise.
+    """
+    begin = time.perf_counter()
+    question = {"messages": [{"role": "user", "content": 'def add(a, b):\n    """Return the sum of a and b."""'}],
+                "max_tokens": max_tokens, "temperature": 0}
+    with running(find_target(str(model_folder))) as (url, api):
+        ready_seconds = time.perf_counter() - begin
+        asked = time.perf_counter()
+        chat = json.loads(_post(url, question)[0])
+        chat_seconds = time.perf_counter() - asked
+        asked = time.perf_counter()
+        body, first_seconds = _post(url, question | {"stream": True, "stream_options": {"include_usage": True}})
+        stream_seconds = time.perf_counter() - asked
+        model = api.target.reference
+        stopping = time.perf_counter()
+    events = [line.removeprefix("data: ") for line in body.decode().splitlines() if line.startswith("data: ")]
+    chunks = [json.loads(line) for line in events[:-1]]
+    streamed = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+    answer = chat["choices"][0]["message"]["content"]
+    if events[-1] != "[DONE]" or streamed != answer:
+        raise AthanorError(f"the served model said {answer!r} at once, but streamed {streamed!r}")
+    return {"model": model, "question": question["messages"], "answer": answer, "streamed": streamed, "usage": chat["usage"],
+            "ready_seconds": ready_seconds, "chat_seconds": chat_seconds, "first_token_seconds": first_seconds,
+            "stream_seconds": stream_seconds, "tokens_per_second": chunks[-1]["usage"]["completion_tokens"] / stream_seconds,
+            "stop_seconds": time.perf_counter() - stopping, "seconds": time.perf_counter() - begin}
+
+
+def _post(url: str, body: dict[str, Any]) -> tuple[bytes, float]:
+    """Ask for a chat; the answer's body, and the seconds until its first token (when it is streamed)."""
+    begin = time.perf_counter()
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=300)
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        first_seconds, content = 0.0, b""
+        while line := response.readline():
+            if not first_seconds and b'"content":' in line and b'"content":""' not in line:
+                first_seconds = time.perf_counter() - begin
+            content += line
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise AthanorError(f"the server answered {response.status}: {content.decode(errors='replace')}")
+    return content, first_seconds or time.perf_counter() - begin

@@ -1,0 +1,79 @@
+"""What MODEL means on a command line: a model's folder, a stage or run, a recipe, or a name in the registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from athanor.foundation.errors import ModelError, UserError, did_you_mean
+from athanor.foundation.recipe import load_recipe
+from athanor.foundation.run_folder import RunFolder, registry_root, runs_root
+from athanor.registry.manifest import content_version, hash_files
+from athanor.registry.store import Registry
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to be served: its Hugging Face folder, the name it goes by, and where judgements are kept (if anywhere)."""
+
+    folder: Path
+    name: str
+    feedback: Path | None = None
+
+    @cached_property
+    def version(self) -> str:
+        """The registry's version of the same content."""
+        return content_version(hash_files(self.folder))
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+def find_target(model: str) -> Target:
+    """Resolve MODEL. Raises UserError that names what was tried, and the nearest name that exists."""
+    path = Path(model)
+    if path.suffix == ".toml":
+        return _of_run(runs_root() / load_recipe(path).name, f"'{model}' has not been trained yet: ")
+    if (path / "config.json").is_file():
+        return _of_folder(path.resolve())
+    if (path / "model" / "config.json").is_file():
+        return _of_folder((path / "model").resolve())
+    if path.is_dir():
+        return _of_run(path.resolve(), "")
+    if "@" not in model and (runs_root() / model).is_dir():
+        return _of_run((runs_root() / model).resolve(), "")
+    return _of_registry(model)
+
+
+def _of_folder(folder: Path) -> Target:
+    """A model's folder; inside a run (`<run>/<stage>/model`) it goes by the names of both."""
+    stage, run = folder.parent, folder.parent.parent
+    if folder.name == "model" and RunFolder(run).recipe.is_file():
+        return Target(folder, f"{run.name}-{stage.name}", RunFolder(run).feedback)
+    return Target(folder, folder.parent.name if folder.name == "model" else folder.name)
+
+
+def _of_run(run: Path, before: str) -> Target:
+    """The model of the run's newest stage."""
+    models = [config.parent for config in run.glob("*/model/config.json")]
+    if not models:
+        raise ModelError(f"{before}{run} holds no model: neither config.json (a model's folder) nor <stage>/model/config.json "
+                         "(a run)")
+    newest = max(models, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
+    return Target(newest, f"{run.name}-{newest.parent.name}", RunFolder(run).feedback)
+
+
+def _of_registry(model: str) -> Target:
+    registry = Registry(registry_root())
+    names = {str(row["model"]) for row in registry.rows()}
+    runs = [path.parent.name for path in runs_root().glob("*/recipe.toml")]
+    if model.partition("@")[0] not in names:
+        hint = did_you_mean(model.partition("@")[0], [*names, *runs])
+        raise UserError(f"'{model}' is no model folder, run folder, recipe, or name in {registry.root}; {hint}".rstrip("; "))
+    card = registry.get(model)
+    run = card.origin.removeprefix("run ").partition(",")[0]
+    kept = runs_root() / run
+    feedback = RunFolder(kept).feedback if card.origin.startswith("run ") and kept.is_dir() else None
+    return Target(registry.folder(card), card.model, feedback)
