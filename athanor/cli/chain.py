@@ -1,0 +1,106 @@
+"""The record of a run's steps: what each read and wrote, by hash, so that what is unchanged is skipped.
+
+`chain.jsonl` has a line when an invocation begins and ends and when a step starts and is done. A step is skipped when its
+last done line has the same inputs and its outputs still have the hashes written there; after a kill, the next invocation
+therefore goes on with the step that was cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from athanor.foundation.errors import UserError
+from athanor.foundation.progress import say
+from athanor.foundation.run_folder import RunFolder, append_jsonl, disk_errors, hash_file, hash_folder, read_jsonl, sweep
+from athanor.foundation.units import format_seconds
+
+
+class Chain:
+    """The steps of one invocation in a run folder; use it inside `with locked(run)`."""
+
+    def __init__(self, run: RunFolder, devices: int, started: float) -> None:
+        self.run, self.devices, self.started = run, devices, started
+        self.lines = read_jsonl(run.chain)
+        self.begun = False
+
+    def step(self, name: str, inputs: dict[str, str], outputs: Sequence[Path], work: Callable[[], dict[str, Any] | None]) -> bool:
+        """Do `work` unless it was done with these inputs and its outputs are still what it wrote. Returns whether it ran.
+
+        `work` returns details for the record, or None.
+        """
+        last = self.last(name)
+        if last is not None and last["inputs"] == inputs and last["outputs"] == self._hashes(outputs):
+            say(f"{name}: unchanged")
+            return False
+        if not self.begun:
+            self._write({"event": "begin", "time": self.started, "devices": self.devices})
+            self.begun = True
+        self._write({"event": "start", "step": name, "time": time.time()})
+        say(f"{name} …")
+        start = time.perf_counter()
+        details = work() or {}
+        seconds = time.perf_counter() - start
+        self._write({"event": "done", "step": name, "time": time.time(), "seconds": seconds, "devices": self.devices,
+                     "inputs": inputs, "outputs": self._hashes(outputs), "details": details})
+        say(f"{name}: {format_seconds(seconds)}")
+        return True
+
+    def last(self, name: str) -> dict[str, Any] | None:
+        """The newest done line of a step."""
+        return next((line for line in reversed(self.lines) if line["event"] == "done" and line["step"] == name), None)
+
+    def end(self) -> None:
+        """Note that this invocation did everything, if it did anything."""
+        if self.begun:
+            self._write({"event": "end", "time": time.time()})
+
+    def wall_seconds(self) -> float:
+        """Time of all invocations so far; one that was killed lasted until the last sign of life in the run folder."""
+        total = 0.0
+        begins = [(i, line["time"]) for i, line in enumerate(self.lines) if line["event"] == "begin"]
+        for number, (index, begin) in enumerate(begins):
+            is_last = number + 1 == len(begins)
+            until = self.lines[index:] if is_last else self.lines[index:begins[number + 1][0]]
+            if is_last and self.begun and until[-1]["event"] != "end":
+                total += time.time() - begin
+                continue
+            signs = [line["time"] for line in until]
+            signs += [line["time"] for file in self.run.root.glob("*/ledger.jsonl") for line in read_jsonl(file)
+                      if "time" in line and line["time"] >= begin and (is_last or line["time"] < begins[number + 1][1])]
+            total += max(signs) - begin
+        return total
+
+    def _write(self, line: dict[str, Any]) -> None:
+        append_jsonl(self.run.chain, line)
+        self.lines.append(line)
+
+    def _hashes(self, outputs: Sequence[Path]) -> dict[str, str | None]:
+        return {path.relative_to(self.run.root).as_posix(): hash_output(path) for path in outputs}
+
+
+def hash_output(path: Path) -> str | None:
+    """The hash of a file or folder, None when it is not there."""
+    if path.is_dir():
+        return hash_folder(path)
+    return hash_file(path) if path.exists() else None
+
+
+@contextlib.contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Hold the run folder for this process; a second one is refused. What a killed process left half built is removed."""
+    with disk_errors(run.root):
+        run.root.mkdir(parents=True, exist_ok=True)
+        lock = (run.root / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is working in {run.root}; wait for it, or give the run another name") from None
+        for folder in (run.root, *(p for p in run.root.iterdir() if p.is_dir())):
+            sweep(folder)
+        yield

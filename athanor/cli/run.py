@@ -1,0 +1,217 @@
+"""`athanor run`: the whole chain from one recipe: check, plan, data, train, evaluate, register, serve, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+import tomllib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from athanor.cli.chain import Chain, hash_output, locked
+from athanor.foundation.errors import AthanorError
+from athanor.foundation.progress import say
+from athanor.foundation.recipe import Recipe, Stage, load_recipe
+from athanor.foundation.run_folder import RunFolder, hash_value, runs_root, write_atomic
+from athanor.ledger.book import Book, read_book, total
+
+STEP_ACCOUNTS = {"check": "check", "plan": "check", "data": "data", "evaluate": "evaluation", "registry": "publish",
+                 "serve": "publish", "report": "publish"}
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
+def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Walk the whole chain of RECIPE; steps whose inputs have not changed are skipped, a killed run goes on."""
+    started = time.time()
+    loaded = load_recipe(recipe, list(overrides))
+    run = RunFolder(runs_root() / loaded.name)
+    with locked(run):
+        chain = walk(loaded, run, started)
+    _tell(run, chain, loaded)
+    if as_json:
+        click.echo(json.dumps({"run": str(run.root), "report": str(run.report), "wall_seconds": chain.wall_seconds(),
+                               "steps": [line for line in chain.lines if line["event"] == "done"]}))
+
+
+def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
+    """Do every step that is not done yet, in order."""
+    from athanor.data.sources import scan
+    from athanor.foundation.launch import start_server
+
+    sources = scan(recipe)  # a missing source is told before anything is measured
+    write_atomic(run.recipe, recipe.annotated())
+    chain = Chain(run, recipe.cluster.devices or len(os.sched_getaffinity(0)), started)
+    start_server()
+    _check(chain, recipe, run)
+    planned = _plan(chain, recipe, run, sources)
+    data_inputs = {"data": hash_value([planned.data.model_dump(), planned.seed]), "sources": _fingerprint(recipe)}
+    chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run))
+    for stage in planned.stage:
+        chain.step(f"train {stage.name}", _stage_inputs(planned, stage, run), [run.stage(stage.name).model],
+                   _training(planned, stage, run))
+    models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
+    facts = {**models, "data": str(hash_output(run.data / "manifest.json"))}
+    chain.step("evaluate", {**facts, "tasks": hash_value(planned.evaluate.model_dump())}, [run.scores], lambda: _evaluate(planned, run))
+    chain.step("registry", {**models, "scores": str(hash_output(run.scores))}, [], lambda: _register(planned, run))
+    chain.step("serve", {"model": list(models.values())[-1]}, [], lambda: _serve(run.stage(planned.stage[-1].name).model, run))
+    chain.step("report", {"scores": str(hash_output(run.scores)), "plan": str(hash_output(run.plan)), **models}, [run.report],
+               lambda: _report(chain, planned, run))
+    chain.end()
+    return chain
+
+
+def _check(chain: Chain, recipe: Recipe, run: RunFolder) -> None:
+    from athanor.cli.check import check
+    from athanor.cluster.spec import read_cluster
+
+    if recipe.cluster.file != "auto":
+        given = Path(recipe.cluster.file)
+        read_cluster(given)
+        chain.step("check", {"file": str(hash_output(given))}, [run.cluster], lambda: write_atomic(run.cluster, given.read_bytes()))
+        return
+    machine = [platform.node(), os.cpu_count(), platform.machine(), version("torch"), recipe.cluster.devices]
+
+    def measure() -> None:
+        check(run.cluster, recipe.cluster.devices)
+
+    chain.step("check", {"machine": hash_value(machine)}, [run.cluster], measure)
+
+
+def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any]) -> Recipe:
+    """Plan, or take the plan that the recipe names; the recipe with everything filled in."""
+    from athanor.cli.plan import plan_run, write_plan
+
+    def make() -> dict[str, Any]:
+        if recipe.plan.file != "auto":
+            write_atomic(run.plan, Path(recipe.plan.file).read_bytes())
+            return {"followed": recipe.plan.file}
+        plan = plan_run(recipe, run)
+        write_plan(plan, run, run.plan)
+        return {"forecast_seconds": plan.forecast.wall_seconds}
+
+    followed = recipe.plan.file != "auto"
+    inputs = {"recipe": hash_value(recipe.model_dump(exclude={"serve"})), "cluster": str(hash_output(run.cluster)),
+              "sources": hash_value(sources), **({"plan": str(hash_output(Path(recipe.plan.file)))} if followed else {})}
+    outputs = [run.plan] if followed else [run.plan, run.forecast]
+    chain.step("plan", inputs, outputs, make)
+    return recipe.with_plan(tomllib.loads(run.plan.read_text(encoding="utf-8")), str(run.plan))
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """Changes when a source's files do: their paths, sizes and times of change."""
+    from athanor.data.sources import list_files
+
+    return hash_value([[source.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in list_files(source))]
+                       for source in recipe.data.source])
+
+
+def _build_data(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
+    from athanor.cli.data import build_with_bar
+
+    manifest = build_with_bar(recipe, run.data)
+    return {"hash": manifest["hash"], "seconds": manifest["seconds"]}
+
+
+def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str]:
+    """What the weights of a stage depend on."""
+    inputs = {"config": hash_value([recipe.seed, recipe.model.model_dump(), recipe.parallel.model_dump(), stage.model_dump()]),
+              "data": str(hash_output(run.data / "manifest.json"))}
+    if stage.start_from:
+        is_stage = any(other.name == stage.start_from for other in recipe.stage)
+        inputs["start_from"] = str(hash_output(run.stage(stage.start_from).model if is_stage else Path(stage.start_from)))
+    return inputs
+
+
+def _training(recipe: Recipe, stage: Stage, run: RunFolder) -> Callable[[], dict[str, Any]]:
+    def train() -> dict[str, Any]:
+        from athanor.cli.train import train_run
+
+        result = train_run(recipe, stage.name, run)
+        return {"steps": len(result["loss"]), "loss": result["loss"][-1] if result["loss"] else None,
+                "tokens_per_second": result["tokens_per_second"]}
+
+    return train
+
+
+def _evaluate(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
+    from athanor.cli.evaluate import evaluate_run
+
+    return {"seconds": evaluate_run(recipe, run).seconds}
+
+
+def _register(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
+    from athanor.registry.store import register
+
+    return {"models": [register(run.root, stage.name).reference for stage in recipe.stage]}
+
+
+def smoke(channel: Callable[..., None], folder: str) -> dict[str, Any]:
+    """Rank function: serve a model, let it answer once whole and once streamed, stop."""
+    from athanor.serve.server import smoke as first_answers
+
+    return first_answers(Path(folder))
+
+
+def _serve(model: Path, run: RunFolder) -> dict[str, Any]:
+    from athanor.foundation.launch import run_ranks
+
+    (answers,) = run_ranks("athanor.cli.run:smoke", {"folder": str(model)}, 1, log_folder=run.logs / "serve", timeout=300)
+    found: dict[str, Any] = answers
+    return found
+
+
+def _report(chain: Chain, recipe: Recipe, run: RunFolder) -> dict[str, Any]:
+    """Add up the run's book, then render the page that shows it; rendering is counted by doing it once before."""
+    from athanor.report.page import write_report
+
+    start = time.perf_counter()
+    write_report(run)
+    actual_book(chain, recipe, run, report_seconds=2 * (time.perf_counter() - start)).write(run.actual)
+    write_report(run)
+    return {}
+
+
+def actual_book(chain: Chain, recipe: Recipe, run: RunFolder, report_seconds: float = 0.0) -> Book:
+    """The book of the whole run: what each step of the chain spent, and the trainer's own books."""
+    books: list[Book] = []
+    for line in chain.lines:
+        if line["event"] == "done" and (account := STEP_ACCOUNTS.get(line["step"])):
+            books.append(_step_book(account, line["seconds"], line["devices"]))
+    books.append(_step_book("publish", report_seconds, chain.devices))
+    books += [read_book(run.stage(stage.name).actual) for stage in recipe.stage]
+    book = total(books, "actual", wall_seconds=chain.wall_seconds(), devices=chain.devices)
+    if recipe.cluster.price_per_device_hour is not None:
+        book.money = recipe.cluster.price_per_device_hour * book.device_seconds / 3600
+    return book
+
+
+def _step_book(account: str, seconds: float, devices: int) -> Book:
+    book = Book("actual", devices, "", None, wall_seconds=seconds, device_seconds=seconds * devices)
+    book.add(account, seconds * devices)
+    return book
+
+
+def _tell(run: RunFolder, chain: Chain, recipe: Recipe) -> None:
+    """The ledger, and where to go from here."""
+    from athanor.ledger.reconcile import WHOLE_CHAIN
+    from athanor.report.run_record import read_run
+    from athanor.report.terminal import print_ledger
+
+    for found in read_run(run).books:
+        if found.name == WHOLE_CHAIN:
+            print_ledger(found)
+    served = chain.last("serve")
+    if served is None:
+        raise AthanorError(f"{run.chain} has no record of the last step; run again")
+    say(f"report: {run.report}")
+    say(f"chat:   athanor chat {run.stage(recipe.stage[-1].name).model}")
+    say(f"serve:  athanor serve {run.stage(recipe.stage[-1].name).model}   (then open http://127.0.0.1:{recipe.serve.port})")

@@ -1,0 +1,64 @@
+"""Writes docs/reference.md from the code: every verb, every key of a recipe, every account. A test holds them equal.
+
+    .venv/bin/python docs/generate_reference.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from athanor.cli.main import VERBS, program
+from athanor.foundation.recipe import document
+from athanor.ledger.accounts import ACCOUNTS
+
+HEAD = """# Reference
+
+Made by `docs/generate_reference.py`; do not edit by hand.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *_verbs(), *_recipe(), *_accounts()]) + "\n"
+
+
+def _verbs() -> list[str]:
+    out = ["## Verbs", "", "People's output goes to standard error; `--json` prints one JSON document to standard output.", ""]
+    context = click.Context(program, info_name="athanor")
+    for verb in VERBS:
+        command = program.get_command(context, verb)
+        assert command is not None, verb
+        out += _command(command, f"athanor {verb}")
+    return out
+
+
+def _command(command: click.Command, name: str) -> list[str]:
+    parameters = [p for p in command.params if isinstance(p, click.Argument)]
+    usage = " ".join([name, *(p.make_metavar(click.Context(command)) for p in parameters)])
+    out = [f"### `{usage}`", "", (command.help or "").strip(), ""]
+    for option in command.params:
+        if isinstance(option, click.Option) and not option.hidden:
+            out.append(f"- `{', '.join(option.opts)}`: {option.help or ''}")
+    out.append("")
+    if isinstance(command, click.Group):
+        for sub, child in command.commands.items():
+            out += _command(child, f"{name} {sub}")
+    return out
+
+
+def _recipe() -> list[str]:
+    out = ["## Recipe", "", "One TOML file; precedence is override > recipe > plan > default. `[]` marks a list of tables,",
+           "whose entries an override names: `stage.pretrain.steps=100`.", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    out += ["| `{}` | {} | {} | {} |".format(*(cell.replace("|", "\\|") for cell in row)) for row in document()]
+    return [*out, ""]
+
+
+def _accounts() -> list[str]:
+    out = ["## Accounts of a book", "", "| account | what stands in it |", "|---|---|"]
+    return out + [f"| `{account.name}` | {account.meaning} |" for account in ACCOUNTS]
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "reference.md").write_text(render())
