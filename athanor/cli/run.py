@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import time
-import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ import click
 from athanor.cli.chain import Chain, hash_output, locked
 from athanor.foundation.errors import AthanorError
 from athanor.foundation.progress import say
-from athanor.foundation.recipe import Recipe, Stage, load_recipe
+from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, hash_value, runs_root, write_atomic
 from athanor.ledger.book import Book, read_book, total
 
@@ -60,7 +59,8 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
                    _training(planned, stage, run))
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
     facts = {**models, "data": str(hash_output(run.data / "manifest.json"))}
-    chain.step("evaluate", {**facts, "tasks": hash_value(planned.evaluate.model_dump())}, [run.scores], lambda: _evaluate(planned, run))
+    chain.step("evaluate", {**facts, "tasks": hash_value(planned.evaluate.model_dump())}, [run.scores],
+               lambda: _evaluate(planned, run))
     chain.step("registry", {**models, "scores": str(hash_output(run.scores))}, [], lambda: _register(planned, run))
     chain.step("serve", {"model": list(models.values())[-1]}, [], lambda: _serve(run.stage(planned.stage[-1].name).model, run))
     chain.step("report", {"scores": str(hash_output(run.scores)), "plan": str(hash_output(run.plan)), **models}, [run.report],
@@ -76,7 +76,8 @@ def _check(chain: Chain, recipe: Recipe, run: RunFolder) -> None:
     if recipe.cluster.file != "auto":
         given = Path(recipe.cluster.file)
         read_cluster(given)
-        chain.step("check", {"file": str(hash_output(given))}, [run.cluster], lambda: write_atomic(run.cluster, given.read_bytes()))
+        chain.step("check", {"file": str(hash_output(given))}, [run.cluster],
+                   lambda: write_atomic(run.cluster, given.read_bytes()))
         return
     machine = [platform.node(), os.cpu_count(), platform.machine(), version("torch"), recipe.cluster.devices]
 
@@ -90,20 +91,20 @@ def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any])
     """Plan, or take the plan that the recipe names; the recipe with everything filled in."""
     from athanor.cli.plan import plan_run, write_plan
 
+    followed = Path(recipe.plan.file) if recipe.plan.file != "auto" else None
+    given = read_plan(followed) if followed else {}
+
     def make() -> dict[str, Any]:
-        if recipe.plan.file != "auto":
-            write_atomic(run.plan, Path(recipe.plan.file).read_bytes())
-            return {"followed": recipe.plan.file}
-        plan = plan_run(recipe, run)
+        plan = plan_run(recipe.with_plan(given, recipe.plan.file), run)  # what a plan fixes is only forecast
         write_plan(plan, run, run.plan)
+        if followed:
+            write_atomic(run.plan, followed.read_bytes())
         return {"forecast_seconds": plan.forecast.wall_seconds}
 
-    followed = recipe.plan.file != "auto"
     inputs = {"recipe": hash_value(recipe.model_dump(exclude={"serve"})), "cluster": str(hash_output(run.cluster)),
-              "sources": hash_value(sources), **({"plan": str(hash_output(Path(recipe.plan.file)))} if followed else {})}
-    outputs = [run.plan] if followed else [run.plan, run.forecast]
-    chain.step("plan", inputs, outputs, make)
-    return recipe.with_plan(tomllib.loads(run.plan.read_text(encoding="utf-8")), str(run.plan))
+              "sources": hash_value(sources), "given": hash_value(given)}
+    chain.step("plan", inputs, [run.plan, run.forecast], make)
+    return recipe.with_plan(read_plan(run.plan), str(run.plan))
 
 
 def _fingerprint(recipe: Recipe) -> str:

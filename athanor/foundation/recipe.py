@@ -188,14 +188,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises RecipeError with file, key, what is allowed and the nearest valid name.
     """
     file = str(path)
-    try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {file} does not exist") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{file} is a folder; a recipe is a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} is not valid TOML: {error}") from None
+    raw = _read_toml(Path(path), "recipe")
     origins = {key: "recipe" for key, _ in _leaves(raw)}
     for text in overrides or []:
         key, sep, value = text.partition("=")
@@ -207,6 +200,22 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     recipe._origins, recipe._file = origins, file
     _check_meaning(recipe, file)
     return recipe
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The tables of a plan.toml. Raises RecipeError when it is not there or not TOML."""
+    return _read_toml(path, "plan")
+
+
+def _read_toml(path: Path, kind: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{kind} {path} does not exist") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder; a {kind} is a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
 
 
 def toml_value(value: Any) -> str:
