@@ -82,7 +82,8 @@ class Conversation:
         from athanor.inference.engine import Sampling
         from athanor.serve.text import AnswerText
 
-        asked = [*self.messages, {"role": "user", "content": question}]
+        text_only = question.encode(errors="surrogateescape").decode(errors="replace")  # bytes that were no UTF-8
+        asked = [*self.messages, {"role": "user", "content": text_only}]
         ids = self.template.render(asked, add_generation_prompt=True)
         room = self.context_tokens - len(ids)
         if room < (self.max_tokens or 1):

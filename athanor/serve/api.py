@@ -9,7 +9,6 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -47,12 +46,15 @@ class Api:
 
     def __init__(self, target: Target, worker: Worker, context_tokens: int, created: int, api_key: str | None = None,
                  limits: Limits | None = None) -> None:
-        self.target, self.worker, self.context_tokens, self.created = target, worker, context_tokens, created
+        self.target, self.worker, self.context_tokens = target, worker, context_tokens
         self.api_key, self.limits = api_key, limits or Limits()
         self.tokenizer = Tokenizer.load(target.folder)
         self.template: ChatTemplate | None = None
         with contextlib.suppress(DataError):  # a base model may have none; then it has no chat
             self.template = ChatTemplate.load(target.folder)
+        self.card = {"id": target.name, "object": "model", "created": created, "owned_by": "athanor", "version": target.version,
+                     "context_tokens": context_tokens, "has_chat": self.template is not None,
+                     "takes_feedback": target.feedback is not None}
         self.page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     def app(self) -> Starlette:
@@ -71,9 +73,11 @@ class Api:
         await asyncio.to_thread(self.worker.stop)
 
     def guarded(self, handler: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[[HttpRequest], Awaitable[Response]]:
-        """Check the API key, and turn refusals into OpenAI's error object."""
+        """Check who asks, and turn refusals into OpenAI's error object."""
         async def checked(http: HttpRequest) -> Response:
             try:
+                if http.headers.get("sec-fetch-site") == "cross-site":  # browsers say so, and pages cannot change it
+                    raise ApiError(403, "pages of other sites may not use this server", None, "cross_site")
                 self._check_key(http)
                 return await handler(http)
             except ApiError as error:
@@ -98,16 +102,11 @@ class Api:
         return JSONResponse(content, 503 if failure else 200)
 
     async def models(self, http: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JSONResponse({"object": "list", "data": [self.card]})
 
     async def model(self, http: HttpRequest) -> Response:
         self._check_model(http.path_params["name"])
-        return JSONResponse(self._model())
-
-    def _model(self) -> dict[str, Any]:
-        return {"id": self.target.name, "object": "model", "created": self.created, "owned_by": "athanor",
-                "version": self.target.version, "context_tokens": self.context_tokens, "has_chat": self.template is not None,
-                "takes_feedback": self.target.feedback is not None}
+        return JSONResponse(self.card)
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.target.name, self.target.reference):
@@ -231,9 +230,7 @@ class Api:
         self.worker.cancel(generations)
 
     async def feedback(self, http: HttpRequest) -> Response:
-        """Append a judged conversation to the run's feedback.jsonl. Only JSON, so that no other site's page can post it."""
-        if http.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise ApiError(400, "feedback must be sent with Content-Type: application/json", None, "invalid_content_type")
+        """Append a judged conversation to the run's feedback.jsonl."""
         given = parse(Feedback, await self._body(http))
         self._check_model(given.model)
         if self.target.feedback is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -143,7 +143,7 @@ class Feedback(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     model: str | None = None
     messages: list[Message] = Field(min_length=2)
-    choice: Annotated[str, Field(pattern="^(up|down)$")]
+    choice: Literal["up", "down"]
 
 
 Body = TypeVar("Body", bound=BaseModel)

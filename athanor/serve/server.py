@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import http.client
@@ -39,6 +40,19 @@ class Address:
         return self.host in ("127.0.0.1", "localhost", "::1")
 
 
+class Server(uvicorn.Server):
+    """Lets answers that are being written go on for a while after a stop, then ends them with a sentence."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self.worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        halting = asyncio.get_running_loop().call_later(GRACE_SECONDS, self.worker.halt)
+        await super().shutdown(sockets)
+        halting.cancel()
+
+
 def listen(address: Address) -> socket.socket:
     """A listening socket. Raises UserError that names host and port and how to choose others."""
     where = f"{address.host} port {address.port}"
@@ -46,8 +60,7 @@ def listen(address: Address) -> socket.socket:
         family, kind, protocol, _, bound = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM,
                                                               flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
-        raise UserError(f"'{address.host}' is not an address of this machine ({error.strerror}); choose another with --host "
-                        "or serve.host") from None
+        raise UserError(f"'{address.host}' is no address ({error.strerror}); choose another with --host or serve.host") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -56,21 +69,21 @@ def listen(address: Address) -> socket.socket:
     except OSError as error:
         listener.close()
         reasons = {errno.EADDRINUSE: "is in use by another program", errno.EACCES: "needs privileges (ports below 1024 do)",
-                   errno.EADDRNOTAVAIL: "is not an address of this machine"}
+                   errno.EADDRNOTAVAIL: "is not on this machine"}
         why = reasons.get(error.errno or 0, f"cannot be used: {error.strerror}")
-        raise UserError(f"{where} {why}; choose another with --port or serve.port (0 takes a free one)") from None
+        raise UserError(f"{where} {why}; choose another with --port or serve.port (0 takes a free one), or --host") from None
     return listener
 
 
 def make_server(target: Target, api_key: str | None = None, limits: Limits | None = None,
-                cache_tokens: int | None = None) -> tuple[uvicorn.Server, Api]:
+                cache_tokens: int | None = None) -> tuple[Server, Api]:
     """Open the model and put a server before it, which nobody runs yet. Raises ModelError for a folder that is no model."""
     engine = open_engine(target.folder, cache_tokens=cache_tokens or DEFAULT_CACHE_TOKENS)
     limits = limits or Limits()
     api = Api(target, Worker(engine, limits.answers), context_tokens(target.folder), int(time.time()), api_key, limits)
     config = uvicorn.Config(api.app(), log_level="warning", access_log=False, lifespan="on", ws="none", server_header=False,
-                            timeout_graceful_shutdown=GRACE_SECONDS)
-    return uvicorn.Server(config), api
+                            timeout_graceful_shutdown=GRACE_SECONDS + 5)
+    return Server(config, api.worker), api
 
 
 def context_tokens(folder: Path) -> int:

@@ -70,8 +70,9 @@ def _of_registry(model: str) -> Target:
     names = {str(row["model"]) for row in registry.rows()}
     runs = [path.parent.name for path in runs_root().glob("*/recipe.toml")]
     if model.partition("@")[0] not in names:
-        hint = did_you_mean(model.partition("@")[0], [*names, *runs])
-        raise UserError(f"'{model}' is no model folder, run folder, recipe, or name in {registry.root}; {hint}".rstrip("; "))
+        known = [*names, *runs]
+        hint = "; " + did_you_mean(model.partition("@")[0], known) if known else ", and there are no runs here"
+        raise UserError(f"'{model}' is no model folder, run folder, recipe, or name in {registry.root}{hint}")
     card = registry.get(model)
     run = card.origin.removeprefix("run ").partition(",")[0]
     kept = runs_root() / run

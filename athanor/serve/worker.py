@@ -12,6 +12,8 @@ from athanor.foundation.errors import AthanorError
 from athanor.inference.engine import Engine, Request, Sampling
 from athanor.serve.text import AnswerText, Piece
 
+STOPPING = "the server is stopping"
+
 
 class QueueFull(AthanorError):
     """As many answers are being written or waited for as this server allows."""
@@ -53,18 +55,22 @@ class Worker:
         self._loop = loop
         self._thread.start()
 
-    def stop(self) -> None:
-        """Cancel what is being written and end the thread."""
+    def halt(self) -> None:
+        """End what is being written, with an error that says so, and then the thread."""
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
+
+    def stop(self) -> None:
+        """Halt, and wait for the thread to end."""
+        self.halt()
         self._thread.join()
 
     def submit(self, generations: list[Generation]) -> None:
         """Take all of them or, with QueueFull, none."""
         with self._wake:
             if self.failure or self._is_stopping:
-                raise AthanorError(self.failure or "the server is stopping")
+                raise AthanorError(self.failure or STOPPING)
             if len(self._live) + len(generations) > self.limit:
                 raise QueueFull(f"{len(self._live)} of {self.limit} places are taken, and {len(generations)} are asked for; "
                                 "try again in a moment")
@@ -99,14 +105,15 @@ class Worker:
             while not (self._live or self._is_stopping):
                 self._wake.wait()
             new, self._inbox = self._inbox, []
-            unwanted = self._live & (self._live if self._is_stopping else self._unwanted)
+            is_stopping = self._is_stopping
+            unwanted = self._live & (self._live if is_stopping else self._unwanted)
             self._unwanted = set()
         for generation in new:
             if generation not in unwanted:
                 self._start(generation)
         for generation in unwanted:
-            self._drop(generation, "cancelled")
-        return not self._is_stopping
+            self._drop(generation, "cancelled", AthanorError(STOPPING) if is_stopping else None)
+        return not is_stopping
 
     def _start(self, generation: Generation) -> None:
         def on_token(token_id: int, logprob: float) -> None:
@@ -126,10 +133,11 @@ class Worker:
             last.finish_reason = "stop" if generation.text.is_stopped else request.finish_reason
             self._end(generation, last)
 
-    def _drop(self, generation: Generation, reason: str) -> None:
+    def _drop(self, generation: Generation, reason: str, error: AthanorError | None = None) -> None:
         if generation.request is not None:
             self.engine.cancel(generation.request)
-        self._end(generation, Piece(finish_reason=reason, completion_tokens=generation.text.completion_tokens))
+        tokens = generation.text.completion_tokens
+        self._end(generation, Piece(finish_reason=reason, completion_tokens=tokens, error=error))
 
     def _end(self, generation: Generation, last: Piece) -> None:
         if generation.request is not None:

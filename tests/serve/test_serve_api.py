@@ -218,6 +218,45 @@ def test_feedback_is_kept(served: tuple[str, Api]) -> None:
     assert api.target.feedback is not None
     assert json.loads(api.target.feedback.read_text(encoding="utf-8").splitlines()[-1]) == {
         "messages": messages, "choice": "up", "model": api.target.reference}
-    assert post(url, "/v1/feedback", body, {"Content-Type": "text/plain"})[0] == 400
+    assert post(url, "/v1/feedback", body, {"Sec-Fetch-Site": "cross-site"})[0] == 403
     status, answer, _ = post(url, "/v1/feedback", json.dumps({"messages": messages, "choice": "maybe"}).encode())
     assert status == 400 and answer["error"]["param"] == "choice"
+
+
+def test_a_failing_engine_is_reported(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client hears of it at once, whole or streamed, and so does whoever looks at the server's health."""
+    with running(Target(model_folder, "tiny")) as (url, api):
+        def fail() -> None:
+            raise RuntimeError("the device is gone")
+
+        monkeypatch.setattr(api.worker.engine, "step", fail)
+        status, body, _ = post(url, "/v1/chat/completions", json.dumps({"messages": QUESTION}).encode())
+        assert status == 500 and "the device is gone" in body["error"]["message"] and body["error"]["type"] == "server_error"
+        status, body, _ = post(url, "/v1/chat/completions", json.dumps({"messages": QUESTION, "stream": True}).encode())
+        assert status == 503 and "the device is gone" in body["error"]["message"]
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().status == 503
+        connection.close()
+
+
+def test_stopping_ends_what_is_being_written(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("athanor.serve.server.GRACE_SECONDS", 1)
+    with running(Target(model_folder, "tiny")) as (url, api):
+        step = api.worker.engine.step
+
+        def slow() -> Any:
+            time.sleep(0.1)
+            return step()
+
+        monkeypatch.setattr(api.worker.engine, "step", slow)
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        body = json.dumps({"messages": QUESTION, "stream": True, "temperature": 1, "seed": 3, "n": 8})
+        connection.request("POST", "/v1/chat/completions", body)
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5 and api.worker.live == 0
+    last = [line for line in response.read().decode().splitlines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
+    connection.close()

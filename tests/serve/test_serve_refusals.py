@@ -113,7 +113,7 @@ def test_port_in_use_names_the_port() -> None:
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1 port {port} is in use.*--port or serve.port"):
             listen(Address(port=port))
-    with pytest.raises(UserError, match="not an address"):
+    with pytest.raises(UserError, match="no address"):
         listen(Address("no.such.host.invalid", 0))
 
 
