@@ -29,7 +29,7 @@ def command(model: str, overrides: tuple[str, ...], port: int | None, host: str 
     Overrides such as serve.port=8001 go with a recipe.
     """
     chosen = settings(model, list(overrides))
-    from athanor.serve.server import Address, listen, make_server, url_of
+    from athanor.serve.address import Address, listen, url_of
     from athanor.serve.target import find_target
 
     target = find_target(model)
@@ -38,6 +38,8 @@ def command(model: str, overrides: tuple[str, ...], port: int | None, host: str 
     if not address.is_local and key is None:
         say(f"warning: {address.host} can be reached by others, and no API key is asked for; set one with --api-key")
     with listen(address) as listener:
+        from athanor.serve.server import make_server  # loads torch, which takes a while
+
         server, api = make_server(target, key, cache_tokens=cache_tokens)
         url = url_of(listener)
         say(f"{target.reference}: chat at {url}/ and OpenAI's API at {url}/v1; Ctrl-C stops")

@@ -1,43 +1,30 @@
-"""Starting and stopping the server: a port, a uvicorn server over the API, and the first answers that prove it works."""
+"""Starting and stopping the server: uvicorn over the API, and the first answers that prove that it works."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import http.client
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from athanor.foundation.errors import AthanorError, ModelError, UserError
+from athanor.foundation.errors import AthanorError, ModelError
 from athanor.inference.engine import open_engine
 from athanor.registry.model_folder import read_config
+from athanor.serve.address import Address, listen, url_of
 from athanor.serve.api import Api, Limits
 from athanor.serve.target import Target, find_target
 from athanor.serve.worker import Worker
 
 GRACE_SECONDS = 5  # how long answers that are being written may go on after a stop
 DEFAULT_CACHE_TOKENS = 32_768
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where to listen; port 0 takes a free one."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-    @property
-    def is_local(self) -> bool:
-        return self.host in ("127.0.0.1", "localhost", "::1")
 
 
 class Server(uvicorn.Server):
@@ -51,28 +38,6 @@ class Server(uvicorn.Server):
         halting = asyncio.get_running_loop().call_later(GRACE_SECONDS, self.worker.halt)
         await super().shutdown(sockets)
         halting.cancel()
-
-
-def listen(address: Address) -> socket.socket:
-    """A listening socket. Raises UserError that names host and port and how to choose others."""
-    where = f"{address.host} port {address.port}"
-    try:
-        family, kind, protocol, _, bound = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM,
-                                                              flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise UserError(f"'{address.host}' is no address ({error.strerror}); choose another with --host or serve.host") from None
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(bound)
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        reasons = {errno.EADDRINUSE: "is in use by another program", errno.EACCES: "needs privileges (ports below 1024 do)",
-                   errno.EADDRNOTAVAIL: "is not on this machine"}
-        why = reasons.get(error.errno or 0, f"cannot be used: {error.strerror}")
-        raise UserError(f"{where} {why}; choose another with --port or serve.port (0 takes a free one), or --host") from None
-    return listener
 
 
 def make_server(target: Target, api_key: str | None = None, limits: Limits | None = None,
@@ -92,11 +57,6 @@ def context_tokens(folder: Path) -> int:
     if not isinstance(length, int):
         raise ModelError(f"{folder / 'config.json'} has no max_position_embeddings")
     return length
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @contextlib.contextmanager

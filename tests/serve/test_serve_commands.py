@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,16 +12,18 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from athanor.cli.main import main
 from athanor.foundation.errors import UserError
 from athanor.serve.server import smoke
 from athanor.serve.target import find_target
 
-PROGRAM = [sys.executable, "-c", "from athanor.cli.main import main; main()"]
+Result = tuple[int, str, str]
 
 
 RECIPE = """name = "demo"
@@ -90,18 +93,14 @@ def test_smoke(model_folder: Path) -> None:
 
 
 def test_serve_starts_says_where_and_stops(run_folder: Path) -> None:
-    server = subprocess.Popen([*PROGRAM, "serve", "demo.toml", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True)
+    call = [sys.executable, "-c", "from athanor.cli.main import main; main()", "serve", "demo.toml", "--json"]
+    server = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None and server.stderr is not None
         ready = json.loads(server.stdout.readline())
         assert ready["model"] == "demo-chat" and ready["url"].startswith("http://127.0.0.1:")
         with urllib.request.urlopen(ready["url"] + "/v1/models") as response:
             assert json.load(response)["data"][0]["id"] == "demo-chat"
-        port = ready["url"].rsplit(":", 1)[1]
-        taken = subprocess.run([*PROGRAM, "serve", "runs/demo", "--port", port], capture_output=True, text=True, timeout=60)
-        assert taken.returncode == 2 and taken.stdout == "" and len(taken.stderr.strip().splitlines()) == 1
-        assert f"port {port} is in use" in taken.stderr and "--port" in taken.stderr
         begin = time.monotonic()
         server.send_signal(signal.SIGINT)
         output, words = server.communicate(timeout=20)
@@ -111,31 +110,57 @@ def test_serve_starts_says_where_and_stops(run_folder: Path) -> None:
         server.kill()
         server.communicate()
     with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", int(port))) != 0
+        assert probe.connect_ex(("127.0.0.1", int(ready["url"].rsplit(":", 1)[1]))) != 0
 
 
-def chat(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
-    call = [*PROGRAM, "chat", "demo", "--seed", "1", *arguments]
-    return subprocess.run(call, input=said, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def athanor(run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+    def call(*arguments: str, said: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "argv", ["athanor", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said), encoding="utf-8", errors="surrogateescape"))
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return call
 
 
-def test_chat_once(run_folder: Path) -> None:
-    done = chat("--once", "value self", "--max-tokens", "12", "--json")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    assert done.returncode == 0 and answer["usage"]["completion_tokens"] <= 12 and answer["model"].startswith("demo-chat@")
-    plain = chat("--once", "value self", "--max-tokens", "12")
-    assert plain.stdout == answer["answer"] + "\n"
-    refused = chat("--once", "value " * 400)
-    assert refused.returncode == 2 and refused.stdout == "" and "context is 160" in refused.stderr
+def test_serve_refuses_in_one_sentence(athanor: Callable[..., Result]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for arguments in (["runs/demo", "--port", port], ["demo.toml", f"serve.port={port}"]):
+            code, output, words = athanor("serve", *arguments)
+            assert code == 2 and output == "" and f"port {port} is in use" in words and "--port or serve.port" in words
+            assert len(words.strip().splitlines()) == 1
+    code, output, words = athanor("serve", "runs/demo", "serve.port=1")
+    assert code == 2 and "use --port" in words
+    code, output, words = athanor("serve", "demo.toml", "serve.prot=1")
+    assert code == 2 and "'port'" in words
 
 
-def test_chat_from_a_pipe_has_turns(run_folder: Path) -> None:
-    said = "/help\nvalue\n\nself\n/reset\n/nonsense\n/system be brief\npath\n/quit\nnot asked\n"
-    done = chat("--max-tokens", "5", "--json", said=said)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert len(document["turns"]) == 3 and "there is no /nonsense" in done.stderr
+def test_chat_once(athanor: Callable[..., Result]) -> None:
+    asked = ("chat", "demo", "--seed", "1", "--once", "value self", "--max-tokens", "12")
+    code, output, _ = athanor(*asked, "--json")
+    answer: dict[str, Any] = json.loads(output)
+    assert code == 0 and 0 < answer["usage"]["completion_tokens"] <= 12 and answer["model"].startswith("demo-chat@")
+    assert athanor(*asked)[:2] == (0, answer["answer"] + "\n")
+    code, output, words = athanor("chat", "demo", "--once", "value " * 400)
+    assert code == 2 and output == "" and "context is 160" in words
+    assert athanor("chat", "demo", "--once", "\udcff no UTF-8", "--max-tokens", "1")[0] == 0
+
+
+def test_chat_from_a_pipe_has_turns(athanor: Callable[..., Result]) -> None:
+    said = b"/help\nvalue\n\n\xff\n/reset\n/nonsense\n/system be brief\npath\n/quit\nnot asked\n"
+    code, output, words = athanor("chat", "demo", "--max-tokens", "5", "--seed", "1", "--json", said=said)
+    document = json.loads(output)
+    assert code == 0 and len(document["turns"]) == 3 and "there is no /nonsense" in words
     assert [message["content"] for message in document["messages"]][:2] == ["be brief", "path"]
     first, second, third = (turn["usage"]["prompt_tokens"] for turn in document["turns"])
-    assert second > first  # the second question carries the first turn with it
-    assert third != second
+    assert second > first + 5  # the second question carries the first turn with it
+    assert third < second

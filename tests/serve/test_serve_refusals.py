@@ -12,8 +12,8 @@ import pytest
 from conftest import CONTEXT_TOKENS
 
 from athanor.foundation.errors import UserError
+from athanor.serve.address import Address, listen
 from athanor.serve.api import Api
-from athanor.serve.server import Address, listen
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
