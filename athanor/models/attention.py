@@ -1,0 +1,158 @@
+"""Causal attention, and the only place that looks at the kind of context.
+
+Packed on a CPU: one operator that turns queries and keys and runs torch's flash kernel over runs of equally long documents
+(no mask, nothing beyond the diagonal). Packed on an accelerator: variable-length attention. Paged: keys and values are
+read from the cache's pages.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from athanor.models.collectives import all_to_all, size
+from athanor.models.context import Context, Packed, Paged
+from athanor.models.fused import rotate
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attention(qkv: Tensor, context: Context, layer: int, heads: int, kv_heads: int) -> Tensor:
+    """Turn queries and keys by their positions and attend within documents.
+
+    qkv [T, heads + 2 kv_heads, head_dim]: queries, keys and values of this rank's heads. Returns [T, heads x head_dim].
+    """
+    if isinstance(context, Paged):
+        return _paged(qkv, context, layer, heads, kv_heads)
+    ranks = size(context.groups.cp)
+    if ranks == 1:
+        return _packed(qkv, context, heads, kv_heads).flatten(1)
+    # Ulysses: every rank takes the whole T for a part of the heads, and gives its tokens back (arXiv:2309.14509)
+    parts = torch.cat([part.unflatten(1, (ranks, -1)) for part in qkv.split([heads, kv_heads, kv_heads], 1)], 2)
+    whole = all_to_all(parts.transpose(0, 1), context.groups.cp, "context").flatten(0, 1)
+    out = _packed(whole, context, heads // ranks, kv_heads // ranks)
+    back = all_to_all(out.unflatten(0, (ranks, -1)), context.groups.cp, "context")
+    return back.transpose(0, 1).flatten(1)
+
+
+def _packed(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
+    """[T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim]."""
+    assert context.rope is not None, "the model fills rope before its first block"
+    if qkv.device.type == "cpu":
+        out, _, _ = packed_attention(qkv, context.rope, context.cu_seqlens, heads, kv_heads)
+        return out
+    from torch.nn.attention.varlen import varlen_attn
+
+    query_key, value = qkv.split([heads + kv_heads, kv_heads], 1)
+    query, key = rotate(query_key, context.rope).split([heads, kv_heads], 1)
+    found = varlen_attn(query, key, value, context.cu_seqlens, context.cu_seqlens, context.max_length, context.max_length,
+                        window_size=(-1, 0), enable_gqa=heads != kv_heads)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """(documents, tokens of each) of neighbouring documents of one length; the padding of cu_seqlens is left out."""
+    lengths = [length for length in cu_seqlens.diff().tolist() if length]
+    return [(len(list(same)), length) for length, same in groupby(lengths)]
+
+
+@torch.library.custom_op("athanor::packed_attention", mutates_args=(), device_types="cpu")
+def packed_attention(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int,
+                     kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention within documents: (out [T, heads, head_dim], turned qkv, logsumexp of the scores, flat, run by run)."""
+    turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    rotate(qkv[:, :heads + kv_heads], rope, out=turned[:, :heads + kv_heads])
+    turned[:, heads + kv_heads:] = qkv[:, heads + kv_heads:]
+    outs, sums, start = [], [], 0
+    for count, length in runs(cu_seqlens):
+        query, key, value = _documents(turned, start, count, length, heads, kv_heads)
+        out, logsumexp = flash(query, key, value, 0.0, True)
+        outs.append(out.transpose(1, 2).reshape(count * length, heads, -1))
+        sums.append(logsumexp.flatten())
+        start += count * length
+    return (outs[0], turned, sums[0]) if len(outs) == 1 else (torch.cat(outs), turned, torch.cat(sums))
+
+
+@torch.library.custom_op("athanor::packed_attention_backward", mutates_args=(), device_types="cpu")
+def packed_attention_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
+                              heads: int, kv_heads: int) -> Tensor:
+    """The gradient of qkv [T, heads + 2 kv_heads, head_dim]."""
+    result, start = torch.empty_like(turned), 0
+    for count, length in runs(cu_seqlens):
+        query, key, value = _documents(turned, start, count, length, heads, kv_heads)
+        tokens = slice(start, start + count * length)
+        logsumexp = sums[start * heads:tokens.stop * heads].view(count, heads, length)
+        parts = flash_backward(_of_documents(gradient[tokens], count), query, key, value, _of_documents(out[tokens], count),
+                               logsumexp, 0.0, True)
+        for part, target in zip(parts, _documents(result, start, count, length, heads, kv_heads), strict=True):
+            target.copy_(part)
+        start = tokens.stop
+    rotate(result[:, :heads + kv_heads], rope, backwards=True, out=result[:, :heads + kv_heads])
+    return result
+
+
+def _of_documents(x: Tensor, count: int) -> Tensor:
+    """[tokens, heads, head_dim] -> [documents, heads, tokens, head_dim], without a copy."""
+    return x.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _documents(qkv: Tensor, start: int, count: int, length: int, heads: int, kv_heads: int) -> list[Tensor]:
+    """Queries, keys and values of one run as views [documents, heads, tokens, head_dim]."""
+    run = _of_documents(qkv[start:start + count * length], count)
+    return list(run.split([heads, kv_heads, kv_heads], 1))
+
+
+@packed_attention.register_fake
+def _(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    tokens, _, head_dim = qkv.shape
+    return (qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(qkv.shape), qkv.new_empty(tokens * heads, dtype=wide))
+
+
+@packed_attention_backward.register_fake
+def _(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor, heads: int,
+      kv_heads: int) -> Tensor:
+    return torch.empty_like(turned)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, rope, cu_seqlens, ctx.heads, ctx.kv_heads = inputs
+    out, turned, sums = output
+    ctx.mark_non_differentiable(turned, sums)
+    ctx.save_for_backward(turned, rope, cu_seqlens, out, sums)
+
+
+def _differentiate(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
+    turned, rope, cu_seqlens, out, sums = ctx.saved_tensors
+    found = packed_attention_backward(gradient, turned, rope, cu_seqlens, out, sums, ctx.heads, ctx.kv_heads)
+    return found, None, None, None, None
+
+
+packed_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _paged(qkv: Tensor, context: Paged, layer: int, heads: int, kv_heads: int) -> Tensor:
+    """Write new keys and values into their pages and attend to all of the sequence; whole prompts are not read back."""
+    assert context.rope is not None, "the model fills rope before its first block"
+    is_packed = context.is_whole and qkv.device.type == "cpu"
+    if is_packed:
+        out, turned, _ = packed_attention(qkv, context.rope, context.cu_seqlens, heads, kv_heads)
+    else:
+        turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope), qkv[:, heads + kv_heads:]], 1)
+    pages, (page, slot) = context.cache.layers[layer], context.places
+    pages[page, :, slot] = turned[:, heads:].unflatten(1, (2, kv_heads))
+    if is_packed:
+        return out.flatten(1)
+    kept = pages[context.block_table].transpose(1, 2).flatten(2, 3)  # [B, 2, tokens, kv_heads, head_dim]
+    keys, values = kept.transpose(2, 3).unbind(1)
+    query = turned.new_zeros(len(context.lengths), context.longest, heads, qkv.shape[-1])
+    query[context.sequence, context.offset] = turned[:, :heads]
+    found = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=context.mask,
+                                           enable_gqa=heads != kv_heads)
+    return found.transpose(1, 2)[context.sequence, context.offset].flatten(1)

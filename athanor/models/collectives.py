@@ -1,0 +1,131 @@
+"""The visible communication of model code: on plain tensors, in a group that comes with the context, differentiable.
+
+A group of None or of one rank costs nothing. Every blocking collective is an interval of the ledger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from athanor.foundation.intervals import interval
+
+Group = dist.ProcessGroup | None
+
+
+def size(group: Group) -> int:
+    """Ranks in the group."""
+    return 1 if group is None else group.size()
+
+
+def rank(group: Group) -> int:
+    """This rank's number in the group."""
+    return 0 if group is None else group.rank()
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter; its gradient is taken to be that part's alone."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _waiting(account: str, group: Group) -> contextlib.AbstractContextManager[None]:
+    """The interval of one collective; all ranks of a group give it the same name, other groups another."""
+    if torch.compiler.is_compiling() or group is None:
+        return contextlib.nullcontext()
+    return interval(account, group=f"{account}-{dist.get_process_group_ranks(group)[0]}")
+
+
+def all_gather(x: Tensor, group: Group, account: str = "tensor") -> Tensor:
+    """[t, ...] of each rank -> [t x ranks, ...]; not differentiable."""
+    out = x.new_empty((x.shape[0] * size(group), *x.shape[1:]))
+    with _waiting(account, group):
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def reduce_scatter(x: Tensor, group: Group, account: str = "tensor") -> Tensor:
+    """[t x ranks, ...] of each rank -> the sum's part [t, ...]; not differentiable."""
+    out = x.new_empty((x.shape[0] // size(group), *x.shape[1:]))
+    with _waiting(account, group):
+        dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def all_reduce(x: Tensor, group: Group, is_max: bool = False, account: str = "tensor") -> Tensor:
+    """Sum (or maximum) over the group, in place; not differentiable."""
+    if size(group) > 1:
+        with _waiting(account, group):
+            dist.all_reduce(x, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group)
+    return x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return reduce_scatter(gradient, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return all_gather(gradient, ctx.group), None
+
+
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return all_reduce(gradient.clone(), ctx.group), None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, account: str) -> Tensor:
+        ctx.group, ctx.account = group, account
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        with _waiting(account, group):
+            dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _AllToAll.apply(gradient, ctx.group, ctx.account), None, None
+
+
+def gather(x: Tensor, group: Group) -> Tensor:
+    """Tokens of this rank [T/ranks, H] -> all tokens [T, H]; backward sums the ranks' gradients and scatters them."""
+    return x if size(group) == 1 else _Gather.apply(x, group)
+
+
+def scatter(x: Tensor, group: Group) -> Tensor:
+    """Each rank's partial sums [T, H] -> sums of this rank's tokens [T/ranks, H]; backward gathers."""
+    return x if size(group) == 1 else _Scatter.apply(x, group)
+
+
+def replicated(x: Tensor, group: Group) -> Tensor:
+    """A weight that every rank holds in full and applies to its own tokens; backward sums the gradients of all tokens."""
+    return x if size(group) == 1 else _Replicated.apply(x, group)
+
+
+def all_to_all(x: Tensor, group: Group, account: str) -> Tensor:
+    """Part i of dim 0 goes to rank i; part j of the result comes from rank j. Backward is the way back."""
+    return x if size(group) == 1 else _AllToAll.apply(x, group, account)

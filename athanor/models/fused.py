@@ -1,0 +1,98 @@
+"""Element-wise pieces with hand-written gradients: fewer passes over memory than autograd would make of them.
+
+Compiled code and accelerators with fused kernels of their own take the plain expressions instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _by_hand(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) x weight, over the last dim; statistics in fp32 or wider. x [T, H], weight [H]."""
+    if _by_hand(x):
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        product = gradient * normed
+        mean = torch.mv(product, weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze_(-1)
+        out = gradient * weight if gradient.dtype == product.dtype else gradient.to(product.dtype) * weight
+        out.addcmul_(normed, mean, value=-1).mul_(scale)
+        return out.to(x.dtype), product.sum(0).to(weight.dtype), None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) x up of [T, 2F] = gate beside up -> [T, F]."""
+    if _by_hand(gate_up):
+        return _SwiGLU.apply(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        out = torch.empty_like(gate_up)
+        to_gate, to_up = out.chunk(2, -1)
+        torch.mul(gradient, F.silu(gate), out=to_up)
+        to_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
+        return out
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Cosine and sine of each position's angles [T, 1, head_dim / 2, 2], in fp32 or wider.
+
+    Angles are taken in fp32 whatever the dtype, as transformers does, so that all precisions turn by the same angle.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = torch.outer(positions.float(), 1.0 / theta**exponents)
+    table = torch.stack([angles.cos(), angles.sin()], -1).unsqueeze_(1)
+    return table.to(torch.promote_types(dtype, torch.float32))
+
+
+def rotate(x: Tensor, rope: Tensor, backwards: bool = False, out: Tensor | None = None) -> Tensor:
+    """Turn pairs of neighbouring channels by their position's angle. x [T, heads, head_dim] -> the same.
+
+    Hugging Face weights pair channel i with i + head_dim/2; the decoder brings pairs together when it fuses the weights,
+    which leaves the products of queries and keys as they are. Complex multiplication needs a single pass on the CPU.
+    """
+    if _by_hand(x):
+        pairs = torch.view_as_complex(x.to(rope.dtype).unflatten(-1, (-1, 2)))
+        turn = torch.view_as_complex(rope)
+        turned = torch.view_as_real(pairs * (turn.conj() if backwards else turn)).flatten(-2).to(x.dtype)
+    else:
+        cos, sin = rope.unbind(-1)
+        even, odd = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        sin = -sin if backwards else sin
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+    return turned if out is None else out.copy_(turned)

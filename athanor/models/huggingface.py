@@ -1,0 +1,170 @@
+"""Hugging Face folders in and out: config.json, generation_config.json and safetensors. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from athanor.foundation.errors import ModelError, did_you_mean
+from athanor.foundation.run_folder import disk_errors, read_json, write_json
+from athanor.models.context import Packed
+from athanor.models.decoder import Decoder
+from athanor.models.find import load_architecture
+from athanor.models.initialize import fill
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.find import load_shape
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CONVERT = ("convert it where you trust it: from transformers import AutoModelForCausalLM as A; "
+           "A.from_pretrained('FOLDER').save_pretrained('NEW', safe_serialization=True)")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+HEADER_ALIGNMENT = 8
+
+
+def read_shape(folder: Path) -> DecoderShape:
+    """The shape that the folder's config.json describes."""
+    return load_shape(Path(folder))
+
+
+def load_model(folder: Path, dtype: str = "float32") -> Decoder:
+    """The model of a Hugging Face folder, ready to be called, on the CPU.
+
+    Raises ModelError for an unknown model_type, weights in a pickle, and tensors that are missing, surplus or mis-shaped.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype '{dtype}' is unknown; {did_you_mean(dtype, DTYPES)}")
+    shape = read_shape(folder)
+    with torch.device("meta"):
+        module: Decoder = load_architecture(read_json(folder / "config.json")["model_type"]).build(shape)
+    module = module.to(DTYPES[dtype]).to_empty(device="cpu")
+    load_weights(module, folder)
+    return module.requires_grad_(False).eval()
+
+
+def load_weights(module: Decoder, folder: Path) -> None:
+    """Fill the parameters of a model, or of one stage, from a folder; sharded ones keep their part, tensor by tensor.
+
+    Raises ModelError naming every tensor that is missing, surplus or mis-shaped, before anything is changed.
+    """
+    folder = Path(folder)
+    files = _files_of_tensors(folder)
+    parameters = dict(module.named_parameters())
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(_open(file)) for file in set(files.values())}
+        slices = {name: opened[file].get_slice(name) for name, file in files.items()}
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        problems = _problems(module, {name: tuple(p.shape) for name, p in parameters.items()}, shapes)
+        if problems:
+            raise ModelError(f"{folder}: the weights do not fit config.json: " + "; ".join(problems))
+        for name, parameter in parameters.items():
+            fill(parameter, opened[files[name]].get_tensor(name))
+
+
+def _problems(module: Decoder, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
+    """Each difference between a module's tensors and a folder's; what other stages hold is no difference."""
+    whole = set(wanted)
+    if not (module.is_first and module.is_last and len(module.blocks) == module.shape.num_hidden_layers):
+        with torch.device("meta"):
+            whole = {name for name, _ in Decoder(module.shape).named_parameters()}
+    extra = {"lm_head.weight"} if module.shape.tie_word_embeddings else set()
+    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # a buffer that old folders hold
+    return ([f"{name} is missing" for name in wanted if name not in found]
+            + [f"{name} is surplus" for name in sorted(set(found) - whole - extra - ignored)]
+            + [f"{name} is {list(found[name])} and should be {list(wanted[name])}"
+               for name in wanted if name in found and found[name] != wanted[name]])
+
+
+def _files_of_tensors(folder: Path) -> dict[str, Path]:
+    """Which file of the folder holds which tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = read_json(index).get("weight_map", {})
+        for file in sorted(set(named.values())):
+            if "/" in file or not (folder / file).is_file():
+                raise ModelError(f"{index} names '{file}', which is not in {folder}")
+        return {name: folder / file for name, file in named.items()}
+    single = folder / "model.safetensors"
+    if single.exists():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    if pickles:
+        raise ModelError(f"{folder} has its weights in {pickles[0]}, a pickle, which can run code when it is read; {CONVERT}")
+    raise ModelError(f"{folder} has no weights: neither model.safetensors nor model.safetensors.index.json")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def save_model(module: Decoder, folder: Path) -> None:
+    """Write config.json, generation_config.json and model.safetensors into a folder.
+
+    Sharded parameters are gathered one at a time, so all ranks must call; rank 0 writes. The weights keep their dtype.
+    The folder is complete only when this returns: build it under `folder_renamed_last`.
+    """
+    folder = Path(folder)
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    parameters = dict(module.named_parameters())
+    dtype = next(iter(parameters.values())).dtype
+    with _writing(folder / "model.safetensors") if writes else contextlib.nullcontext() as file:
+        if file is not None:
+            file.write(_header(parameters))
+        for parameter in parameters.values():
+            full = _full(parameter)
+            if file is not None:
+                file.write(full.contiguous().view(torch.uint8).numpy().data if full.numel() else b"")
+    if writes:
+        shape = module.shape
+        name = next(key for key, value in DTYPES.items() if value == dtype)
+        write_json(folder / "config.json", {**shape.to_config(), "dtype": name, "torch_dtype": name})
+        write_json(folder / "generation_config.json", {"bos_token_id": shape.bos_token_id, "eos_token_id": shape.eos_token_id,
+                                                       "pad_token_id": shape.pad_token_id})
+
+
+@torch.no_grad()
+def _full(parameter: Tensor) -> Tensor:
+    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return full.detach().cpu()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[IO[bytes]]:
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            yield file
+
+
+def _header(parameters: Mapping[str, Tensor]) -> bytes:
+    """The head of a safetensors file: its length in 8 bytes, then JSON with each tensor's dtype, shape and place."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parameter in parameters.items():
+        start, end = end, end + parameter.numel() * parameter.element_size()
+        entries[name] = {"dtype": NAMES[parameter.dtype], "shape": list(parameter.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+@torch.no_grad()
+def logits(module: Decoder, token_ids: list[int]) -> Tensor:
+    """[T, vocab] logits of one document."""
+    found = module(torch.tensor(token_ids), Packed.of([len(token_ids)]))
+    assert isinstance(found, Tensor)
+    return found

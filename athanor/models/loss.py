@@ -1,0 +1,161 @@
+"""Log-probabilities of targets without ever holding all logits: chunk by chunk, vocabulary-parallel where there is a group.
+
+Under tensor parallelism every rank holds a part of the vocabulary and all T tokens; results are the same on all ranks, and
+the gradient of `hidden` is this rank's share, to be summed by whoever gathered it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from athanor.models.collectives import Group, all_reduce, rank, size
+from athanor.models.context import Scored
+
+CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of logits in fp32: a core's cache, or memory that does not hurt
+LEAST_ROWS = 64
+
+
+def score(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, group: Group) -> Scored:
+    """Score targets [T] given hidden [T, H] and the head's weight [V, H] (this rank's part of V).
+
+    With weights [T] only `weighted_sum` carries a gradient, made in the forward loop. Without, `logp` and `logsumexp` do,
+    and chunks are computed again on the way back.
+    """
+    if weights is None:
+        logp, logsumexp = _LogProbabilities.apply(hidden, weight, targets, group)
+        return Scored(-logp.sum(), logp, logsumexp)
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return Scored(*_WeightedSum.apply(hidden, weight, targets, weights, group, wants_gradient))
+
+
+def chunk_rows(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """Tokens per chunk: as equal as possible, with logits of at most CHUNK_BYTES."""
+    most = max(LEAST_ROWS, CHUNK_BYTES.get(device.type, 1 << 30) // (4 * vocabulary))
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
+
+
+class _Targets:
+    """Where the targets of a chunk lie in this rank's part of the vocabulary."""
+
+    def __init__(self, targets: Tensor, vocabulary: int, group: Group) -> None:
+        self.column, self.inside = targets.unsqueeze(1), None
+        if size(group) > 1:
+            column = self.column - rank(group) * vocabulary
+            self.inside = (column >= 0) & (column < vocabulary)
+            self.column = column.clamp(0, vocabulary - 1)
+
+    def take(self, logits: Tensor) -> Tensor:
+        """The targets' logits [t, 1], 0 where another rank has them."""
+        found = logits.gather(1, self.column)
+        return found if self.inside is None else found * self.inside
+
+    def add(self, logits: Tensor, value: Tensor) -> None:
+        """Add value [t, 1] at the targets, in place."""
+        logits.scatter_add_(1, self.column, value if self.inside is None else value * self.inside)
+
+
+def _normalise(logits: Tensor, at: _Targets, group: Group) -> tuple[Tensor, Tensor]:
+    """Turn logits [t, V] into log-probabilities, in place; return those of the targets and logsumexp, both [t]."""
+    if size(group) == 1:
+        before = at.take(logits)
+        torch.log_softmax(logits, -1, out=logits)
+        logp = at.take(logits)
+        return logp.squeeze(1), (before - logp).squeeze(1)
+    largest = all_reduce(logits.amax(1, keepdim=True), group, is_max=True)
+    logits.sub_(largest)
+    both = all_reduce(torch.cat([logits.exp().sum(1, keepdim=True), at.take(logits)], 1), group)
+    log_sum = both[:, :1].log()
+    logits.sub_(log_sum)
+    return (both[:, 1:] - log_sum).squeeze(1), (largest + log_sum).squeeze(1)
+
+
+class _Buffers:
+    """The logits' buffer and the sums of gradients, allocated once for all chunks."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: int) -> None:
+        self.wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.is_wide = self.wide == hidden.dtype
+        self.buffer = hidden.new_empty(rows, weight.shape[0])
+        self.weight = weight
+        self.to_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        self.to_weight = torch.zeros_like(weight, dtype=self.wide, memory_format=torch.contiguous_format)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[t, V] in fp32 or wider; overwritten by the next call."""
+        return torch.mm(hidden, self.weight.t(), out=self.buffer[:hidden.shape[0]]).to(self.wide)
+
+    def add(self, to_logits: Tensor, hidden: Tensor, scale: Tensor | None, tokens: slice) -> None:
+        """Carry a chunk's gradient on; `scale` [t, 1] multiplies its rows (the smaller factors, not [t, V])."""
+        to_logits = to_logits.to(hidden.dtype)
+        torch.mm(to_logits, self.weight, out=self.to_hidden[tokens])
+        if scale is not None:
+            self.to_hidden[tokens].mul_(scale)
+            hidden = hidden * scale
+        if self.is_wide:
+            self.to_weight.addmm_(to_logits.t(), hidden)
+        else:
+            self.to_weight.add_(torch.mm(to_logits.t(), hidden))
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, group: Group,
+                wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        rows = chunk_rows(hidden.shape[0], weight.shape[0], hidden.device)
+        buffers = _Buffers(hidden, weight, rows)
+        logp = hidden.new_empty(hidden.shape[0], dtype=buffers.wide)
+        logsumexp = torch.empty_like(logp)
+        scale = weights.to(hidden.dtype).unsqueeze(1)
+        minus_one = logp.new_full((), -1.0)
+        for start in range(0, hidden.shape[0], rows):
+            tokens = slice(start, min(start + rows, hidden.shape[0]))
+            part = hidden[tokens]
+            logits = buffers.logits(part)
+            at = _Targets(targets[tokens], weight.shape[0], group)
+            logp[tokens], logsumexp[tokens] = _normalise(logits, at, group)
+            if wants_gradient:
+                at.add(logits.exp_(), minus_one.expand(part.shape[0], 1))
+                buffers.add(logits, part, scale[tokens], tokens)
+        if wants_gradient:
+            ctx.save_for_backward(buffers.to_hidden, buffers.to_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(logp, logsumexp)
+        return -(logp * weights).sum(), logp, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
+        to_hidden, to_weight = ctx.saved_tensors
+        gradient = gradient.to(to_hidden.dtype)
+        return to_hidden * gradient, to_weight * gradient, None, None, None, None
+
+
+class _LogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+        rows = chunk_rows(hidden.shape[0], weight.shape[0], hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logp = hidden.new_empty(hidden.shape[0], dtype=wide)
+        logsumexp = torch.empty_like(logp)
+        for start in range(0, hidden.shape[0], rows):
+            tokens = slice(start, min(start + rows, hidden.shape[0]))
+            logits = torch.mm(hidden[tokens], weight.t()).to(wide)
+            logp[tokens], logsumexp[tokens] = _normalise(logits, _Targets(targets[tokens], weight.shape[0], group), group)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
+        ctx.group, ctx.rows = group, rows
+        return logp, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, to_logp: Tensor, to_logsumexp: Tensor) -> Any:
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        buffers = _Buffers(hidden, weight, ctx.rows)
+        for start in range(0, hidden.shape[0], ctx.rows):
+            tokens = slice(start, min(start + ctx.rows, hidden.shape[0]))
+            part, scale = hidden[tokens], to_logp[tokens].unsqueeze(1)
+            probabilities = buffers.logits(part).sub_(logsumexp[tokens].unsqueeze(1)).exp_()
+            probabilities.mul_(to_logsumexp[tokens].unsqueeze(1) - scale)
+            _Targets(targets[tokens], weight.shape[0], ctx.group).add(probabilities, scale)
+            buffers.add(probabilities, part, None, tokens)
+        return buffers.to_hidden, buffers.to_weight.to(weight.dtype), None, None

@@ -1,0 +1,125 @@
+"""Arithmetic of a Llama-type decoder: parameters, FLOPs and its Hugging Face configuration. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from athanor.foundation.errors import ModelError
+
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a decoder under their Hugging Face keys. `num_key_value_heads` and `head_dim` 0 mean "as usual"."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0  # 0: as many as query heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    pad_token_id: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        if not self.head_dim:
+            if self.hidden_size % self.num_attention_heads:
+                raise ModelError(f"num_attention_heads = {self.num_attention_heads} does not divide "
+                                 f"hidden_size = {self.hidden_size}; set head_dim, or other heads")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim = {self.head_dim} is odd; rotary positions turn pairs, so it must be even")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ModelError(f"num_key_value_heads = {self.num_key_value_heads} does not divide "
+                             f"num_attention_heads = {self.num_attention_heads}")
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all key heads together (and of all value heads)."""
+        return self.num_key_value_heads * self.head_dim
+
+    def block_matrix_parameters(self) -> int:
+        """Weights of one block's seven matrices: what each token is multiplied with."""
+        attention = self.hidden_size * (2 * self.query_size + 2 * self.key_value_size)
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    def parameters(self) -> int:
+        """Exact number of parameters; a tied head counts once."""
+        block = self.block_matrix_parameters() + 2 * self.hidden_size
+        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * block + ends + self.hidden_size
+
+    def flops(self, tokens: float, mean_context: float) -> float:
+        """Model FLOPs of forward and backward, attention causal, nothing recomputed.
+
+        `mean_context` is the mean number of keys a query sees: (L + 1) / 2 in a document of L tokens. Every matrix weight
+        costs 2 FLOP forward and 4 backward per token, the embedding none; scores and values cost 4 FLOP forward per query,
+        key and channel, and twice that backward.
+        """
+        matrices = self.num_hidden_layers * self.block_matrix_parameters() + self.vocab_size * self.hidden_size
+        attention = 2 * self.num_hidden_layers * self.query_size * mean_context
+        return 6.0 * tokens * (matrices + attention)
+
+    def flops_full(self, tokens: float, seq_len: float) -> float:
+        """The same with full-square attention, as PaLM (appendix B) counts: every query sees `seq_len` keys."""
+        return self.flops(tokens, seq_len)
+
+    def cache_bytes_per_token(self, element_bytes: int) -> int:
+        """Keys and values of one token in all blocks."""
+        return 2 * self.num_hidden_layers * self.key_value_size * element_bytes
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], where: str = "config.json") -> DecoderShape:
+        """Read a Hugging Face Llama configuration. Raises ModelError for a missing key or a variant we do not compute."""
+        for key, only in ONLY.items():
+            if config.get(key, only) != only:
+                raise ModelError(f"{where}: {key} = {config[key]!r} is not supported; only {only!r} is")
+        values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ModelError(f"{where}: rope_type = {kind!r} is not supported; only 'default' is")
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if key not in values:
+                raise ModelError(f"{where} has no '{key}'")
+        for f in fields(cls):
+            value, kind = values.get(f.name), str(f.type)
+            if isinstance(value, list) and f.name == "eos_token_id" and value:
+                values[f.name] = value[0]
+            elif value is not None and not _fits(value, kind):
+                raise ModelError(f"{where}: {f.name} = {value!r} is not of type {kind}")
+        return cls(**values)
+
+    def to_config(self) -> dict[str, Any]:
+        """A config.json that transformers loads as LlamaForCausalLM."""
+        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, **ONLY, "rope_scaling": None,
+                "use_cache": True}
+
+
+def _fits(value: object, kind: str) -> bool:
+    if kind == "bool":
+        return isinstance(value, bool)
+    return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,141 @@
+"""What the ranks of the models' tests do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2}
+LENGTHS = [5, 16, 1, 10]
+
+
+def batch() -> dict[str, Any]:
+    """Tokens, targets and weights of a fixed small batch."""
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    tokens, targets = torch.randint(0, SIZES["vocab_size"], (2, sum(LENGTHS)), generator=generator)
+    weights = torch.rand(sum(LENGTHS), generator=generator, dtype=torch.float64)
+    return {"tokens": tokens, "targets": targets, "weights": weights}
+
+
+def build(is_tied: bool) -> Any:
+    """The test model in fp64, not initialised."""
+    import torch
+
+    from athanor.models.shapes.decoder import DecoderShape
+    from athanor.models.zoo.llama import build as build_llama
+
+    return build_llama(DecoderShape(**SIZES, tie_word_embeddings=is_tied)).to(torch.float64)
+
+
+def shard(model: Any, mesh: Any) -> None:
+    """Make every parameter a DTensor on the tensor-parallel mesh, as TENSOR_DIMS says."""
+    from torch import nn
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from athanor.models.zoo.llama import TENSOR_DIMS
+
+    for name, parameter in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        dim = next(dim for end, dim in TENSOR_DIMS.items() if name.endswith(end))
+        placement = Replicate() if dim is None else Shard(dim)
+        part = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(part))
+
+
+def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
+    """Loss and the full gradients of one forward and backward pass, as numpy."""
+    from torch.distributed.tensor import DTensor
+
+    data = batch()
+    model.zero_grad()
+    if weighted:
+        scored = model(data["tokens"], context, data["targets"], data["weights"])
+        loss = scored.weighted_sum
+    else:
+        scored = model(data["tokens"], context, data["targets"])
+        loss = -(scored.logp * data["weights"]).sum() + 0.01 * scored.logsumexp.square().sum()
+    loss.backward()
+    gradients = {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()}
+    return {"loss": loss.item(), "logp": scored.logp.detach().numpy(),
+            "gradients": {name: g.numpy() for name, g in gradients.items()}}
+
+
+def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from athanor.foundation.intervals import Recorder, activate
+    from athanor.models.context import Groups, Packed
+    from athanor.models.initialize import initialize
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = build(is_tied)
+    shard(model, mesh)
+    initialize(model, 7)
+    context = Packed.of(LENGTHS, groups=Groups(tp=mesh.get_group()))
+    recorder = Recorder()
+    activate(recorder)
+    found = results(model, context, weighted)
+    activate(None)
+    with torch.no_grad():
+        found["logits"] = model(batch()["tokens"], context).numpy()
+    found["weights"] = {name: p.full_tensor().detach().numpy() for name, p in model.named_parameters()}
+    found["intervals"] = sorted({(row.name, row.group) for row in recorder.rows})
+    dist.destroy_process_group()
+    return found
+
+
+def context_parallel(channel: Callable[..., None]) -> dict[str, Any]:
+    """Each rank holds half of the tokens; losses and gradients add up."""
+    import torch.distributed as dist
+
+    from athanor.models.context import Groups, Packed
+    from athanor.models.initialize import initialize
+
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = build(False)
+    initialize(model, 7)
+    context = Packed.of(LENGTHS, groups=Groups(cp=dist.group.WORLD))
+    mine = slice(rank * sum(LENGTHS) // ranks, (rank + 1) * sum(LENGTHS) // ranks)
+    data = {name: column[mine] for name, column in batch().items()}
+    scored = model(data["tokens"], context, data["targets"], data["weights"])
+    scored.weighted_sum.backward()
+    loss = scored.weighted_sum.detach().clone()
+    dist.all_reduce(loss)
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+    dist.destroy_process_group()
+    return {"loss": loss.item(), "gradients": {name: p.grad.numpy() for name, p in model.named_parameters()}}
+
+
+def sharded_both_ways(channel: Callable[..., None], folder: str) -> dict[str, Any]:
+    """fully_shard over 2 ranks after tensor parallelism over 2: initialise, save, and load again what was saved."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from athanor.models.huggingface import load_weights, save_model
+    from athanor.models.initialize import initialize
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = build(False)
+    shard(model, mesh["tp"])
+    for block in model.blocks.values():
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    initialize(model, 7)
+    found = {name: p.full_tensor().detach().numpy() for name, p in model.named_parameters()}
+    save_model(model, folder)
+    dist.barrier()
+    initialize(model, 8)
+    load_weights(model, folder)
+    again = {name: p.full_tensor().detach().numpy() for name, p in model.named_parameters()}
+    dist.destroy_process_group()
+    return {"initial": found, "loaded": again}
