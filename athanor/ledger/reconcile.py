@@ -14,6 +14,7 @@ from typing import Any
 from athanor.ledger.accounts import ACCOUNTS, Account
 from athanor.ledger.book import Book, read_book
 
+NOTHING = 1e-9  # of the paid device-seconds: what rounding leaves over
 WHOLE_CHAIN = "whole chain"  # no stage can have this name
 
 # every derived figure with its definition; the keys are those of `Book.derived`
@@ -112,7 +113,7 @@ def reconcile(name: str, forecast: Book | None, actual: Book | None,
     lines = []
     for account in ACCOUNTS:
         values = [book.accounts.get(account.name, 0.0) if book else None for book in (forecast, actual)]
-        if not any(values):
+        if not any(value and abs(value) > NOTHING * paid for value in values):
             continue
         seconds = leading.accounts.get(account.name, 0.0)
         parts = {step: held for step, book in (steps or {}).items() if (held := book.accounts.get(account.name))}

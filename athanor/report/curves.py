@@ -98,5 +98,8 @@ def step_time_chart(stage: StageRecord, rows: list[Row]) -> Chart | None:
 
 
 def flops_note(book: Book | None) -> str:
-    """What a stage computed, in one phrase."""
-    return f"{format_count(book.tokens)} tokens, {format_flops(book.model_flops)} (6ND)" if book and book.tokens else ""
+    """What a stage computed, or is to compute, in one phrase."""
+    if book is None or not book.tokens:
+        return ""
+    text = f"{format_count(book.tokens)} tokens, {format_flops(book.model_flops)} (6ND)"
+    return f"planned: {text}" if book.kind == "forecast" else text

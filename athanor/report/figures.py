@@ -121,7 +121,11 @@ def book_figures(found: Reconciliation) -> list[tuple[str, str, str, str]]:
     for key in ("mfu", "mfu_full_attention", "hfu", "goodput", "end_to_end", "unattributed_share"):
         values = [book.derived().get(key) for book in found.books.values()]
         if any(value is not None for value in values):
-            rows.append((NAMES[key], key, [format_share(v) if v is not None else "–" for v in values]))
+            rows.append((NAMES[key], key, [format_share(round(v, 5) + 0.0) if v is not None else "–" for v in values]))
+    for name, held, unit in (("money", [b.money for b in found.books.values()], ""),
+                             ("energy", [b.energy_joules for b in found.books.values()], " J")):
+        if any(value is not None for value in held):
+            rows.append((name, "", [f"{value:,.2f}{unit}" if value is not None else "–" for value in held]))
     for kind in sorted({kind for book in found.books.values() for kind in book.memory_bytes}):
         peaks = [max(book.memory_bytes.get(kind, []), default=None) for book in found.books.values()]
         rows.append((f"memory, {kind}", "", [format_bytes(peak) if peak is not None else "–" for peak in peaks]))

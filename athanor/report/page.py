@@ -48,7 +48,7 @@ def render(record: RunRecord) -> str:
     leading = (first.actual or first.forecast) if first else None
     return environment.get_template("page.html").render(
         record=record, accounts=ACCOUNTS, books=record.books, subtitle=subtitle(record), headlines=figures.headlines(record),
-        paid=f"{leading.device_seconds:,.0f}" if leading else "", definitions=figures.definitions(), names=figures.NAMES,
+        paid=_paid(leading), definitions=figures.definitions(), names=figures.NAMES,
         book_figures=figures.book_figures, signed_percent=figures.signed_percent, format_seconds=format_seconds,
         format_share=format_share, seconds=_seconds, is_far=_is_far, longest=_longest,
         stacked_bar=plots.stacked_bar, error_bar=plots.error_bar, draw=plots.draw,
@@ -90,6 +90,12 @@ def _events(stage: StageRecord) -> list[tuple[str, str]]:
     hidden = {id(row) for row in saves[:-2]}
     shown = [row for row in rows if id(row) not in hidden][:MOST_EVENTS]
     return [(figures.clock(row["time"] - rows[0]["time"], least=0), str(row["sentence"])) for row in shown]
+
+
+def _paid(book: Book | None) -> str:
+    if book is None:
+        return "the time went"
+    return f"{book.device_seconds:,.0f} device-seconds {'are to go' if book.kind == 'forecast' else 'went'}"
 
 
 def _seconds(value: float | None) -> str:

@@ -109,3 +109,9 @@ def test_json_holds_the_errors_in_si_units() -> None:
 def test_every_derived_figure_is_defined_and_none_is_called_an_efficiency() -> None:
     assert set(book("actual", 10, useful=5).derived()) <= set(DEFINITIONS)
     assert "efficien" not in json.dumps(DEFINITIONS).lower()
+
+
+def test_what_rounding_leaves_over_is_no_account() -> None:
+    made = book("forecast", 10, useful=0.1 + 0.2, kernel=19.7)
+    made.accounts["unattributed"] = -3e-15
+    assert [line.account.name for line in reconcile("a", made, None).lines] == ["useful", "kernel"]

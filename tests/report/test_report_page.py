@@ -77,7 +77,8 @@ def test_the_accounts_of_each_book_are_on_the_page(page: Page, finished: RunFold
     panel, = page.find("section", data_book=name)
     rows = {page.elements[row][1]["data-account"]: page.cells(row) for row in page.find("tr", inside=panel)
             if "data-account" in page.elements[row][1]}
-    assert set(rows) == {account for book in (forecast, actual) for account, seconds in book.accounts.items() if seconds}
+    assert set(rows) == {account for book in (forecast, actual) for account, seconds in book.accounts.items()
+                         if abs(seconds) > 1e-6}
     for account, cells in rows.items():
         foreseen, measured = (book.accounts.get(account, 0.0) for book in (forecast, actual))
         assert cells[1:4] == [f"{foreseen:,.1f}", f"{measured:,.1f}", f"{100 * measured / actual.device_seconds:.1f} %"]
