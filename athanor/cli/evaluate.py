@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import click
 
 from athanor.foundation.errors import ModelError, UserError, did_you_mean
 from athanor.foundation.progress import Bar, console, say
-from athanor.foundation.recipe import Recipe, load_recipe
+from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_seconds
 
@@ -48,7 +47,7 @@ def command(subject: Path, overrides: tuple[str, ...], data: Path | None, tasks:
         recipe = load_recipe(subject, list(overrides))
         run = RunFolder(runs_root() / recipe.name)
         if run.plan.exists():
-            recipe = recipe.with_plan(tomllib.loads(run.plan.read_text(encoding="utf-8")), str(run.plan))
+            recipe = recipe.with_plan(read_plan(run.plan), str(run.plan))
         result = evaluate_run(recipe, run, stages=stages, tasks=tasks, data=data, limit=limit)
         path = run.scores
     if as_json:
