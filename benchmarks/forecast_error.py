@@ -42,7 +42,8 @@ name = "pretrain"
 def athanor(*arguments: str, runs: Path) -> Any:
     """Run a verb with --json and return its document."""
     environment = {**os.environ, "ATHANOR_RUNS": str(runs)}
-    done = subprocess.run([sys.executable, "-c", "from athanor.cli.main import main; main()", *arguments, "--json"], capture_output=True, text=True,
+    start = "from athanor.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", start, *arguments, "--json"], capture_output=True, text=True,
                           env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"athanor {' '.join(arguments)} failed:\n{done.stderr}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+from athanor.cluster.timing import lower_quartile
 
 MESSAGE_BYTES = {"cpu": [2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24],
                  "cuda": [2**12, 2**15, 2**18, 2**21, 2**24, 2**27, 2**30]}
@@ -26,7 +27,7 @@ def gather_seconds(seconds: float, device: torch.device) -> list[float]:
 
 
 def collective_curves(device: torch.device, budget_seconds: float) -> dict[str, list[list[float]]]:
-    """Median seconds of each collective by the bytes of the full tensor, ranks starting together. Rows: bytes, seconds."""
+    """Usual seconds of each collective by the bytes of the full tensor, ranks starting together. Rows: bytes, seconds."""
     sizes = MESSAGE_BYTES[device.type]
     each = budget_seconds / (3 * len(sizes))
     return {name: [[float(size), time_together(make(size, device), device, each)] for size in sizes]
@@ -34,7 +35,7 @@ def collective_curves(device: torch.device, budget_seconds: float) -> dict[str, 
 
 
 def time_together(operation: Callable[[], Any], device: torch.device, budget_seconds: float) -> float:
-    """Median seconds of something all ranks do together, each repetition begun in step; equal on every rank."""
+    """Usual seconds of something all ranks do together, each repetition begun in step; equal on every rank."""
     operation()
     estimate = max(gather_seconds(_timed(operation, device), device))
     repetitions = max(3, min(200, int(budget_seconds / max(estimate, 1e-5) / 1.5)))
@@ -42,7 +43,7 @@ def time_together(operation: Callable[[], Any], device: torch.device, budget_sec
     for _ in range(repetitions):
         dist.barrier()
         samples.append(_timed(operation, device))
-    return max(gather_seconds(statistics.median(samples), device))
+    return max(gather_seconds(lower_quartile(samples), device))
 
 
 def _timed(operation: Callable[[], Any], device: torch.device) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,16 @@ from athanor.cluster.timing import Clock, Operation, Sample
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 MATMUL_SIZES: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]] = {  # (tokens, inner, outer)
-    "cpu": {"fp32": ((512, 4096), (64, 128, 256, 512), (64, 128, 256, 512, 4096)),
+    "cpu": {"fp32": ((128, 1024, 4096), (64, 128, 256, 512), (64, 128, 256, 512, 4096)),
             "bf16": ((512, 4096), (64, 256), (64, 256)),
             "fp64": ((512, 2048), (64, 256), (64, 256))},
-    "cuda": {"bf16": ((2048, 16384), (256, 1024, 4096, 8192), (256, 1024, 4096, 8192, 32768)),
+    "cuda": {"bf16": ((1024, 4096, 16384), (256, 1024, 4096, 8192), (256, 1024, 4096, 8192, 32768)),
              "fp32": ((2048, 8192), (256, 1024, 4096), (256, 1024, 4096)),
              "fp64": ((2048,), (256, 1024), (256, 1024))},
 }
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
-ATTENTION_SIZES = {"cpu": ((16,), (32, 64, 128, 256, 512), (32, 64)), "cuda": ((64,), (256, 1024, 4096), (64, 128))}
-ELEMENT_COUNTS = {"cpu": (2**14, 2**17, 2**20, 2**22), "cuda": (2**16, 2**20, 2**24, 2**27)}
+ATTENTION_SIZES = {"cpu": (16, (32, 64, 128, 256, 512), (32, 64)), "cuda": (64, (256, 1024, 4096), (64, 128))}
+ELEMENT_COUNTS = {"cpu": (2**14, 2**17, 2**19, 2**22), "cuda": (2**16, 2**20, 2**24, 2**27)}
 WIDTH = {"cpu": 256, "cuda": 4096}  # of the rows that element-wise work runs over
 CLASSES = {"cpu": 4096, "cuda": 32768}  # columns of the cross-entropy's logits
 
@@ -42,7 +43,7 @@ def matmul_rows(clock: Clock, dtype: str, budget_seconds: float) -> tuple[list[l
         for k in inner:
             for n in outer:
                 for form, sample in _linear(clock, DTYPES[dtype], (m, k, n), each):
-                    rows.append([dtype, form, m, k, n, 2.0 * m * k * n / sample.median])
+                    rows.append([dtype, form, m, k, n, 2.0 * m * k * n / sample.typical])
                     best = max(best, 2.0 * m * k * n / sample.best)
     size = PEAK_SIZE[clock.device.type]
     for _, sample in _linear(clock, DTYPES[dtype], (size, size, size), each):
@@ -61,36 +62,20 @@ def _linear(clock: Clock, dtype: torch.dtype, size: tuple[int, int, int], budget
 
 
 def attention_rows(clock: Clock, dtype: str, budget_seconds: float) -> list[list[Any]]:
-    """Seconds of scaled dot-product attention. Rows: dtype, mask, matrices, seq_len, head_dim, forward s, backward s.
+    """Seconds of causal scaled dot-product attention. Rows: dtype, matrices, seq_len, head_dim, forward s, backward s.
 
-    `matrices` is rows x heads; `mask` is 'causal' (by flag) or 'documents' (a boolean mask per row).
+    `matrices` is rows x heads.
     """
     matrices, lengths, widths = ATTENTION_SIZES[clock.device.type]
-    each = budget_seconds / (4 * len(matrices) * len(lengths) * len(widths))
+    each = budget_seconds / (2 * len(lengths) * len(widths))
     rows = []
-    for count in matrices:
-        for length in lengths:
-            for width in widths:
-                for mask in ("causal", "documents"):
-                    forward, backward = _attention(clock, DTYPES[dtype], (count, length, width), mask, each)
-                    rows.append([dtype, mask, count, length, width, forward, backward])
+    for length in lengths:
+        for width in widths:
+            query, key, value = (torch.randn(matrices // 4, 4, length, width, dtype=DTYPES[dtype], device=clock.device,
+                                             requires_grad=True) for _ in range(3))
+            forward = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True)
+            rows.append([dtype, matrices, length, width, *forward_and_backward(clock, forward, [query, key, value], each)])
     return rows
-
-
-def _attention(clock: Clock, dtype: torch.dtype, size: tuple[int, int, int], mask: str, budget: float) -> tuple[float, float]:
-    count, length, width = size
-    heads = 4
-    query, key, value = (torch.randn(count // heads, heads, length, width, dtype=dtype, device=clock.device,
-                                     requires_grad=True) for _ in range(3))
-    allowed = None
-    if mask == "documents":
-        allowed = torch.ones(count // heads, 1, length, length, dtype=torch.bool, device=clock.device).tril()
-        allowed[:, :, length // 2:, :length // 2] = False
-
-    def forward() -> torch.Tensor:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None)
-
-    return forward_and_backward(clock, forward, [query, key, value], budget)
 
 
 def forward_and_backward(clock: Clock, forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor],
@@ -98,90 +83,66 @@ def forward_and_backward(clock: Clock, forward: Callable[[], torch.Tensor], inpu
     """Seconds of a forward pass that records a graph, and of its backward pass."""
     output = forward()
     gradient = torch.randn_like(output)
-    alone = clock.time(forward, budget).median
-    backward = clock.time(lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True), budget).median
+    alone = clock.time(forward, budget).typical
+    backward = clock.time(lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True), budget).typical
     return alone, backward
 
 
 def elementwise_rows(clock: Clock, dtype: str, budget_seconds: float) -> list[list[Any]]:
-    """Seconds of chains without matmuls by number of elements. Rows: dtype, chain, elements, forward s, backward s.
-
-    add (residual), rms_norm, silu_mul, rotary, embedding, cross_entropy (elements = rows x classes), copy.
-    """
+    """Seconds of single passes over so many elements, outside autograd. Rows: dtype, operation, elements, seconds."""
     counts = ELEMENT_COUNTS[clock.device.type]
-    each = budget_seconds / (2 * len(counts) * len(CHAINS))
+    each = budget_seconds / (len(counts) * len(OPERATIONS))
     rows = []
-    for chain, make in CHAINS.items():
-        for elements in counts:
-            forward, inputs = make(clock.device, DTYPES[dtype], elements)
-            rows.append([dtype, chain, elements, *forward_and_backward(clock, forward, inputs, each)])
+    for elements in counts:
+        x = torch.randn(elements // WIDTH[clock.device.type], WIDTH[clock.device.type], dtype=DTYPES[dtype], device=clock.device)
+        for name, make in OPERATIONS.items():
+            rows.append([dtype, name, elements, clock.time(make(x), each).typical])
     return rows
 
 
-Chain = tuple[Callable[[], torch.Tensor], list[torch.Tensor]]
+def _multiply(x: torch.Tensor) -> Operation:
+    y = torch.randn_like(x)
+    return lambda: x * y
 
 
-def _leaf(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, device=device, requires_grad=True)
+def _copy(x: torch.Tensor) -> Operation:
+    y = torch.empty_like(x)
+    return lambda: y.copy_(x)
 
 
-def _add(device: torch.device, dtype: torch.dtype, elements: int) -> Chain:
-    a, b = _leaf(device, dtype, elements), _leaf(device, dtype, elements)
-    return lambda: a + b, [a, b]
+def _silu_backward(x: torch.Tensor) -> Operation:
+    y = torch.randn_like(x)
+    return lambda: torch.ops.aten.silu_backward(y, x)
 
 
-def _copy(device: torch.device, dtype: torch.dtype, elements: int) -> Chain:
-    a = _leaf(device, dtype, elements)
-    return a.clone, [a]
+def _log_softmax(x: torch.Tensor) -> Operation:
+    logits = x.view(-1, min(CLASSES[x.device.type], x.numel()))
+    return lambda: torch.log_softmax(logits, -1)
 
 
-def _rms_norm(device: torch.device, dtype: torch.dtype, elements: int) -> Chain:
-    width = WIDTH[device.type]
-    x, w = _leaf(device, dtype, elements // width, width), _leaf(device, dtype, width)
-    return lambda: F.rms_norm(x, (width,), w, 1e-5), [x, w]
+def _embedding(x: torch.Tensor) -> Operation:
+    table = torch.randn(CLASSES[x.device.type], x.shape[1], dtype=x.dtype, device=x.device)
+    index = torch.randint(0, table.shape[0], (x.shape[0],), device=x.device)
+    return lambda: F.embedding(index, table)
 
 
-def _silu_mul(device: torch.device, dtype: torch.dtype, elements: int) -> Chain:
-    a, b = _leaf(device, dtype, elements), _leaf(device, dtype, elements)
-    return lambda: F.silu(a) * b, [a, b]
+def _embedding_backward(x: torch.Tensor) -> Operation:
+    classes = CLASSES[x.device.type]
+    index = torch.randint(0, classes, (x.shape[0],), device=x.device)
+    return lambda: torch.ops.aten.embedding_dense_backward(x, index, classes, -1, False)
 
 
-def _rotary(device: torch.device, dtype: torch.dtype, elements: int) -> Chain:
-    half = 32
-    x = _leaf(device, dtype, elements // (8 * half), 4, 2 * half)
-    cosine, sine = (torch.randn(x.shape[0], 1, 2 * half, dtype=dtype, device=device) for _ in range(2))
-
-    def forward() -> torch.Tensor:
-        rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return x * cosine + rotated * sine
-
-    return forward, [x]
-
-
-def _embedding(device: torch.device, dtype: torch.dtype, elements: int) -> Chain:
-    width = WIDTH[device.type]
-    table = _leaf(device, dtype, CLASSES[device.type], width)
-    index = torch.randint(0, table.shape[0], (elements // width,), device=device)
-    return lambda: F.embedding(index, table), [table]
-
-
-def _cross_entropy(device: torch.device, dtype: torch.dtype, elements: int) -> Chain:
-    classes = CLASSES[device.type]
-    logits = _leaf(device, dtype, max(1, elements // classes), classes)
-    target = torch.randint(0, classes, (logits.shape[0],), device=device)
-    return lambda: F.cross_entropy(logits.float(), target, reduction="sum"), [logits]
-
-
-CHAINS: dict[str, Callable[[torch.device, torch.dtype, int], Chain]] = {
-    "add": _add, "copy": _copy, "rms_norm": _rms_norm, "silu_mul": _silu_mul, "rotary": _rotary,
-    "embedding": _embedding, "cross_entropy": _cross_entropy}
+OPERATIONS: dict[str, Callable[[torch.Tensor], Operation]] = {
+    "multiply": _multiply, "copy": _copy, "silu": lambda x: lambda: F.silu(x), "silu_backward": _silu_backward,
+    "exp": lambda x: lambda: x.exp(), "log_softmax": _log_softmax, "embedding": _embedding,
+    "embedding_backward": _embedding_backward}
 
 
 def memory_rate(clock: Clock, budget_seconds: float) -> float:
     """Bytes per second read and written by copying an array that no cache holds."""
     source = torch.ones(2**25 if clock.device.type == "cpu" else 2**29, dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
-    return 2.0 * source.numel() / clock.time(lambda: target.copy_(source), budget_seconds).median
+    return 2.0 * source.numel() / clock.time(lambda: target.copy_(source), budget_seconds).typical
 
 
 def launch_overhead(clock: Clock, budget_seconds: float) -> dict[str, float]:
@@ -195,8 +156,8 @@ def launch_overhead(clock: Clock, budget_seconds: float) -> dict[str, float]:
             y = y * 1.0001
         return y
 
-    alone = clock.time(forward, budget_seconds).median
-    both = clock.time(lambda: forward().sum().backward(), budget_seconds).median
+    alone = clock.time(forward, budget_seconds).typical
+    both = clock.time(lambda: forward().sum().backward(), budget_seconds).typical
     return {"forward": alone / depth, "forward_backward": both / depth}
 
 
@@ -208,7 +169,7 @@ def optimizer_rows(clock: Clock, budget_seconds: float) -> list[list[Any]]:
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         update = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-        rows.append([tensors, tensors * elements, clock.time(update.step, budget_seconds / 3).median])
+        rows.append([tensors, tensors * elements, clock.time(update.step, budget_seconds / 3).typical])
     return rows
 
 
@@ -219,7 +180,7 @@ def jitter_rows(clock: Clock, together: Callable[[float], list[float]], budget_s
     """
     size = 256 if clock.device.type == "cpu" else 4096
     a = torch.randn(size, size, device=clock.device)
-    one = max(together(clock.time(lambda: a @ a, 0.02).median))
+    one = max(together(clock.time(lambda: a @ a, 0.02).typical))
     rows = []
     for length in (0.002, 0.02, 0.1):
         calls = max(1, round(length / one))

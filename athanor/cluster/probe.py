@@ -19,8 +19,8 @@ from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import UserError
 from athanor.foundation.launch import run_ranks
 
-SECONDS = 15.0  # of measuring; starting ranks comes on top
-SHARES = {"matmul_fp32": 0.30, "matmul_bf16": 0.06, "matmul_fp64": 0.06, "attention": 0.12, "elementwise": 0.16,
+SECONDS = 12.0  # of measuring; starting ranks comes on top
+SHARES = {"matmul_fp32": 0.30, "matmul_bf16": 0.06, "matmul_fp64": 0.06, "attention": 0.08, "elementwise": 0.20,
           "memory": 0.02, "launch": 0.03, "optimizer": 0.04, "collectives": 0.09, "sharding": 0.03, "jitter": 0.05,
           "python": 0.02, "disk": 0.02}
 DISK_BYTES = 2**25
@@ -203,7 +203,7 @@ def combine(reports: list[dict[str, Any]], begin: float) -> ClusterSpec:
         peak_flops={part.removeprefix("matmul_"): max(r[part][1] for r in reports)
                     for part in first if part.startswith("matmul_")},
         memory_bytes_per_second=mean("memory"), matmul=matmul,
-        attention=average_rows([r["attention"] for r in reports], labels=5),
+        attention=average_rows([r["attention"] for r in reports], labels=4),
         elementwise=average_rows([r["elementwise"] for r in reports], labels=3),
         optimizer=average_rows([r["optimizer"] for r in reports], labels=2),
         overhead_seconds={"forward": mean("launch", "forward"), "forward_backward": mean("launch", "forward_backward"),

@@ -55,13 +55,13 @@ class ClusterSpec:
 
 COLUMNS = {
     "matmul": ("dtype", "form", "m tokens", "k in", "n out", "FLOP/s"),
-    "attention": ("dtype", "mask", "matrices", "seq_len", "head_dim", "forward s", "backward s"),
-    "elementwise": ("dtype", "chain", "elements", "forward s", "backward s"),
+    "attention": ("dtype", "matrices", "seq_len", "head_dim", "forward s", "backward s"),
+    "elementwise": ("dtype", "operation", "elements", "s"),
     "optimizer": ("tensors", "elements", "s"),
     "jitter": ("s of work", "slowest / mean - 1"),
     "collectives": ("bytes", "s"),
 }
-WORDS = {"dtype", "form", "mask", "chain"}
+WORDS = {"dtype", "form", "operation"}
 
 
 def to_toml(spec: ClusterSpec) -> str:

@@ -1,8 +1,7 @@
-"""How long one operation takes on this rank's device, as the median and the best of many repetitions."""
+"""How long one operation takes on this rank's device, as the lower quartile and the best of many repetitions."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +14,16 @@ Operation = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one call: `median` is what to expect, `best` what the device can do."""
+    """Seconds of one call: `typical` is what to expect (the lower quartile, since other processes only ever add time),
+    `best` what the device can do."""
 
-    median: float
+    typical: float
     best: float
+
+
+def lower_quartile(samples: list[float]) -> float:
+    """The value that a quarter of the samples lie below; the smaller of two."""
+    return sorted(samples)[(len(samples) - 1) // 4]
 
 
 class Clock:
@@ -36,7 +41,7 @@ class Clock:
         deadline = time.perf_counter() + budget_seconds - estimate
         while len(samples) < least_samples or time.perf_counter() < deadline:
             samples.append(self.batch(operation, calls))
-        return Sample(statistics.median(samples), min(samples))
+        return Sample(lower_quartile(samples), min(samples))
 
     def batch(self, operation: Operation, calls: int) -> float:
         if self.is_cuda:

@@ -6,15 +6,18 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from athanor.foundation.errors import LayoutError, UserError
 from athanor.foundation.layout import Layout, check_batch, check_model
 from athanor.foundation.recipe import Parallel, Recipe, Stage
 from athanor.foundation.units import format_bytes
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.find import check_architecture, load_shape
 from athanor.planner import scaling
-from athanor.planner.forecast import Forecaster, StageChoice, Step, mean_context
+from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.memory import fits, peak_memory
+from athanor.planner.operators import mean_context
 
 HIDDEN_SIZES = (64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192)
 LAYERS = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)
@@ -77,8 +80,13 @@ def block_parameters(shape: DecoderShape) -> float:
 
 
 def shapes(recipe: Recipe, vocab_size: int, max_position: int) -> Iterator[DecoderShape]:
-    """All shapes that agree with what the recipe fixes; a fixed size is taken as it is."""
-    model = recipe.model
+    """All shapes that agree with what the recipe fixes; a fixed size is taken as it is, and so is a model to start from."""
+    model, names = recipe.model, [stage.name for stage in recipe.stage]
+    start = next((stage.start_from for stage in recipe.stage if stage.start_from and stage.start_from not in names), None)
+    if start is not None:
+        yield load_shape(Path(start))
+        return
+    check_architecture(model.architecture, "model.architecture")
     heads, width = model.num_attention_heads, model.hidden_size
     if heads and width and not model.head_dim and width % heads:
         raise UserError(f"model.num_attention_heads = {heads} does not divide model.hidden_size = {width}")
@@ -213,7 +221,8 @@ def rank_candidates(forecaster: Forecaster, recipe: Recipe, stage: Stage, templa
     out: list[Candidate] = []
     smallest, refused = math.inf, None
     options = layouts(recipe.parallel, forecaster.cluster.devices)
-    for shape in shapes(recipe, text.vocab_size, template.seq_len):
+    longest = max(template.seq_len, *(other.seq_len or 0 for other in recipe.stage))
+    for shape in shapes(recipe, text.vocab_size, longest):
         try:
             possible = legal(shape, options, template.seq_len)
         except LayoutError as error:

@@ -9,10 +9,11 @@ from typing import Any
 from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.layout import Layout
 from athanor.ledger.book import Book
+from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.coefficients import load, python_factor
 from athanor.planner.collectives import Curves, fully_shard_seconds, tensor_seconds
 from athanor.planner.memory import peak_memory
-from athanor.planner.operators import Rates, Work, block_work, ends_work
+from athanor.planner.operators import Rates, Work, block_work, ends_work, mean_context
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Forecaster:
             self._rates[dtype] = Rates(self.cluster, dtype)
         return self._rates[dtype]
 
-    def step(self, shape: Any, layout: Layout, stage: StageChoice) -> Step:
+    def step(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Step:
         """One step of a stage."""
         constants, rates = load()["step"], self.rates(stage.precision)
         work = self._micro_batch(shape, layout, stage)
@@ -76,7 +77,7 @@ class Forecaster:
         parts["sharding"] = times * devices * self._sharding(shape, layout)
         return Step(seconds, {name: value for name, value in accounts.items() if value}, parts, work.forward_seconds)
 
-    def stage(self, shape: Any, layout: Layout, stage: StageChoice) -> Book:
+    def stage(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Book:
         """The book of a whole stage: its steps, and start, checkpoints, validations and metering."""
         constants, step = load()["stage"], self.step(shape, layout, stage)
         slow, devices = python_factor(self.cluster.python), layout.world_size
@@ -101,14 +102,14 @@ class Forecaster:
         book.memory_bytes = {kind: [value] for kind, value in memory.items()}
         return book.close()
 
-    def save_seconds(self, shape: Any, layout: Layout) -> float:
+    def save_seconds(self, shape: DecoderShape, layout: Layout) -> float:
         """One checkpoint: weights and both moments of this rank's shards, written and synced."""
         size = 12.0 * shape.parameters() / (layout.dp_shard * layout.tp)
         disk = self.cluster.disk
         written = size / disk["write_bytes_per_second"] + disk.get("sync_seconds", 0.0)
         return float(load()["stage"]["checkpoint_seconds"] + written)
 
-    def validation_seconds(self, step: Step, shape: Any, layout: Layout, stage: StageChoice) -> float:
+    def validation_seconds(self, step: Step, shape: DecoderShape, layout: Layout, stage: StageChoice) -> float:
         """One validation: forward over the held-out tokens, split over data ranks, and a generated sample."""
         constants = load()["stage"]
         batch = stage.seq_len * stage.micro_batch_size * layout.data_ranks
@@ -116,25 +117,26 @@ class Forecaster:
         return float(math.ceil(stage.evaluation_tokens / batch) * step.forward_seconds
                      + sample * python_factor(self.cluster.python))
 
-    def _micro_batch(self, shape: Any, layout: Layout, stage: StageChoice) -> Work:
-        constants, rates = load()["step"], self.rates(stage.precision)
-        rows, seq_len = stage.micro_batch_size, stage.seq_len
-        key = (replace(shape, num_hidden_layers=1), layout.tp, rows, seq_len, stage.precision)
+    def _micro_batch(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Work:
+        rates, rows, seq_len = self.rates(stage.precision), stage.micro_batch_size, stage.seq_len
+        key = (replace(shape, num_hidden_layers=1), layout.tp, rows, seq_len, stage.precision, stage.document_tokens)
         if key not in self._work:
-            self._work[key] = (block_work(rates, shape, rows, seq_len, layout.tp, constants["operations_per_block"]),
-                               ends_work(rates, shape, rows * seq_len, layout.tp, constants["operations_ends"]))
+            self._work[key] = (block_work(rates, shape, rows, seq_len, stage.document_tokens, layout.tp),
+                               ends_work(rates, shape, rows * seq_len, layout.tp))
         block, ends = self._work[key]
-        total = Work(dict(ends.forward), dict(ends.backward))
-        for kind in block.forward:
-            total.add(kind, (block.forward[kind], block.backward[kind]), shape.num_hidden_layers)
+        total = Work()
+        factor = load()["step"]["compute_factor"]
+        for work, times in ((ends, factor), (block, factor * shape.num_hidden_layers)):
+            for kind in work.forward:
+                total.add(kind, (work.forward[kind], work.backward[kind]), times)
         return total
 
-    def _sharding(self, shape: Any, layout: Layout) -> float:
+    def _sharding(self, shape: DecoderShape, layout: Layout) -> float:
         """What fully_shard itself costs a micro-batch: hooks, copies in and out."""
         per_block = self.cluster.overhead_seconds["sharded_block"] * load()["step"]["sharded_block_factor"]
         return float(per_block * (shape.num_hidden_layers + 1)) if layout.data_ranks > 1 else 0.0
 
-    def _traffic(self, shape: Any, layout: Layout, stage: StageChoice) -> tuple[float, float]:
+    def _traffic(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> tuple[float, float]:
         """Seconds of a step in data-parallel and in tensor-parallel collectives."""
         data = tensor = 0.0
         if layout.data_ranks > 1:
@@ -148,13 +150,13 @@ class Forecaster:
                 self.curves, stage.micro_batch_size * stage.seq_len, shape.hidden_size, shape.num_hidden_layers, stage.precision)
         return data, tensor
 
-    def _update(self, shape: Any, layout: Layout) -> float:
+    def _update(self, shape: DecoderShape, layout: Layout) -> float:
         tensors = 9 * shape.num_hidden_layers + (2 if shape.tie_word_embeddings else 3)
         rates = self.rates("fp32") if any(row[0] == "fp32" for row in self.cluster.matmul) else next(iter(self._rates.values()))
         return (rates.update(tensors, shape.parameters() / (layout.dp_shard * layout.tp))
                 + rates.launch(load()["step"]["operations_per_update"] * tensors))
 
-    def _skew(self, compute: float, shape: Any, micro_batches: int) -> float:
+    def _skew(self, compute: float, shape: DecoderShape, micro_batches: int) -> float:
         """Waiting for the slowest rank between two collectives, whose spread shrinks as the work between them grows."""
         rows = self.cluster.jitter
         if not rows:
@@ -162,12 +164,3 @@ class Forecaster:
         between = compute / (micro_batches * 3 * (shape.num_hidden_layers + 1))
         _, excess = min(rows, key=lambda row: abs(math.log(row[0] / max(between, 1e-6))))
         return float(compute * excess)
-
-
-def mean_context(seq_len: int, document_tokens: float) -> float:
-    """Keys that a query sees on average in a row of `seq_len` when documents end at random every `document_tokens`.
-
-    Position j of a row sees d (1 - exp(-j / d)) keys, averaged over the row.
-    """
-    ratio = seq_len / document_tokens
-    return document_tokens * (1.0 - (1.0 - math.exp(-ratio)) / ratio) + 0.5

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from athanor.foundation.layout import Layout
+from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.operators import WIDTH_BYTES
 
 
-def peak_memory(shape: Any, layout: Layout, *, rows: int, seq_len: int, dtype: str, recompute: str = "none") -> dict[str, float]:
+def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int, dtype: str,
+                recompute: str = "none") -> dict[str, float]:
     """Bytes of one rank at the end of a forward pass, when activations and logits are alive together.
 
     Parameters, gradients and both moments of AdamW are kept in fp32 (fp64 for fp64) and sharded over dp_shard x tp;

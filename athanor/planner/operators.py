@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import UserError, did_you_mean
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.planner.coefficients import load
 
+LOGITS_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of a chunk of logits in fp32 (models/loss.py)
 WIDTH_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 1}
 
 
@@ -60,11 +62,10 @@ class Rates:
         self.peak_flops = cluster.peak_flops[dtype]
         forms = ("forward", "input_gradient", "weight_gradient")
         self._matmul = {form: Table([row[2:] for row in cluster.matmul if row[:2] == [dtype, form]], False) for form in forms}
-        self._attention = [Table([[row[3], row[4], row[column] / row[2]] for row in cluster.attention if row[1] == "documents"],
-                                 True) for column in (5, 6)]
-        chains = {row[1] for row in cluster.elementwise}
-        self._chains = {name: [Table([[row[2], row[column]] for row in cluster.elementwise if row[1] == name], True)
-                               for column in (3, 4)] for name in chains}
+        self._attention = [Table([[row[2], row[3], row[column] / row[1]] for row in cluster.attention], True)
+                           for column in (4, 5)]
+        self._passes = {name: Table([row[2:] for row in cluster.elementwise if row[1] == name], True)
+                        for name in {row[1] for row in cluster.elementwise}}
         updates = np.asarray(cluster.optimizer, dtype=float)
         relative = updates[:, :2] / updates[:, 2:]  # errors count in proportion
         costs, *_ = np.linalg.lstsq(relative, np.ones(len(updates)), rcond=None)
@@ -83,14 +84,13 @@ class Rates:
                 self.matmul("input_gradient", m, k, n) + self.matmul("weight_gradient", m, k, n))
 
     def attention(self, matrices: float, seq_len: float, head_dim: float) -> tuple[float, float]:
-        """Seconds of masked attention forward and backward; `matrices` is rows x heads."""
+        """Seconds of causal attention forward and backward; `matrices` is rows x heads."""
         forward, backward = (table(seq_len, head_dim) * matrices * self._flops_ratio for table in self._attention)
         return forward, backward
 
-    def chain(self, name: str, elements: float) -> tuple[float, float]:
-        """Seconds of element-wise work (`add`, `rms_norm`, …) on so many elements, forward and backward."""
-        forward, backward = (table(elements) * self._bytes_ratio for table in self._chains[name])
-        return forward, backward
+    def passes(self, elements: float, **counts: float) -> float:
+        """Seconds of single passes over so many elements, such as multiply=2, copy=1."""
+        return self._bytes_ratio * sum(self._passes[name](elements) * count for name, count in counts.items())
 
     def update(self, tensors: int, elements: float) -> float:
         """Seconds of an AdamW step: a cost per tensor and a cost per element, both fitted to the measured rows."""
@@ -121,33 +121,57 @@ class Work:
         return self.forward_seconds + math.fsum(self.backward.values())
 
 
-def block_work(rates: Rates, shape: Any, rows: int, seq_len: int, tp: int, operations: float) -> Work:
-    """One decoder block over `rows` rows of `seq_len` tokens; `operations` are its launches beside the measured ones."""
-    work, tokens = Work(), float(rows * seq_len)
+def block_work(rates: Rates, shape: DecoderShape, rows: int, seq_len: int, document_tokens: float, tp: int) -> Work:
+    """One decoder block over `rows` rows of `seq_len` tokens in documents of `document_tokens`.
+
+    Counts of passes follow `models/fused.py` and `models/attention.py`.
+    """
+    work, constants, tokens = Work(), load()["step"], float(rows * seq_len)
     hidden, inner = shape.hidden_size, shape.intermediate_size / tp
-    query = shape.num_attention_heads * shape.head_dim / tp
-    key = shape.num_key_value_heads * shape.head_dim / tp
-    projections = ((hidden, query), (hidden, key), (hidden, key), (query, hidden))
-    for k, n in (*projections, (hidden, inner), (hidden, inner), (inner, hidden)):
+    query, key = shape.query_size / tp, shape.key_value_size / tp
+    for k, n in ((hidden, query + 2 * key), (query, hidden), (hidden, 2 * inner), (inner, hidden)):
         work.add("matmul", rates.linear(tokens, k, n))
-    work.add("attention", rates.attention(rows * shape.num_attention_heads / tp, seq_len, shape.head_dim))
-    work.add("elementwise", rates.chain("rms_norm", tokens * hidden / tp), 2)
-    work.add("elementwise", rates.chain("add", tokens * hidden / tp), 2)
-    work.add("elementwise", rates.chain("silu_mul", tokens * inner))
-    work.add("elementwise", rates.chain("rotary", tokens * (query + key)))
-    launches = rates.launch(operations)
+    length = max(8.0, 2 * mean_context(seq_len, document_tokens) - 1)  # equally long documents with as many keys per query
+    work.add("attention", rates.attention(tokens / length * shape.num_attention_heads / tp, length, shape.head_dim))
+    work.add("attention", (rates.passes(tokens * (query + 2 * key), multiply=1, copy=1) + rates.passes(tokens * query, copy=1),
+                           rates.passes(tokens * (query + 2 * key), multiply=1, copy=2)))
+    work.add("elementwise", (rates.passes(tokens * hidden / tp, copy=1, multiply=2),
+                             rates.passes(tokens * hidden / tp, multiply=7)), 2)  # the two norms
+    work.add("elementwise", (rates.passes(tokens * hidden / tp, multiply=1), rates.passes(tokens * hidden / tp, multiply=1)), 2)
+    work.add("elementwise", (rates.passes(tokens * inner, silu=1, multiply=1),
+                             rates.passes(tokens * inner, multiply=2, silu=1, silu_backward=1, copy=1)))
+    fused = hidden * (query + 2 * key + 2 * inner)
+    work.add("elementwise", (rates.passes(fused, copy=1), rates.passes(fused, copy=1)))
+    documents = 1.0 + 2.0 * tokens / document_tokens  # runs of equally long ones: a boundary cuts a run in two
+    launches = rates.launch(constants["operations_per_block"] + constants["operations_per_document"] * documents)
     work.add("launch", (launches / 3, launches * 2 / 3))
     return work
 
 
-def ends_work(rates: Rates, shape: Any, tokens: float, tp: int, operations: float) -> Work:
-    """Embedding, last norm, head and cross-entropy over `tokens` tokens."""
-    work = Work()
-    vocabulary = shape.vocab_size / tp
-    work.add("elementwise", rates.chain("embedding", tokens * shape.hidden_size))
-    work.add("elementwise", rates.chain("rms_norm", tokens * shape.hidden_size / tp))
-    work.add("matmul", rates.linear(tokens, shape.hidden_size, vocabulary))
-    work.add("cross_entropy", rates.chain("cross_entropy", tokens * vocabulary))
-    launches = rates.launch(operations)
+def ends_work(rates: Rates, shape: DecoderShape, tokens: float, tp: int) -> Work:
+    """Embedding, last norm, head and loss over `tokens` tokens; the loss works by chunks.
+
+    (It makes its gradients in the forward pass; here they count as backward, which validation does not do.)
+    """
+    work, constants = Work(), load()["step"]
+    vocabulary, hidden = shape.vocab_size / tp, shape.hidden_size
+    chunk = min(tokens, max(64.0, LOGITS_BYTES[rates.cluster.device_type] / 4 / vocabulary))
+    elements, part = tokens * hidden, tokens * hidden / tp
+    work.add("elementwise", (rates.passes(elements, embedding=1), rates.passes(elements, embedding_backward=1)))
+    work.add("elementwise", (rates.passes(part, copy=1, multiply=2), rates.passes(part, multiply=7)))
+    work.add("matmul", rates.linear(chunk, hidden, vocabulary), tokens / chunk)
+    work.add("cross_entropy", (rates.passes(chunk * vocabulary, log_softmax=1), rates.passes(chunk * vocabulary, exp=1)),
+             tokens / chunk)
+    work.add("cross_entropy", (0.0, rates.passes(elements, multiply=3) + rates.passes(vocabulary * hidden, multiply=1)))
+    launches = rates.launch(constants["operations_ends"] + constants["operations_per_chunk"] * tokens / chunk)
     work.add("launch", (launches / 3, launches * 2 / 3))
     return work
+
+
+def mean_context(seq_len: int, document_tokens: float) -> float:
+    """Keys that a query sees on average in a row of `seq_len` when documents end at random every `document_tokens`.
+
+    Position j of a row sees d (1 - exp(-j / d)) keys, averaged over the row.
+    """
+    ratio = seq_len / document_tokens
+    return document_tokens * (1.0 - (1.0 - math.exp(-ratio)) / ratio) + 0.5

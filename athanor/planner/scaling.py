@@ -36,5 +36,5 @@ def loss(block_parameters: float, tokens: float, unique_tokens: float, batch_tok
 
 
 def learning_rate(hidden_size: int) -> float:
-    """Peak rate of AdamW: 2e-3 at width 128, falling with the square root of the width (3.5e-4 at 4096)."""
-    return float(f"{min(3e-3, 2e-3 * math.sqrt(128 / hidden_size)):.2g}")
+    """Peak rate of AdamW: 4e-3 at width 128, falling with the square root of the width (7e-4 at 4096), at most 6e-3."""
+    return float(f"{min(6e-3, 4e-3 * math.sqrt(128 / hidden_size)):.2g}")

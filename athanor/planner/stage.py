@@ -18,6 +18,7 @@ from athanor.planner.coefficients import load
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 
 PRETRAIN_SHARE = 0.85
+VOCABULARY_MULTIPLE = 64  # a model's vocabulary is filled up to it, so that it can be cut into equal parts
 MOST_EPOCHS_OF_PAIRS = 3.0
 FAULT_SECONDS = 86400.0  # assumed time between faults of one device, for the checkpoint interval
 VALIDATION_SHARE = 0.03  # of a stage's step time
@@ -79,6 +80,7 @@ def describe_text(recipe: Recipe, scan: dict[str, Any]) -> Text:
     per_token = constants["bytes_per_token"] * growth
     tokens = scan["bytes"] * constants["kept_share"] / per_token
     held_out = recipe.data.evaluation_share
+    vocabulary = math.ceil(vocabulary / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return Text(vocabulary, per_token, max(1.0, tokens * (1 - held_out)), tokens * held_out,
                 max(16.0, scan["bytes"] / per_token / max(1, scan["documents"])), constants["pair_tokens"],
                 max(1.0, tokens * (1 - held_out) * constants["pairs_share"]))

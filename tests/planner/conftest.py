@@ -12,7 +12,7 @@ from athanor.foundation.recipe import Recipe, load_recipe
 
 RATE = 1e10  # FLOP/s of every matmul
 PEAK = 2e10
-CHAIN_SECONDS = 1e-9  # per element, forward; backward is twice that
+PASS_SECONDS = 1e-9  # per element
 LATENCY, BANDWIDTH = 1e-4, 1e9
 
 
@@ -24,10 +24,10 @@ def machine() -> ClusterSpec:
         peak_flops={"fp32": PEAK}, memory_bytes_per_second=1e10,
         matmul=[["fp32", form, m, k, n, RATE] for m, k, n in sizes
                 for form in ("forward", "input_gradient", "weight_gradient")],
-        attention=[["fp32", mask, 16, s, d, 16 * 4e-10 * s * s * d, 16 * 8e-10 * s * s * d]
-                   for mask in ("causal", "documents") for s in (64, 512) for d in (32, 64)],
-        elementwise=[["fp32", chain, n, CHAIN_SECONDS * n, 2 * CHAIN_SECONDS * n] for n in (2**14, 2**20)
-                     for chain in ("add", "rms_norm", "silu_mul", "rotary", "embedding", "cross_entropy")],
+        attention=[["fp32", 16, s, d, 16 * 4e-10 * s * s * d, 16 * 8e-10 * s * s * d] for s in (64, 512) for d in (32, 64)],
+        elementwise=[["fp32", name, n, PASS_SECONDS * n] for n in (2**14, 2**20)
+                     for name in ("multiply", "copy", "silu", "silu_backward", "exp", "log_softmax", "embedding",
+                                  "embedding_backward")],
         optimizer=[[tensors, size, tensors * 1e-6 + size * 1e-9] for tensors, size in ((16, 2**14), (64, 2**16), (64, 2**22))],
         overhead_seconds={"forward": 1e-6, "forward_backward": 3e-6, "sharded_block": 1e-3},
         collectives={name: [[float(size), LATENCY + size / BANDWIDTH] for size in (2**12, 2**16, 2**20, 2**24)]

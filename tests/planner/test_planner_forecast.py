@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from athanor.models.shapes.decoder import DecoderShape
 
 import athanor.planner
 from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import UserError
 from athanor.foundation.layout import Layout
+from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.coefficients import load
 from athanor.planner.collectives import Curves
-from athanor.planner.forecast import Forecaster, StageChoice, mean_context
+from athanor.planner.forecast import Forecaster, StageChoice
 from athanor.planner.memory import peak_memory
-from athanor.planner.operators import Rates, Table
+from athanor.planner.operators import Rates, Table, mean_context
 
-PEAK, RATE, CHAIN_SECONDS = 2e10, 1e10, 1e-9
+PEAK, RATE, PASS_SECONDS = 2e10, 1e10, 1e-9
 SHAPE = DecoderShape(vocab_size=4096, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
                      num_key_value_heads=4, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True)
 STAGE = StageChoice("pretrain", seq_len=256, micro_batch_size=8, num_microbatches=2, steps=100, precision="fp32",
@@ -43,7 +43,7 @@ def test_rates_follow_the_measured_laws(machine: ClusterSpec) -> None:
     rates = Rates(machine, "fp32")
     assert rates.matmul("forward", 1000, 200, 300) == pytest.approx(2 * 1000 * 200 * 300 / RATE)
     assert rates.linear(1000, 200, 300)[1] == pytest.approx(2 * rates.linear(1000, 200, 300)[0])
-    assert rates.chain("add", 50_000) == pytest.approx((CHAIN_SECONDS * 50_000, 2 * CHAIN_SECONDS * 50_000))
+    assert rates.passes(50_000, copy=1, multiply=2) == pytest.approx(3 * PASS_SECONDS * 50_000)
     assert rates.attention(8, 128, 48)[0] == pytest.approx(8 * 4e-10 * 128 * 128 * 48)
     assert rates.update(40, 500_000) == pytest.approx(40e-6 + 500_000e-9, rel=1e-3)
     with pytest.raises(UserError, match="bf16 were not measured"):
@@ -68,10 +68,11 @@ def test_accounts_of_a_step_add_up(machine: ClusterSpec, layout: Layout) -> None
 
 
 def test_matmuls_of_a_step_are_their_flops_over_the_rate(machine: ClusterSpec) -> None:
-    step = Forecaster(machine).step(SHAPE, Layout(), STAGE)
+    step, factor = Forecaster(machine).step(SHAPE, Layout(), STAGE), load()["step"]["compute_factor"]
     matrices = 4 * (4 * 128 * 128 + 3 * 128 * 352) + 4096 * 128
-    assert step.parts["matmul"] == pytest.approx(6 * STAGE.global_batch_tokens(Layout()) * matrices / RATE)
-    assert step.parts["cross_entropy"] == pytest.approx(2 * 8 * 256 * 4096 * 3 * CHAIN_SECONDS)
+    assert step.parts["matmul"] == pytest.approx(factor * 6 * STAGE.global_batch_tokens(Layout()) * matrices / RATE)
+    logits, hidden = 8 * 256 * 4096, 8 * 256 * 128
+    assert step.parts["cross_entropy"] == pytest.approx(factor * 2 * (2 * logits + 3 * hidden + 4096 * 128) * PASS_SECONDS)
 
 
 def test_more_work_takes_more_time(machine: ClusterSpec) -> None:

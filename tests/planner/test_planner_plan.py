@@ -16,6 +16,7 @@ from athanor.foundation.errors import LayoutError, UserError
 from athanor.foundation.layout import check_batch
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.units import PD_FLOP
+from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner import scaling
 from athanor.planner.plan import Plan, make_plan
 from athanor.planner.stage import budget_shares, vocabulary_for
@@ -179,3 +180,13 @@ def test_verb_plan_writes_plan_and_books(machine: ClusterSpec, toy: Toy, tmp_pat
     assert read_book(run / "pretrain" / "forecast.json").tokens > 0
     assert printed["scan"]["bytes"] == 600_000 and printed["runner_ups"]
     assert CliRunner().invoke(command, arguments).exit_code == 0, "the table for people"
+
+
+def test_a_model_to_start_from_fixes_the_shape(machine: ClusterSpec, toy: Toy, tmp_path: Path) -> None:
+    shape = DecoderShape(vocab_size=1024, hidden_size=80, intermediate_size=224, num_hidden_layers=3, num_attention_heads=5,
+                         tie_word_embeddings=True)
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_config()))
+    plan = make_plan(toy(f"stage.pretrain.start_from={tmp_path}"), machine, SCAN)
+    assert plan.values["model"]["hidden_size"] == 80 and plan.values["model"]["num_hidden_layers"] == 3
+    with pytest.raises(UserError, match="does not exist"):
+        make_plan(toy("stage.pretrain.start_from=/no/such/model"), machine, SCAN)
