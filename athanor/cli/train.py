@@ -1,0 +1,112 @@
+"""`athanor train`: train one stage of a recipe."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from athanor.foundation.events import EXIT_REQUEUE
+from athanor.foundation.progress import Bar, say
+from athanor.foundation.recipe import Recipe, load_recipe
+from athanor.foundation.run_folder import RunFolder, runs_root
+from athanor.foundation.units import format_count
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--stage", required=True, help="the stage to train")
+@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="the run folder; runs/<name> when left out")
+@click.option("--fresh", "is_fresh", is_flag=True, help="begin anew, even where the folder holds another configuration's work")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
+def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Path | None, is_fresh: bool, as_json: bool) -> None:
+    """Train one stage of RECIPE, from its newest checkpoint when there is one.
+
+    KEY=VALUE overrides what recipe and plan say, such as stage.pretrain.steps=100. Under torchrun, srun or mpirun this
+    process is one rank; otherwise the ranks are started here.
+    """
+    wanted = load_recipe(recipe, list(overrides))
+    run = RunFolder(run_folder or runs_root() / wanted.name)
+    if run.plan.exists():
+        wanted = wanted.with_plan(tomllib.loads(run.plan.read_text(encoding="utf-8")), str(run.plan))
+    wanted.get_stage(stage)
+    result = train(wanted, run, stage, is_fresh=is_fresh)
+    if result["is_asked_to_stop"]:
+        say(f"stopped after step {result['step']} of {result['steps']}, as asked; run the same command to go on")
+        raise SystemExit(EXIT_REQUEUE)
+    if as_json and result["rank"] == 0:
+        click.echo(json.dumps(result))
+    elif result["rank"] == 0:
+        say(f"{stage}: {result['steps']} steps, loss {result['loss'][-1]:.3f}, {format_count(result['tokens_per_second'])} "
+            f"tokens/s; the model is in {run.stage(stage).model}")
+
+
+def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False) -> dict[str, Any]:
+    """Train a stage on this machine's ranks, or as the rank that another launcher made this process.
+
+    Returns what the rank function `train_stage` returns, and "rank": whose words these are.
+    """
+    from athanor.foundation.launch import launched_from_outside
+
+    machine = describe_machine(recipe, run, stage)
+    arguments: dict[str, Any] = {"run_folder": str(run.root), "recipe": recipe, "stage": stage, "launched": time.perf_counter(),
+                                 "is_fresh": is_fresh, **machine["arguments"]}
+    with Bar(stage, 1.0) as bar:
+
+        def show(message: dict[str, Any]) -> None:
+            loss = "not finite" if message["loss"] is None else f"{message['loss']:.3f}"
+            note = f"step {message['step']}, loss {loss}, {format_count(message['tokens_per_second'])} tokens/s"
+            bar.advance(message["step"] / message["steps"] - bar.done, note)
+
+        if launched_from_outside():
+            from athanor.train.loop import train_stage
+
+            return {**train_stage(lambda **message: show(message), **arguments), "rank": int(os.environ["RANK"])}
+        return _train_on_ranks(arguments, run.stage(stage).logs, machine, show)
+
+
+def _train_on_ranks(arguments: dict[str, Any], logs: Path, machine: dict[str, Any],
+                    show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Start the ranks here. When we are asked to end (SIGTERM), they finish their step, save and return."""
+    from athanor.foundation.launch import run_ranks
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        results = run_ranks("athanor.train.loop:train_stage", arguments, machine["world_size"], log_folder=logs,
+                            on_message=show, threads=machine["threads"])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return {**results[0], "rank": 0}
+
+
+def describe_machine(recipe: Recipe, run: RunFolder, stage: str) -> dict[str, Any]:
+    """World size, threads per rank, and what a rank must know of its device: from cluster.toml where there is one."""
+    from athanor.cluster.spec import read_cluster
+    from athanor.train.settings import world_size_of
+
+    file = run.cluster if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
+    if file.exists():
+        spec = read_cluster(file)
+        peak_flops = spec.peak_flops.get(recipe.get_stage(stage).precision or "fp32")
+        devices, threads = recipe.cluster.devices or spec.devices, spec.threads_per_device
+        arguments = {"device_type": spec.device_type, "accelerator": spec.accelerator, "peak_flops": peak_flops}
+    else:
+        import torch
+
+        device_type, threads = "cuda" if torch.cuda.is_available() else "cpu", None
+        found = torch.cuda.device_count() if device_type == "cuda" else len(os.sched_getaffinity(0))
+        devices, arguments = recipe.cluster.devices or found, {"device_type": device_type, "accelerator": device_type}
+    return {"world_size": world_size_of(recipe, devices), "threads": threads, "arguments": arguments}

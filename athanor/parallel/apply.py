@@ -1,0 +1,53 @@
+"""How a layout is put on a model, from outside and in one order: tensor, recompute, compile, fully_shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from athanor.foundation.errors import LayoutError, ModelError
+from athanor.parallel import fully_shard, recompute, tensor
+from athanor.parallel.mesh import Mesh
+
+COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parallelize(model: nn.Module, mesh: Mesh, tensor_dims: Mapping[str, int | None], *, recompute_policy: str = "none",
+                is_compiled: bool = False, precision: str = "fp32") -> fully_shard.Replicas | None:
+    """Put the mesh's layout on a model whose parameters may be on the meta device, in place.
+
+    On one rank nothing changes, unless it computes in another dtype than its weights have. Returns what keeps replicas
+    equal, when there are any. Raises LayoutError or ModelError for what cannot be laid out.
+    """
+    blocks = blocks_of(model)
+    tp = mesh.axis("tp")
+    if tp is not None:
+        tensor.shard_parameters(model, tensor_dims, tp)
+    recompute.apply(blocks, recompute_policy, is_compiled)
+    if is_compiled:
+        for block in blocks:
+            block.compile(fullgraph=True)
+    return fully_shard.apply(model, blocks, mesh, compute_dtype(precision)) if mesh.axis("dp_shard") is not None else None
+
+
+def storage_dtype(precision: str) -> torch.dtype:
+    """The dtype that weights, gradients and optimizer state are kept in."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def compute_dtype(precision: str) -> torch.dtype | None:
+    """The dtype to compute in, when it is not that of the weights. Raises LayoutError for fp8."""
+    if precision not in COMPUTE_DTYPES:
+        raise LayoutError(f"precision {precision} cannot be trained with; this version trains with {', '.join(COMPUTE_DTYPES)}")
+    dtype = COMPUTE_DTYPES[precision]
+    return None if dtype == storage_dtype(precision) else dtype
+
+
+def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The decoder blocks: the children of the model's `layers`. Raises ModelError when it has none."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "layers":
+            return list(module.children())
+    raise ModelError(f"{type(model).__name__} has no 'layers', so it cannot be cut into blocks")

@@ -1,0 +1,119 @@
+"""Data parallelism: parameters, gradients and optimizer state are sharded over `dp_shard`, and copied over `dp_replicate`.
+
+Gradients are summed, never averaged: the loss is already divided by the global count. Every collective is recorded as
+the time this rank's main thread waits in it, which on a CPU is all of its cost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from athanor.foundation.intervals import interval
+from athanor.parallel.mesh import Mesh
+
+ACCOUNT = "data_parallel"
+# torch 2.13 renamed both; up to 2.12 only the old names exist
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def apply(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype | None) -> Replicas | None:
+    """Shard each block, then what is left (embedding, norm, head), in place; one gather and one reduction for each.
+
+    `dtype` is what to compute in when it differs from the weights'; gradients are then reduced in the weights' dtype.
+    Returns what keeps replicas equal, when there are any.
+    """
+    axis = mesh.axis("dp_shard")
+    assert axis is not None, "make_mesh gives every data-parallel layout a dp_shard axis"
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
+    for module in (*blocks, model):
+        fully_shard(module, mesh=axis, mp_policy=policy)
+    group = mesh.group("dp_replicate")
+    replicas = None if group is None else Replicas(group, mesh.label("dp_replicate"))
+    label = mesh.label("dp_shard")
+    for number, unit in enumerate(module for module in model.modules() if isinstance(module, FSDPModule)):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_custom_all_gather(_AllGather(label))  # type: ignore[arg-type]
+        unit.set_custom_reduce_scatter(_ReduceScatter(label))  # type: ignore[arg-type]
+        if replicas is not None:
+            unit.set_all_reduce_hook(replicas.hook(number))
+    return replicas
+
+
+class Replicas:
+    """Keeps the replicas' gradients equal: sums them over `dp_replicate` in the last micro-batch's backward pass.
+
+    fully_shard hands every reduced gradient to a hook; those of earlier micro-batches wait here.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, label: str) -> None:
+        self.group, self.label = group, label
+        self.is_last_micro_batch = True
+        self.waiting: dict[int, torch.Tensor] = {}
+
+    def hook(self, unit: int) -> Callable[[torch.Tensor], None]:
+        """The hook of one sharded unit."""
+
+        def add_up(gradient: torch.Tensor) -> None:
+            held = self.waiting.pop(unit, None)
+            if not self.is_last_micro_batch:
+                self.waiting[unit] = gradient.clone() if held is None else held.add_(gradient)
+                gradient.zero_()
+                return
+            if held is not None:
+                gradient.add_(held)
+            with interval(ACCOUNT, group=self.label):
+                dist.all_reduce(gradient, group=self.group)
+
+        return add_up
+
+
+class _TimedWork(dist.Work):
+    """A collective under way since `arrived`; waiting for it is recorded."""
+
+    def __init__(self, work: dist.Work, label: str, arrived: float) -> None:
+        super().__init__()
+        self.work, self.label, self.arrived = work, label, arrived
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        with interval(ACCOUNT, group=self.label, arrived=self.arrived):
+            return bool(self.work.wait())
+
+
+class _Timed:
+    """Allocates as fully_shard does by itself; the label names the group in recorded intervals."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def run(self, collective: Callable[..., Any], is_async: bool) -> dist.Work | None:
+        if is_async:
+            arrived = time.perf_counter()
+            return _TimedWork(collective(async_op=True), self.label, arrived)
+        with interval(ACCOUNT, group=self.label):
+            collective(async_op=False)
+        return None
+
+
+class _AllGather(_Timed):
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup,
+                 async_op: bool = False) -> dist.Work | None:
+        return self.run(lambda **how: _all_gather(output_tensor, input_tensor, group=group, **how), async_op)
+
+
+class _ReduceScatter(_Timed):
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: Any,
+                 async_op: bool = False) -> dist.Work | None:
+        return self.run(lambda **how: _reduce_scatter(output_tensor, input_tensor, op=op, group=group, **how), async_op)

@@ -1,0 +1,98 @@
+"""Tensor parallelism: which part of which parameter a rank holds. What is computed with it stands in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from athanor.foundation.errors import LayoutError, ModelError
+
+
+@dataclass(frozen=True)
+class Box:
+    """The part of a global tensor that a rank holds: where it begins and how far it goes, per dim."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def overlap(self, other: Box) -> Box | None:
+        """What two boxes share, in global coordinates; None when they share nothing."""
+        begin = tuple(map(max, zip(self.offset, other.offset, strict=True)))
+        end = tuple(min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True))
+        if any(e <= b for b, e in zip(begin, end, strict=True)):
+            return None
+        return Box(begin, tuple(e - b for b, e in zip(begin, end, strict=True)))
+
+    def slices(self, within: Box) -> tuple[slice, ...]:
+        """Indices of this box inside the tensor that holds `within`."""
+        return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.offset, within.offset, self.shape, strict=True))
+
+
+def shard_parameters(module: nn.Module, tensor_dims: Mapping[str, int | None], mesh: DeviceMesh) -> None:
+    """Replace every parameter by a DTensor on the tensor-parallel mesh, cut along the dim its name says.
+
+    `tensor_dims` maps the end of a name, such as `q_proj.weight`, to a dim, or to None for a copy on each rank.
+    Raises ModelError for a name that it does not know, LayoutError for a dim that does not divide.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for path, owner in list(module.named_modules()):
+        for leaf, parameter in list(owner.named_parameters(recurse=False)):
+            name = f"{path}.{leaf}" if path else leaf
+            if parameter not in made:  # tied parameters stay one
+                dim = tensor_dim(name, tensor_dims)
+                if dim is not None and parameter.shape[dim] % mesh.size():
+                    raise LayoutError(f"tp = {mesh.size()} does not divide dim {dim} of {name}, which is {parameter.shape[dim]}")
+                placement = Replicate() if dim is None else Shard(dim)
+                made[parameter] = nn.Parameter(distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None))
+            setattr(owner, leaf, made[parameter])
+
+
+def tensor_dim(name: str, tensor_dims: Mapping[str, int | None]) -> int | None:
+    """The dim that tensor parallelism cuts a parameter along: that of the longest entry its name ends with."""
+    fitting = [end for end in tensor_dims if name.endswith(end)]
+    if not fitting:
+        raise ModelError(f"TENSOR_DIMS of the architecture has no entry for the parameter '{name}'")
+    return tensor_dims[max(fitting, key=len)]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part that this rank holds, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def box_of(tensor: torch.Tensor) -> Box:
+    """Which part of the global tensor `local(tensor)` is.
+
+    Tensor parallelism cuts first and data parallelism cuts what is left, so the mesh's axes are walked from the inside.
+    """
+    sizes, offset = list(tensor.shape), [0] * tensor.ndim
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for axis in reversed(range(mesh.ndim)):
+            dim = getattr(tensor.placements[axis], "dim", None)
+            if dim is None:
+                continue
+            part = -(-sizes[dim] // mesh.size(axis))
+            begin = min(sizes[dim], part * mesh.get_local_rank(axis))
+            offset[dim] += begin
+            sizes[dim] = min(sizes[dim], begin + part) - begin
+    return Box(tuple(offset), tuple(sizes))
+
+
+def is_first_copy(tensor: torch.Tensor) -> bool:
+    """Whether no earlier rank of the tensor's mesh holds the same part."""
+    if not isinstance(tensor, DTensor):
+        return True
+    mesh = tensor.device_mesh
+    return all(getattr(tensor.placements[axis], "dim", None) is not None or mesh.get_local_rank(axis) == 0
+               for axis in range(mesh.ndim))
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, on every rank of its mesh."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,291 @@
+"""The loop: one for every objective. A rank runs `train_stage` from start, or from the newest checkpoint, to model/."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from athanor.data.text.tokenizer import FILES as TOKENIZER_FILES
+from athanor.foundation.errors import AthanorError, DiskError, UserError
+from athanor.foundation.events import log_event
+from athanor.foundation.intervals import activate, interval
+from athanor.foundation.recipe import Recipe
+from athanor.foundation.run_folder import RunFolder, append_jsonl, folder_renamed_last, read_jsonl
+from athanor.ledger.attempts import roll_back
+from athanor.models.find import load_architecture
+from athanor.models.huggingface import load_weights, save_model
+from athanor.models.initialize import initialize
+from athanor.objectives.batch import Batch
+from athanor.objectives.find import load_objective
+from athanor.parallel.apply import compute_dtype, parallelize, storage_dtype
+from athanor.parallel.mesh import Mesh, leave, make_mesh
+from athanor.train import checkpoint
+from athanor.train.meter import Meter
+from athanor.train.optimizer import Optimizer
+from athanor.train.schedule import learning_rate
+from athanor.train.stage import Job, claim_folder, is_finished, resolve
+from athanor.train.step import Outcome, Trainee, run_step
+from athanor.train.validate import Sampler, validate, whole
+
+MOST_FAILED_SAVES = 3  # in a row
+MOST_SKIPPED_STEPS = 10  # in a row
+Channel = Callable[..., None]
+
+
+@dataclass
+class Progress:
+    """How far a stage is: steps done, rows read, tokens kept; this attempt's number; what went wrong in a row."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    attempt: int = 0
+    failed_saves: int = 0
+    skipped_steps: int = 0
+    is_asked_to_stop: bool = False
+
+
+@dataclass
+class Run:
+    """All that the loop holds in its hands on one rank."""
+
+    job: Job
+    trainee: Trainee
+    progress: Progress
+    meter: Meter
+    channel: Channel
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.trainee.mesh
+
+    def log(self, kind: str, sentence: str, **details: Any) -> None:
+        """Add to events.jsonl (rank 0 speaks for all)."""
+        if self.mesh.rank == 0:
+            log_event(self.job.folder.events, kind, sentence, attempt=self.progress.attempt, step=self.progress.step, **details)
+
+
+def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *, launched: float, device_type: str = "cpu",
+                accelerator: str = "cpu", peak_flops: float | None = None, is_fresh: bool = False) -> dict[str, Any]:
+    """Rank function: train one stage of a recipe (its plan already in it) in a run folder.
+
+    `launched`: when starting the ranks began, on the host's monotonic clock; `peak_flops`: of one device, in the compute
+    dtype, for MFU and the ledger, None when unknown. `channel` gets {"step", "steps", "loss", "tokens_per_second"} of each
+    step from rank 0. Returns {"run", "step", "steps", "is_asked_to_stop", "loss", "grad_norm", "tokens_per_second"}.
+    """
+    progress = Progress()
+    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "is_asked_to_stop", True))
+    try:
+        job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
+        mesh = make_mesh(job.layout, device_type, is_mixed=compute_dtype(job.settings.precision) is not None)
+        _claim(job, mesh, is_fresh)
+        if not is_finished(job):
+            trainee = build(job, mesh)
+            resume(job, trainee, progress)
+            meter = Meter(job.folder.root / "ledger.jsonl", devices=job.layout.world_size, accelerator=accelerator,
+                          peak_flops=peak_flops, launched=launched, attempt=progress.attempt, first_step=progress.step)
+            run_loop(Run(job, trainee, progress, meter, channel))
+        return summarise(job, progress.is_asked_to_stop)
+    finally:
+        activate(None)
+        signal.signal(signal.SIGTERM, previous)
+        leave()
+
+
+def _claim(job: Job, mesh: Mesh, is_fresh: bool) -> None:
+    """Rank 0 opens the stage's folder; what it refuses, all ranks refuse."""
+    problem = None
+    if mesh.rank == 0:
+        try:
+            claim_folder(job, is_fresh)
+        except UserError as error:
+            problem = str(error)
+    if (problem := mesh.share(problem)) is not None:
+        raise UserError(problem)
+
+
+def build(job: Job, mesh: Mesh) -> Trainee:
+    """The model on its ranks, with the weights that the stage begins with."""
+    settings, architecture = job.settings, load_architecture(job.recipe.model.architecture)
+    with torch.device("meta"):
+        model = architecture.build(job.shape)
+    model = model.to(storage_dtype(settings.precision))
+    replicas = parallelize(model, mesh, architecture.TENSOR_DIMS, recompute_policy=settings.recompute,
+                           is_compiled=settings.compile, precision=settings.precision)
+    model.to_empty(device=mesh.device)
+    if job.start is None:
+        initialize(model, settings.seed)
+    else:
+        load_weights(model, job.start)
+    optimizer = Optimizer(model, settings.optimizer, settings.weight_decay, mesh)
+    return Trainee(model, mesh, load_objective(settings.objective), optimizer, replicas)
+
+
+def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
+    """Go on from the newest intact checkpoint, if there is one; damaged ones are named in events.jsonl."""
+    folder, mesh = job.folder, trainee.mesh
+    found: Path | None = None
+    if mesh.rank == 0:
+        progress.attempt = sum(row.get("kind") == "start" for row in read_jsonl(folder.events))
+
+        def on_damage(path: Path, reason: str) -> None:
+            log_event(folder.events, "damaged", f"checkpoint {path.name} cannot be used: {reason}", attempt=progress.attempt)
+
+        found = checkpoint.find_intact(folder.checkpoints, on_damage)
+    found, progress.attempt = mesh.share((found, progress.attempt))
+    if found is not None:
+        meta = checkpoint.load(found, trainee.model, trainee.optimizer)
+        progress.step, progress.samples, progress.tokens = meta.step, meta.samples, meta.tokens
+    if mesh.rank == 0:
+        name, ranks = job.settings.stage, job.layout.world_size
+        log_event(folder.events, "start", f"{name} starts on {ranks} rank{'s' if ranks > 1 else ''}: {job.layout}",
+                  attempt=progress.attempt, step=progress.step)
+        if progress.attempt > 0:
+            roll_back(folder.root / "ledger.jsonl", progress.step, progress.attempt)
+            log_event(folder.events, "restart", f"goes on from step {progress.step}", attempt=progress.attempt,
+                      step=progress.step)
+
+
+def run_loop(run: Run) -> None:
+    """Steps until the last one or until asked to stop, then the book; after the last step, the model's folder."""
+    job, progress, meter = run.job, run.progress, run.meter
+    settings, is_warm = job.settings, False
+    with interval("startup"):
+        sampler = Sampler(run.trainee, job.recipe.model.architecture, settings.precision, job.held_out, settings.data,
+                          job.run.data / "tokenizer")
+    while progress.step < settings.steps and not progress.is_asked_to_stop:
+        begin = time.perf_counter()
+        with interval("input"):
+            batches = fetch(job, run.mesh, run.trainee, progress.step)
+        fetched = time.perf_counter()
+        rate = learning_rate(progress.step + 1, settings.steps, settings.learning_rate, settings.warmup_steps,
+                             settings.learning_rate_schedule)
+        outcome = run_step(run.trainee, batches, rate, settings.gradient_clip, progress.is_asked_to_stop)
+        end = time.perf_counter()
+        progress.step += 1
+        progress.samples += settings.rows_per_step
+        progress.tokens += outcome.kept_tokens
+        progress.is_asked_to_stop = outcome.is_asked_to_stop
+        is_last = progress.step == settings.steps
+        checked = evaluate(run, sampler) if is_last or progress.step % settings.evaluate_every == 0 else None
+        record(run, outcome, rate, (begin, fetched, end), checked)
+        if is_last or progress.is_asked_to_stop or progress.step % settings.checkpoint_every == 0:
+            save(run)
+        if not is_warm:
+            is_warm = True
+            gc.collect()
+            gc.freeze()  # what exists now stays; the collector need not look at it again
+    if progress.step == settings.steps:
+        publish(run)
+    book = meter.close()
+    if book is not None:
+        book.write(job.folder.actual)
+        run.log("stop" if progress.step < settings.steps else "done",
+                f"stopped after step {progress.step}, as asked" if progress.step < settings.steps else "the model is complete")
+
+
+def fetch(job: Job, mesh: Mesh, trainee: Trainee, step: int) -> list[Batch]:
+    """This rank's micro-batches of a step: its contiguous part of the step's rows, whatever the layout."""
+    settings = job.settings
+    mine = settings.rows_per_step // job.layout.data_ranks
+    rows = job.rows.take(step * settings.rows_per_step + mesh.data_rank * mine, mine)
+    size = settings.micro_batch_size
+    return [trainee.objective.collate(rows[i:i + size], settings.seq_len) for i in range(0, mine, size)]
+
+
+def evaluate(run: Run, sampler: Sampler) -> float | None:
+    """Loss on held-out rows; samples go to samples.jsonl. Ranks wait for each other here."""
+    settings = run.job.settings
+    with whole("evaluation", run.meter):
+        run.trainee.model.eval()
+        loss = validate(run.trainee, run.job.held_out, settings.seq_len, settings.micro_batch_size)
+        for row in sampler(run.progress.step):
+            append_jsonl(run.job.folder.samples, row)
+        run.trainee.model.train()
+        run.mesh.share(None)
+    return loss
+
+
+def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, float], checked: float | None) -> None:
+    """Count a finished step everywhere: the meter, metrics.jsonl, the channel. `times`: began, had its rows, ended."""
+    job, progress, meter = run.job, run.progress, run.meter
+    tokens, seconds = outcome.kept_tokens, times[2] - times[0]
+    flops = job.shape.flops(tokens, outcome.keys_seen / max(1, tokens))
+    with interval("metering"):
+        if run.mesh.rank == 0:
+            row = {"step": progress.step, "samples": progress.samples, "tokens": progress.tokens, "loss": _finite(outcome.loss),
+                   "grad_norm": _finite(outcome.grad_norm), "learning_rate": rate, "step_seconds": seconds,
+                   "input_seconds": times[1] - times[0], "tokens_per_second": tokens / seconds,
+                   "mfu": meter.mfu(flops, seconds), "skipped": outcome.is_skipped, "time": time.time()}
+            append_jsonl(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
+            run.channel(step=progress.step, steps=job.settings.steps, loss=row["loss"], tokens_per_second=tokens / seconds)
+    meter.end_step(tokens=tokens, flops=flops, flops_full=job.shape.flops_full(tokens, job.settings.seq_len))
+    progress.skipped_steps = progress.skipped_steps + 1 if outcome.is_skipped else 0
+    if outcome.is_skipped:
+        run.log("skip", f"step {progress.step} was skipped: its gradient is not finite")
+    if progress.skipped_steps == MOST_SKIPPED_STEPS:
+        raise AthanorError(f"{MOST_SKIPPED_STEPS} steps in a row had a gradient that is not finite, the last is step "
+                           f"{progress.step}; lower learning_rate, or look at {job.folder.metrics}")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint. When the disk is full, say so and go on, up to MOST_FAILED_SAVES times in a row."""
+    job, progress = run.job, run.progress
+    begin = time.perf_counter()
+    meta = checkpoint.Meta(progress.step, progress.samples, progress.tokens, run.trainee.optimizer.updates, progress.attempt,
+                           job.settings.data_shards, asdict(job.layout), job.hashes,
+                           {"torch": torch.__version__, "python": platform.python_version()})
+    try:
+        with whole("checkpoint", run.meter):
+            path = checkpoint.save(job.folder.checkpoints, meta, run.trainee.model, run.trainee.optimizer, run.mesh)
+    except DiskError as error:
+        progress.failed_saves += 1
+        if progress.failed_saves > MOST_FAILED_SAVES:
+            raise
+        run.log("unsaved", f"{error}; the run goes on without this checkpoint")
+        return
+    progress.failed_saves = 0
+    run.log("checkpoint", f"checkpoint {path.name} is complete, the loop waited {time.perf_counter() - begin:.2f} s")
+
+
+def publish(run: Run) -> None:
+    """Write model/: weights and shape as Hugging Face keeps them, with the tokenizer and its chat template."""
+    job = run.job
+    with whole("checkpoint", run.meter):
+        if run.mesh.rank != 0:
+            save_model(run.trainee.model, job.folder.model)  # gathers with the others, and writes nothing
+        else:
+            with folder_renamed_last(job.folder.model) as folder:
+                save_model(run.trainee.model, folder)
+                for name in TOKENIZER_FILES:
+                    source = job.run.data / "tokenizer" / name
+                    if source.is_file():
+                        shutil.copyfile(source, folder / name)
+        run.mesh.share(None)
+
+
+def summarise(job: Job, is_asked_to_stop: bool) -> dict[str, Any]:
+    """The stage so far, from its metrics, over all attempts; a step done again counts once."""
+    rows = {row["step"]: row for row in read_jsonl(job.folder.metrics)}
+    steady = [rows[step] for step in sorted(rows)][1:] or list(rows.values())
+    seconds = sum(row["step_seconds"] for row in steady)
+    tokens = sum(row["tokens_per_second"] * row["step_seconds"] for row in steady)
+    return {"run": str(job.folder.root), "step": max(rows, default=0), "steps": job.settings.steps,
+            "is_asked_to_stop": is_asked_to_stop, "loss": [rows[step]["loss"] for step in sorted(rows)],
+            "grad_norm": [rows[step]["grad_norm"] for step in sorted(rows)],
+            "tokens_per_second": tokens / seconds if seconds else 0.0}

@@ -1,0 +1,126 @@
+"""What one stage does, with nothing left open: from the recipe, the plan in it, and defaults that suit a small run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from athanor.foundation.errors import LayoutError, ModelError, UserError
+from athanor.foundation.layout import AXES, Layout, check_batch, check_model, resolve
+from athanor.foundation.recipe import Recipe, Stage
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.train.schedule import SCHEDULES
+
+DEFAULT_BATCH_TOKENS = 8192
+DEFAULT_MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A stage as it is trained. Sizes in tokens and rows, intervals in steps."""
+
+    stage: str
+    objective: str
+    data: str
+    start_from: str | None
+    seed: int
+    seq_len: int
+    steps: int
+    global_batch_tokens: int
+    micro_batch_size: int
+    num_microbatches: int
+    data_shards: int
+    learning_rate: float
+    learning_rate_schedule: str
+    warmup_steps: int
+    weight_decay: float
+    gradient_clip: float
+    optimizer: str
+    precision: str
+    compile: bool
+    recompute: str
+    checkpoint_every: int
+    evaluate_every: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.global_batch_tokens // self.seq_len
+
+
+# keys that may change between two attempts of a stage: they alter how it is computed, not what
+INCIDENTAL = ("micro_batch_size", "num_microbatches", "data_shards", "compile", "recompute", "checkpoint_every", "evaluate_every")
+
+
+def layout_of(recipe: Recipe) -> Layout:
+    """The recipe's layout; what it leaves open is 1, and dp_shard the rest (-1)."""
+    given = recipe.parallel.model_dump(include={*AXES, "ep"}, exclude_none=True)
+    return Layout(**({"dp_shard": -1} | given))
+
+
+def world_size_of(recipe: Recipe, devices: int) -> int:
+    """Ranks to start for a recipe: the product of its degrees, or all of `devices` when dp_shard is open."""
+    layout = layout_of(recipe)
+    return resolve(layout, devices if layout.dp_shard == -1 else layout.world_size).world_size
+
+
+def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) -> Settings:
+    """Fill what recipe and plan left open. Raises UserError, LayoutError or ModelError with what would work."""
+    seq_len = stage.seq_len or 256
+    if seq_len > shape.max_position_embeddings:
+        raise ModelError(f"stage.{stage.name}.seq_len = {seq_len} is longer than the model's max_position_embeddings = "
+                         f"{shape.max_position_embeddings}")
+    check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
+                intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
+                num_hidden_layers=shape.num_hidden_layers, seq_len=seq_len)
+    micro_batch_size, batch_tokens = _batch(stage, seq_len, layout.data_ranks)
+    rows, num_microbatches = check_batch(global_batch_tokens=batch_tokens, seq_len=seq_len, micro_batch_size=micro_batch_size,
+                                         data_ranks=layout.data_ranks, tp=layout.tp)
+    data_shards = stage.data_shards or rows // micro_batch_size
+    if rows % data_shards or data_shards % layout.data_ranks:
+        raise LayoutError(f"data_shards = {data_shards} must divide the {rows} rows of a step and be a multiple of the "
+                          f"{layout.data_ranks} data ranks")
+    steps = stage.steps or (max(1, round(stage.tokens / batch_tokens)) if stage.tokens else None)
+    if steps is None:
+        raise UserError(f"stage.{stage.name} has neither steps nor tokens; give one, or make a plan from a budget first "
+                        "(athanor plan)")
+    warmup = stage.warmup_steps if stage.warmup_steps is not None else min(steps // 5, max(10, steps // 20))
+    if warmup > steps:
+        raise UserError(f"stage.{stage.name}.warmup_steps = {warmup} is more than its {steps} steps")
+    is_muon = stage.optimizer == "muon"
+    return Settings(
+        stage=stage.name, objective=stage.objective, data=stage.data, start_from=stage.start_from, seed=recipe.seed,
+        seq_len=seq_len, steps=steps, global_batch_tokens=batch_tokens, micro_batch_size=micro_batch_size,
+        num_microbatches=num_microbatches, data_shards=data_shards,
+        learning_rate=stage.learning_rate or default_learning_rate(stage, shape.hidden_size),
+        learning_rate_schedule=stage.learning_rate_schedule or SCHEDULES[1], warmup_steps=warmup,
+        weight_decay=0.1 if stage.weight_decay is None else stage.weight_decay, gradient_clip=stage.gradient_clip or 1.0,
+        optimizer="muon" if is_muon else "adamw", precision=stage.precision or "fp32", compile=bool(stage.compile),
+        recompute=recipe.parallel.recompute or "none",
+        checkpoint_every=stage.checkpoint_every or max(1, -(-steps // 4)),
+        evaluate_every=stage.evaluate_every or max(1, -(-steps // 8)))
+
+
+def default_learning_rate(stage: Stage, hidden_size: int) -> float:
+    """Peak rate when nobody says: falls with the square root of the width, and is lower when training goes on."""
+    rate = min(6e-3, 4e-3 * (128 / hidden_size) ** 0.5)
+    return float(f"{rate * (0.3 if stage.start_from else 1.0):.2g}")
+
+
+def identity(settings: Settings, shape: DecoderShape, hashes: dict[str, str]) -> dict[str, Any]:
+    """Everything that decides what the stage learns: two attempts with the same identity continue each other."""
+    kept = {key: value for key, value in asdict(settings).items() if key not in INCIDENTAL}
+    return kept | {f"model.{key}": value for key, value in asdict(shape).items()} | {f"hash.{k}": v for k, v in hashes.items()}
+
+
+def _batch(stage: Stage, seq_len: int, data_ranks: int) -> tuple[int, int]:
+    """Rows per rank and forward pass, and tokens per step."""
+    rows = (stage.global_batch_tokens or DEFAULT_BATCH_TOKENS) // seq_len
+    micro = stage.micro_batch_size
+    if micro is None:
+        micro = max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
+        while micro > 1 and stage.global_batch_tokens and rows % (micro * data_ranks):
+            micro -= 1
+    if stage.global_batch_tokens:
+        return micro, stage.global_batch_tokens
+    unit = micro * data_ranks
+    return micro, max(1, round(rows / unit)) * unit * seq_len

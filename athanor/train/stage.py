@@ -1,0 +1,159 @@
+"""What a stage is before it runs: its model's shape, its rows, its settings, and whether its folder already has some of it."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from athanor.data.lineage import open_manifest
+from athanor.data.rows import Rows, open_rows
+from athanor.foundation.errors import ModelError, UserError
+from athanor.foundation.layout import Layout
+from athanor.foundation.layout import resolve as resolve_layout
+from athanor.foundation.recipe import Recipe, Stage, toml_value
+from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, hash_file, hash_folder, write_atomic
+from athanor.models.huggingface import read_shape
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.objectives.find import load_objective
+from athanor.parallel.mesh import check_trainable
+from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
+
+VOCABULARY_MULTIPLE = 64  # a new model's vocabulary is filled up to it, so that it can be cut into equal parts
+HEAD_WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage, resolved. `start` is the model folder to begin from, or None for fresh weights."""
+
+    run: RunFolder
+    folder: StageFolder
+    recipe: Recipe
+    settings: Settings
+    layout: Layout
+    shape: DecoderShape
+    start: Path | None
+    rows: Rows
+    held_out: Rows
+    hashes: dict[str, str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the stage learns."""
+        return identity(self.settings, self.shape, self.hashes)
+
+
+def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) -> Job:
+    """Read everything a stage depends on, and write nothing. Raises a UserError of some kind with what would work."""
+    stage = recipe.get_stage(stage_name)
+    load_objective(stage.objective)
+    manifest = open_manifest(run.data)
+    start = find_start(run, recipe, stage)
+    shape = read_shape(start) if start is not None else fresh_shape(recipe, manifest)
+    if start is not None:
+        check_start(start, shape, recipe, manifest, run.data / "tokenizer")
+    layout = resolve_layout(layout_of(recipe), world_size)
+    check_trainable(layout)
+    settings = settle(recipe, stage, layout, shape)
+    rows = open_rows(run.data, settings.data, settings.seq_len, settings.seed)
+    held_out = open_rows(run.data, settings.data, settings.seq_len, settings.seed, "evaluation")
+    hashes = {"data": manifest["hash"], "rows": rows.fingerprint, "tokenizer": manifest["tokenizer_hash"],
+              "template": manifest["template_hash"] or "", "start": "" if start is None else hash_folder(start)}
+    return Job(run, run.stage(stage.name), recipe, settings, layout, shape, start, rows, held_out, hashes)
+
+
+def find_start(run: RunFolder, recipe: Recipe, stage: Stage) -> Path | None:
+    """The model folder that the stage begins from. Raises ModelError when it is not there."""
+    if stage.start_from is None:
+        return None
+    if stage.start_from in [other.name for other in recipe.stage]:
+        folder: Path = run.stage(stage.start_from).model
+        if not folder.is_dir():
+            raise ModelError(f"stage.{stage.name} starts from stage '{stage.start_from}', which has no model yet; train it "
+                             f"first (athanor train … --stage {stage.start_from})")
+        return folder
+    folder = Path(stage.start_from)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"stage.{stage.name}.start_from = '{stage.start_from}' is neither a stage of the recipe "
+                         f"({', '.join(s.name for s in recipe.stage)}) nor a model folder with config.json")
+    return folder
+
+
+def fresh_shape(recipe: Recipe, manifest: dict[str, Any]) -> DecoderShape:
+    """The shape of a new model: the recipe's sizes, and for what is open those of a small model for a few minutes on a CPU.
+
+    The vocabulary is the tokenizer's, filled up to a multiple of 64.
+    """
+    given = recipe.model.model_dump(exclude={"architecture"}, exclude_none=True)
+    hidden_size = given.setdefault("hidden_size", 128)
+    given.setdefault("num_hidden_layers", 4)
+    given.setdefault("num_attention_heads", max(1, hidden_size // HEAD_WIDTH))
+    given.setdefault("intermediate_size", -(-hidden_size * 8 // 3 // 32) * 32)
+    given.setdefault("max_position_embeddings", max([256, *(stage.seq_len or 0 for stage in recipe.stage)]))
+    given.setdefault("tie_word_embeddings", True)
+    vocabulary = -(-manifest["vocab_size"] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return DecoderShape(vocab_size=vocabulary, bos_token_id=manifest["bos_id"], eos_token_id=manifest["eos_id"],
+                        pad_token_id=manifest["pad_id"], **given)
+
+
+def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, manifest: dict[str, Any], tokenizer: Path) -> None:
+    """Refuse to go on from a model that speaks another vocabulary, or another one than [model] describes."""
+    if shape.vocab_size < manifest["vocab_size"]:
+        raise ModelError(f"{folder} has {shape.vocab_size} tokens in its vocabulary, the data's tokenizer "
+                         f"{manifest['vocab_size']}; build the data with data.tokenizer = \"{folder}\"")
+    own = folder / "tokenizer.json"
+    if own.is_file() and hash_file(own) != hash_file(tokenizer / "tokenizer.json"):
+        raise ModelError(f"{own} is not the tokenizer that the data were built with ({tokenizer / 'tokenizer.json'}); "
+                         f"build the data with data.tokenizer = \"{folder}\"")
+    for key, value in recipe.model.model_dump(exclude={"architecture"}, exclude_none=True).items():
+        if recipe.origin(f"model.{key}") in ("recipe", "override") and getattr(shape, key) != value:
+            raise ModelError(f"model.{key} is {value}, but the model in {folder} has {getattr(shape, key)}")
+
+
+def claim_folder(job: Job, is_fresh: bool) -> None:
+    """Make the stage's folder this job's: begin it, or go on in it (called on one rank).
+
+    Raises UserError when it belongs to another configuration and `is_fresh` is not set; with it, it is emptied.
+    """
+    folder = job.folder
+    if folder.root.exists() and is_fresh:
+        with disk_errors(folder.root):
+            for path in folder.root.iterdir():
+                if path != folder.forecast:  # written by the plan, which stands
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if folder.config.exists():
+        differing = differences(tomllib.loads(folder.config.read_text(encoding="utf-8")).get("identity", {}), job.identity)
+        if differing:
+            raise UserError(f"{folder.root} was trained with another configuration: {'; '.join(differing[:4])}"
+                            + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
+                            + "; start it anew with --fresh, or give the run another name")
+    write_atomic(folder.config, describe(job))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`learning_rate was 0.001 and is 0.002`, for every key that differs."""
+    return [f"{key} was {old.get(key, 'unset')} and is {new.get(key, 'unset')}" for key in sorted({*old, *new})
+            if old.get(key) != _as_toml(new.get(key))]
+
+
+def _as_toml(value: Any) -> Any:
+    return tomllib.loads(f"x = {toml_value(value)}")["x"] if value is not None else None
+
+
+def describe(job: Job) -> str:
+    """The text of config.toml: the recipe's values with their origin, then what they came to."""
+    lines = ["# What this stage is trained with, and where each value came from.",
+             job.recipe.annotated("name", "seed", "model", "parallel", "stage"),
+             "# What it came to. Another identity is another stage; the rest may change when it goes on.", "[identity]"]
+    lines += [f"{toml_value(key)} = {toml_value(value)}" for key, value in job.identity.items() if value is not None]
+    lines += ["", "[execution]", f"layout = {toml_value(str(job.layout))}"]
+    lines += [f"{key} = {toml_value(value)}" for key, value in asdict(job.settings).items() if key in INCIDENTAL]
+    return "\n".join(lines) + "\n"
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the stage has its model and its book already (after `claim_folder`, so of this configuration)."""
+    return job.folder.actual.is_file() and (job.folder.model / "config.json").is_file()

@@ -1,0 +1,120 @@
+"""How the model does while it trains: the loss on held-out rows, and a few texts it writes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from athanor.data.rows import Row, Rows
+from athanor.data.text.tokenizer import Tokenizer
+from athanor.foundation.intervals import activate, interval
+from athanor.inference.engine import Engine
+from athanor.inference.scheduler import Sampling
+from athanor.models.decoder import Decoder
+from athanor.models.find import load_architecture
+from athanor.objectives.batch import empty_row
+from athanor.parallel.apply import storage_dtype
+from athanor.parallel.tensor import full
+from athanor.train.meter import Meter
+from athanor.train.step import Trainee, to_device
+
+PROMPTS = 2
+MOST_ROWS = 64  # that are looked through for prompts
+PROMPT_TOKENS = 24  # of a document, to be gone on with
+SAMPLE_TOKENS = 64
+
+
+@contextlib.contextmanager
+def whole(account: str, meter: Meter) -> Iterator[None]:
+    """Put all that happens inside into one account, waiting for other ranks included."""
+    with interval(account):
+        activate(None)
+        try:
+            yield
+        finally:
+            activate(meter.recorder)
+
+
+@torch.no_grad()
+def validate(trainee: Trainee, rows: Rows, seq_len: int, micro_batch_size: int) -> float | None:
+    """Mean loss per token over one pass of the held-out rows, over all ranks; None when there are none."""
+    mesh, objective = trainee.mesh, trainee.objective
+    together = micro_batch_size * mesh.layout.data_ranks
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for first in range(0, rows.count, together):
+        begin = first + mesh.data_rank * micro_batch_size
+        mine = rows.take(begin, max(0, min(micro_batch_size, rows.count - begin)))
+        mine += [empty_row(seq_len)] * (micro_batch_size - len(mine))  # every rank makes as many forward passes
+        batch = objective.collate(mine, seq_len)
+        columns = to_device(batch, mesh.device)
+        _, found = objective.loss(trainee.forward(columns), columns, dict.fromkeys(objective.count(batch), 1.0))
+        summed, count = found["loss"]
+        sums += torch.tensor([float(summed), count], dtype=torch.float64, device=mesh.device)
+    if mesh.coordinates["tp"] != 0:
+        sums.zero_()
+    loss, count = mesh.sum(sums).tolist()
+    return loss / count if count else None
+
+
+class Sampler:
+    """Lets the model go on with beginnings of held-out documents, or answer held-out questions, on rank 0.
+
+    It keeps a whole copy of the model there, filled from the ranks' shards each time.
+    """
+
+    def __init__(self, trainee: Trainee, architecture: str, precision: str, rows: Rows, data: str, tokenizer: Path) -> None:
+        self.trainee, self.copy = trainee, None
+        if trainee.mesh.rank == 0:
+            self.tokenizer = Tokenizer.load(tokenizer)
+            self.prompts = choose_prompts(rows, data, self.tokenizer.bos_id)
+            shape = trainee.model.shape
+            with torch.device("meta"):
+                model: Decoder = load_architecture(architecture).build(shape)
+            self.copy = model.to(storage_dtype(precision)).to_empty(device=trainee.mesh.device).requires_grad_(False).eval()
+            self.room = shape.max_position_embeddings
+            self.engine = Engine(self.copy, cache_tokens=PROMPTS * self.room)
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> list[dict[str, Any]]:
+        """Rows for samples.jsonl on rank 0 (greedy, so that they can be compared over steps); every rank must call."""
+        targets = dict(self.copy.named_parameters()) if self.copy is not None else {}
+        for name, parameter in self.trainee.model.named_parameters():
+            gathered = full(parameter.detach())
+            if self.copy is not None:
+                targets[name].copy_(gathered)
+        if self.copy is None:
+            return []
+        self.engine.load_weights(str(step))
+        stop = (self.tokenizer.eos_id,)
+        requests = [self.engine.submit(prompt, Sampling(max_new_tokens=min(SAMPLE_TOKENS, self.room - len(prompt)),
+                                                        stop_token_ids=stop)) for prompt in self.prompts]
+        self.engine.drain()
+        return [{"step": step, "prompt": self.tokenizer.decode(prompt), "text": self.tokenizer.decode(request.token_ids)}
+                for prompt, request in zip(self.prompts, requests, strict=True)]
+
+
+def choose_prompts(rows: Rows, data: str, bos_id: int) -> list[list[int]]:
+    """The first tokens of held-out documents, or the question of held-out conversations."""
+    prompts: list[list[int]] = []
+    for row in rows.take(0, min(rows.count, MOST_ROWS)) if rows.count else []:
+        prompts += [prompt for prompt in _beginnings(row, data) if prompt[0] == bos_id]
+    apart = max(1, len(prompts) // PROMPTS)
+    return prompts[::apart][:PROMPTS]
+
+
+def _beginnings(row: Row, data: str) -> list[list[int]]:
+    """Prompts of the documents that begin in a row: up to the first token that is to be predicted, but for documents
+    some tokens more."""
+    out = []
+    ends = [*row["starts"][1:], len(row["weight"])]
+    for start, end in zip(row["starts"], ends, strict=True):
+        wanted = row["weight"][start:end].nonzero()[0]
+        if len(wanted) == 0 or (data == "documents" and end - start <= PROMPT_TOKENS):
+            continue
+        length = PROMPT_TOKENS if data == "documents" else int(wanted[0]) + 1
+        out.append(row["tokens"][start:start + length].tolist())
+    return out
