@@ -31,10 +31,13 @@ class Choice:
 
 
 class Answer(ABC):
-    """The object of one request: its identity, its choices, and how pieces and the whole are written."""
+    """The object of one request: its identity, its choices, and how pieces and the whole are written.
 
-    def __init__(self, model: str, fingerprint: str, choices: list[Choice], prompt_tokens: int, wants_logprobs: bool) -> None:
-        self.choices, self.prompt_tokens, self.wants_logprobs = choices, prompt_tokens, wants_logprobs
+    `logprobs` is None when none are wanted, else the number of alternatives: 1 is the written token itself.
+    """
+
+    def __init__(self, model: str, fingerprint: str, choices: list[Choice], prompt_tokens: int, logprobs: int | None) -> None:
+        self.choices, self.prompt_tokens, self.logprobs = choices, prompt_tokens, logprobs
         self.common = {"created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
 
     def usage(self) -> dict[str, int]:
@@ -82,7 +85,7 @@ class ChatAnswer(Answer):
                 "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
 
     def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
-        if not self.wants_logprobs:
+        if self.logprobs is None:
             return None
         return {"refusal": None, "content": [{"token": token.text, "logprob": token.logprob, "bytes": list(token.raw),
                                               "top_logprobs": []} for token in tokens]}
@@ -109,10 +112,11 @@ class CompletionAnswer(Answer):
         return {**self.common, "choices": choices, "usage": self.usage()}
 
     def _logprobs(self, tokens: list[Token], begin: int) -> dict[str, Any] | None:
-        if not self.wants_logprobs:
+        if self.logprobs is None:
             return None
+        alternatives = [{token.text: token.logprob} for token in tokens] if self.logprobs else None
         return {"tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": None, "text_offset": [begin + token.offset for token in tokens]}
+                "top_logprobs": alternatives, "text_offset": [begin + token.offset for token in tokens]}
 
 
 def event(value: dict[str, Any] | str) -> bytes:

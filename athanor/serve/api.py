@@ -125,7 +125,7 @@ class Api:
         except DataError as error:
             raise ApiError(400, str(error), "messages", "invalid_value") from None
         choices = [Choice() for _ in range(asked.n or 1)]
-        answer = ChatAnswer(self.target.name, self.target.version, choices, len(token_ids), asked.logprobs)
+        answer = ChatAnswer(self.target.name, self.target.version, choices, len(token_ids), 0 if asked.logprobs else None)
         return await self._answer(http, asked, answer, [token_ids], "messages", None)
 
     async def completions(self, http: HttpRequest) -> Response:
@@ -134,18 +134,15 @@ class Api:
         if asked.echo and asked.logprobs is not None:
             raise ApiError(400, "'echo' with 'logprobs' is not supported by this server; leave one out", "echo",
                            "unsupported_parameter")
-        if asked.logprobs and asked.temperature != 0:
-            raise ApiError(400, "'logprobs' gives the written tokens only; for alternatives to them there is no support: use 0",
-                           "logprobs", "unsupported_parameter")
+        if asked.logprobs and (asked.logprobs, asked.temperature) != (1, 0):
+            raise ApiError(400, "'logprobs' gives those of the written tokens: use 0, or 1 with temperature 0, where the written "
+                           "token is the likeliest", "logprobs", "unsupported_parameter")
         prompts = await asyncio.to_thread(lambda: [self._prompt_ids(prompt) for prompt in asked.prompt])
-        echoes = [self._prompt_text(prompt) if asked.echo else "" for prompt in asked.prompt]
-        choices = [Choice(echo) for echo in echoes for _ in range(asked.n or 1)]
+        echoes = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in asked.prompt if asked.echo]
+        choices = [Choice(echo) for echo in echoes or [""] * len(prompts) for _ in range(asked.n or 1)]
         prompt_tokens = sum(map(len, prompts))
-        answer = CompletionAnswer(self.target.name, self.target.version, choices, prompt_tokens, asked.logprobs is not None)
+        answer = CompletionAnswer(self.target.name, self.target.version, choices, prompt_tokens, asked.logprobs)
         return await self._answer(http, asked, answer, prompts, "prompt", DEFAULT_COMPLETION_TOKENS)
-
-    def _prompt_text(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
     def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """A text begins like a training document, with bos (where the tokenizer has one); token ids are taken as they are."""
@@ -192,7 +189,7 @@ class Api:
         def generation(index: int, prompt: list[int], choice: int) -> Generation:
             sampling = Sampling(self._new_tokens(len(prompt), asked.token_limit, default_tokens, field), temperature=temperature,
                                 top_p=asked.top_p or 1.0, seed=(seed + choice) % 2**63, stop_token_ids=stop_token_ids)
-            text = AnswerText(self.tokenizer, asked.stop, stop_token_ids, answer.wants_logprobs)
+            text = AnswerText(self.tokenizer, asked.stop, stop_token_ids, answer.logprobs is not None)
             return Generation(prompt, sampling, text, lambda piece: pieces.put_nowait((index, piece)))
 
         several = [(prompt, choice) for prompt in prompts for choice in range(asked.n or 1)]

@@ -120,10 +120,6 @@ class ChatAsked(Asked):
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    @property
-    def wants_logprobs(self) -> bool:
-        return bool(self.logprobs)
-
 
 class CompletionAsked(Asked):
     """POST /v1/completions."""
@@ -131,10 +127,6 @@ class CompletionAsked(Asked):
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs is not None
 
 
 class Feedback(BaseModel):

@@ -43,9 +43,11 @@ class Server(uvicorn.Server):
 def make_server(target: Target, api_key: str | None = None, limits: Limits | None = None,
                 cache_tokens: int | None = None) -> tuple[Server, Api]:
     """Open the model and put a server before it, which nobody runs yet. Raises ModelError for a folder that is no model."""
-    engine = open_engine(target.folder, cache_tokens=cache_tokens or DEFAULT_CACHE_TOKENS)
     limits = limits or Limits()
-    api = Api(target, Worker(engine, limits.answers), context_tokens(target.folder), int(time.time()), api_key, limits)
+    longest = context_tokens(target.folder)
+    cache_tokens = cache_tokens or min(DEFAULT_CACHE_TOKENS, limits.answers * longest)
+    worker = Worker(open_engine(target.folder, cache_tokens), limits.answers)
+    api = Api(target, worker, min(longest, cache_tokens), int(time.time()), api_key, limits)
     config = uvicorn.Config(api.app(), log_level="warning", access_log=False, lifespan="on", ws="none", server_header=False,
                             timeout_graceful_shutdown=GRACE_SECONDS + 5)
     return Server(config, api.worker), api

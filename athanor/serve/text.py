@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from athanor.data.text.tokenizer import Tokenizer
 
@@ -12,13 +12,12 @@ LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say
 
 @dataclass(frozen=True)
 class Token:
-    """One token of an answer: its bytes, its log-probability, and where in the answer its text begins (characters)."""
+    """One token of an answer: bytes, text, log-probability, and where in the answer it begins (in characters)."""
 
     raw: bytes
+    text: str
     logprob: float
     offset: int
-
-    text = property(lambda self: self.raw.decode("utf-8", "replace"))
 
 
 @dataclass
@@ -52,9 +51,9 @@ class AnswerText:
         new = self._stream.push(token_id)
         if self._wants_tokens:
             raw = self._bytes[token_id] if token_id < len(self._bytes) else b""
-            token = Token(raw, max(logprob, LEAST_LOGPROB), self._decoded)
-            before = len(new) - len(token.text) if new.endswith(token.text) else 0  # the end of a character that began earlier
-            self._tokens.append(replace(token, offset=self._decoded + before))
+            text = raw.decode("utf-8", "replace")
+            before = len(new) - len(text) if new.endswith(text) else 0  # the end of a character that began earlier
+            self._tokens.append(Token(raw, text, max(logprob, LEAST_LOGPROB), self._decoded + before))
         return self._release(new, is_last=False)
 
     def finish(self) -> Piece:

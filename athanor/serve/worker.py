@@ -89,8 +89,6 @@ class Worker:
             while self._take_changes():
                 for request in self.engine.step():
                     self._finish_request(request)
-                for generation in [g for g in self._writing if g.text.is_stopped]:
-                    self._drop(generation, "stop")
                 self._flush()
         except Exception as error:  # whatever ends this thread, those who wait for it must hear
             traceback.print_exc()
@@ -112,13 +110,18 @@ class Worker:
             if generation not in unwanted:
                 self._start(generation)
         for generation in unwanted:
-            self._drop(generation, "cancelled", AthanorError(STOPPING) if is_stopping else None)
+            if generation.request is not None:
+                self.engine.cancel(generation.request)
+            self._end(generation, Piece(finish_reason="cancelled", error=AthanorError(STOPPING) if is_stopping else None))
         return not is_stopping
 
     def _start(self, generation: Generation) -> None:
         def on_token(token_id: int, logprob: float) -> None:
-            if not generation.text.is_stopped:
-                self._put(generation, generation.text.push(token_id, logprob))
+            piece = generation.text.push(token_id, logprob)
+            if piece.text or piece.tokens:
+                self._outbox.append((generation, piece))
+            if generation.text.is_stopped and generation.request is not None:
+                self.engine.cancel(generation.request)
 
         try:
             generation.request = self.engine.submit(generation.token_ids, generation.sampling, on_token)
@@ -133,22 +136,12 @@ class Worker:
             last.finish_reason = "stop" if generation.text.is_stopped else request.finish_reason
             self._end(generation, last)
 
-    def _drop(self, generation: Generation, reason: str, error: AthanorError | None = None) -> None:
-        if generation.request is not None:
-            self.engine.cancel(generation.request)
-        tokens = generation.text.completion_tokens
-        self._end(generation, Piece(finish_reason=reason, completion_tokens=tokens, error=error))
-
     def _end(self, generation: Generation, last: Piece) -> None:
         if generation.request is not None:
             self._writing.remove(generation)
         with self._wake:
             self._live.discard(generation)
         self._outbox.append((generation, last))
-
-    def _put(self, generation: Generation, piece: Piece) -> None:
-        if piece.text or piece.tokens:
-            self._outbox.append((generation, piece))
 
     def _flush(self) -> None:
         """Hand a step's pieces to the event loop with one wake-up; a loop that has closed takes none."""

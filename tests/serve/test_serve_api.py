@@ -101,14 +101,15 @@ def test_n_and_seed(client: openai.OpenAI) -> None:
 
 
 def test_stop_string_across_tokens(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": "tiny", "prompt": "self value", "max_tokens": 60, "temperature": 1, "seed": 8,
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "self value", "max_tokens": 60, "temperature": 0.5, "seed": 8,
                              "logprobs": 0}
     free = client.completions.create(**asked).choices[0]
-    assert free.logprobs is not None and free.logprobs.tokens is not None
+    assert free.logprobs is not None and free.logprobs.tokens is not None and free.logprobs.text_offset is not None
     tokens = free.logprobs.tokens
-    begin = next(i for i in range(10, 40) if all(len(t) > 1 and "\ufffd" not in t for t in tokens[i:i + 2]))
-    stop = tokens[begin][-1] + tokens[begin + 1][0]  # no token holds it: it lies across two
+    across = [free.text[at - 2:at + 2] for at in free.logprobs.text_offset[10:]]
+    stop = next(text for text in across if len(text) == 4 and "\ufffd" not in text and not any(text in t for t in tokens))
     expected = free.text[:free.text.index(stop)]
+    assert expected
     cut = client.completions.create(**asked, stop=stop).choices[0]
     assert cut.text == expected and cut.finish_reason == "stop"
     assert cut.logprobs is not None and cut.logprobs.tokens == tokens[:len(cut.logprobs.tokens or [])]
@@ -141,9 +142,11 @@ def test_logprobs(client: openai.OpenAI) -> None:
     streamed = [row for chunk in client.chat.completions.create(**asked, stream=True)
                 if chunk.choices[0].logprobs for row in chunk.choices[0].logprobs.content or []]
     assert [(row.token, row.logprob) for row in streamed] == [(row.token, pytest.approx(row.logprob, abs=1e-4)) for row in rows]
-    text = client.completions.create(model="tiny", prompt="value", max_tokens=15, temperature=0, logprobs=0).choices[0]
+    text = client.completions.create(model="tiny", prompt="value", max_tokens=15, temperature=0, logprobs=1).choices[0]
     assert text.logprobs is not None and text.logprobs.tokens and text.logprobs.text_offset
     assert len(text.logprobs.token_logprobs or []) == 15
+    assert [list(row.items()) for row in text.logprobs.top_logprobs or []] == [
+        [pair] for pair in zip(text.logprobs.tokens, text.logprobs.token_logprobs or [], strict=True)]
     for token, offset in zip(text.logprobs.tokens, text.logprobs.text_offset, strict=True):
         assert "\ufffd" in token or text.text[offset:].startswith(token)
 
@@ -163,7 +166,8 @@ def test_many_at_once_say_what_each_says_alone(client: openai.OpenAI) -> None:
 def test_client_that_leaves_frees_the_engine(served: tuple[str, Api]) -> None:
     url, api = served
     wait_idle(api)
-    free = api.worker.engine.free_tokens
+    free = api.worker.engine.pool.free
+    assert free == api.worker.engine.pool.count
     for number in range(12):
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
         body = {"messages": QUESTION, "stream": number % 2 == 0, "n": 2, "temperature": 1, "max_tokens": 120}
@@ -176,7 +180,7 @@ def test_client_that_leaves_frees_the_engine(served: tuple[str, Api]) -> None:
     begin = time.monotonic()
     wait_idle(api)
     assert time.monotonic() - begin < 5
-    assert api.worker.engine.free_tokens == free
+    assert api.worker.engine.pool.free == free
     assert post(url, "/v1/chat/completions", json.dumps({"messages": QUESTION, "max_tokens": 2}).encode())[0] == 200
 
 

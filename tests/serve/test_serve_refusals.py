@@ -61,7 +61,7 @@ def test_wrong_fields(served: tuple[str, Api], fields: dict[str, Any], param: st
 @pytest.mark.parametrize(("fields", "param"), [
     ({"prompt": []}, "prompt"), ({"prompt": 5}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": [[]]}, "prompt"),
     ({"prompt": [10**9]}, "prompt"), ({"prompt": ["a", [1]]}, "prompt"), ({}, "prompt"),
-    ({"prompt": "a", "logprobs": 9}, "logprobs"),
+    ({"prompt": "a", "logprobs": 9}, "logprobs"), ({"prompt": "a", "logprobs": 1}, "logprobs"),
     ({"prompt": "a", "suffix": "b"}, "suffix"), ({"prompt": "a", "best_of": 4}, "best_of"), ({"prompt": True}, "prompt")])
 def test_wrong_completions(served: tuple[str, Api], fields: dict[str, Any], param: str) -> None:
     error = refused(served[0], "/v1/completions", json.dumps(fields).encode())
