@@ -14,7 +14,7 @@ from athanor.ledger.accounts import BY_NAME
 from athanor.ledger.book import Book
 
 Point = tuple[float, float]
-WIDTH, TOP, BOTTOM, LEFT, RIGHT = 300, 8, 104, 38, 292  # of a chart's plotting area, in viewBox units
+WIDTH, TOP, BOTTOM, LEFT, RIGHT = 300, 8, 104, 46, 294  # of a chart's plotting area, in viewBox units
 MOST_POINTS = 240  # of one curve; longer ones become means of neighbours
 
 

@@ -165,3 +165,14 @@ def test_colours_follow_the_scheme(browser: Browser, url: str) -> None:
         browser.open(url, 1100, scheme=scheme)
         colours.add(browser.script("return getComputedStyle(document.body).backgroundColor"))
     assert len(colours) == 2
+
+
+def test_no_tick_is_cut_off_by_the_edge_of_its_picture(browser: Browser, url: str) -> None:
+    browser.open(url, 1100)
+    cut = """return [...document.querySelectorAll('svg[viewBox] text')].filter(t => {
+      const box = t.getBoundingClientRect(), frame = t.ownerSVGElement.getBoundingClientRect();
+      return box.width && (box.left < frame.left - 0.5 || box.right > frame.right + 0.5);
+    }).map(t => t.textContent)"""
+    assert browser.script(cut) == []
+    browser.script("const t = document.querySelector('svg[viewBox] .tick'); t.textContent = 'far too long for this margin'")
+    assert len(browser.script(cut)) == 1
