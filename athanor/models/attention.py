@@ -145,14 +145,19 @@ def _paged(qkv: Tensor, context: Paged, layer: int, heads: int, kv_heads: int) -
         out, turned, _ = packed_attention(qkv, context.rope, context.cu_seqlens, heads, kv_heads)
     else:
         turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope), qkv[:, heads + kv_heads:]], 1)
-    pages, (page, slot) = context.cache.layers[layer], context.places
-    pages[page, :, slot] = turned[:, heads:].unflatten(1, (2, kv_heads))
+    (keys, values), (page, slot) = context.cache.layers[layer], context.places
+    keys[page, slot], values[page, slot] = turned[:, heads:heads + kv_heads], turned[:, heads + kv_heads:]
     if is_packed:
         return out.flatten(1)
-    kept = pages[context.block_table].transpose(1, 2).flatten(2, 3)  # [B, 2, tokens, kv_heads, head_dim]
-    keys, values = kept.transpose(2, 3).unbind(1)
-    query = turned.new_zeros(len(context.lengths), context.longest, heads, qkv.shape[-1])
-    query[context.sequence, context.offset] = turned[:, :heads]
-    found = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=context.mask,
-                                           enable_gqa=heads != kv_heads)
+    shape = (len(context.lengths), -1, kv_heads, qkv.shape[-1])
+    kept = [part.index_select(0, context.block_table.flatten()).view(shape).transpose(1, 2) for part in (keys, values)]
+    if context.longest == 1:
+        query = turned[:, :heads].unsqueeze(2)
+    else:
+        padded = turned.new_zeros(len(context.lengths), context.longest, heads, qkv.shape[-1])
+        padded[context.sequence, context.offset] = turned[:, :heads]
+        query = padded.transpose(1, 2)
+    found = F.scaled_dot_product_attention(query, kept[0], kept[1], attn_mask=context.mask, enable_gqa=heads != kv_heads)
+    if context.longest == 1:
+        return found.flatten(1)
     return found.transpose(1, 2)[context.sequence, context.offset].flatten(1)

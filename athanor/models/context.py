@@ -55,7 +55,7 @@ class Packed:
 
 @dataclass
 class Cache:
-    """Keys and values of all blocks in pages: layers[i] is [pages, 2, page_tokens, heads, head_dim].
+    """Keys and values of all blocks in pages: layers[i] is [2, pages, page_tokens, heads, head_dim].
 
     `weights` keeps weights in the form they are multiplied in; whoever changes the model's weights clears it.
     """

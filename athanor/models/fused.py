@@ -18,7 +18,7 @@ def _by_hand(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) x weight, over the last dim; statistics in fp32 or wider. x [T, H], weight [H]."""
-    if _by_hand(x):
+    if _by_hand(x) and torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
@@ -45,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) x up of [T, 2F] = gate beside up -> [T, F]."""
-    if _by_hand(gate_up):
+    if _by_hand(gate_up) and torch.is_grad_enabled():
         return _SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
