@@ -40,7 +40,7 @@ class Chain:
         if not self.begun:
             self._write({"event": "begin", "time": self.started, "devices": self.devices})
             self.begun = True
-        self._write({"event": "start", "step": name, "time": time.time()})
+        self._write({"event": "start", "step": name, "time": time.time(), "inputs": inputs})
         say(f"{name} …")
         start = time.perf_counter()
         details = work() or {}
@@ -53,6 +53,11 @@ class Chain:
     def last(self, name: str) -> dict[str, Any] | None:
         """The newest done line of a step."""
         return next((line for line in reversed(self.lines) if line["event"] == "done" and line["step"] == name), None)
+
+    def was_started(self, name: str, inputs: dict[str, str]) -> bool:
+        """Whether the last attempt at a step had these inputs, so that what it left may be gone on with."""
+        started = next((line for line in reversed(self.lines) if line["event"] == "start" and line["step"] == name), None)
+        return started is not None and started["inputs"] == inputs
 
     def end(self) -> None:
         """Note that this invocation did everything, if it did anything."""

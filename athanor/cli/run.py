@@ -15,10 +15,18 @@ import click
 
 from athanor.cli.chain import Chain, hash_output, locked
 from athanor.foundation.errors import AthanorError
+from athanor.foundation.events import EXIT_REQUEUE
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, hash_value, runs_root, write_atomic
 from athanor.ledger.book import Book, read_book, total
+
+
+class Stopped(AthanorError):
+    """Somebody asked us to end; what was done is saved."""
+
+    exit_code = EXIT_REQUEUE
+
 
 STEP_ACCOUNTS = {"check": "check", "plan": "check", "data": "data", "evaluate": "evaluation", "registry": "publish",
                  "serve": "publish", "report": "publish"}
@@ -55,8 +63,9 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
     data_inputs = {"data": hash_value([planned.data.model_dump(), planned.seed]), "sources": _fingerprint(recipe)}
     chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run))
     for stage in planned.stage:
-        chain.step(f"train {stage.name}", _stage_inputs(planned, stage, run), [run.stage(stage.name).model],
-                   _training(planned, stage, run))
+        inputs = _stage_inputs(planned, stage, run)
+        goes_on = chain.was_started(f"train {stage.name}", inputs)
+        chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model], _training(planned, stage, run, not goes_on))
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
     facts = {**models, "data": str(hash_output(run.data / "manifest.json"))}
     chain.step("evaluate", {**facts, "tasks": hash_value(planned.evaluate.model_dump())}, [run.scores],
@@ -132,15 +141,16 @@ def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str
     return inputs
 
 
-def _training(recipe: Recipe, stage: Stage, run: RunFolder) -> Callable[[], dict[str, Any]]:
-    def train() -> dict[str, Any]:
-        from athanor.cli.train import train_run
+def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> Callable[[], dict[str, Any]]:
+    def work() -> dict[str, Any]:
+        from athanor.cli.train import train
 
-        result = train_run(recipe, stage.name, run)
-        return {"steps": len(result["loss"]), "loss": result["loss"][-1] if result["loss"] else None,
-                "tokens_per_second": result["tokens_per_second"]}
+        result = train(recipe, run, stage.name, is_fresh=is_fresh)
+        if result["is_asked_to_stop"]:
+            raise Stopped(f"stopped after step {result['step']} of {stage.name}, as asked; the same command goes on from there")
+        return {"steps": result["steps"], "loss": result["loss"][-1], "tokens_per_second": result["tokens_per_second"]}
 
-    return train
+    return work
 
 
 def _evaluate(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
