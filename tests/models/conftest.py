@@ -1,0 +1,36 @@
+"""One thread for torch, and small random models next to transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from athanor.models.decoder import Decoder
+from athanor.models.initialize import initialize
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.zoo.llama import build
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
+    """A model of some thousand parameters with grouped queries and noticeable logits."""
+    sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "initializer_range": 0.1, "max_position_embeddings": 512, **changes}
+    module = build(DecoderShape(**sizes)).to(dtype)
+    initialize(module, 1)
+    return module
+
+
+@pytest.fixture(name="small")
+def _small() -> Any:
+    return small
