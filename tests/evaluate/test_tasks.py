@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bigram_model import follow, normalised, write_bigram
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,10 @@ from athanor.data.text.tokenizer import Tokenizer
 from athanor.evaluate.subject import Subject, open_subject
 from athanor.evaluate.tasks import bits_per_byte, identifiers, python_parses
 from athanor.foundation.errors import ModelError, UserError
+from athanor.models.decoder import Decoder
+from athanor.models.huggingface import logits, save_model
+from athanor.models.initialize import initialize
+from athanor.models.shapes.decoder import DecoderShape
 
 
 def nothing(done: int, total: int) -> None:
@@ -47,7 +52,7 @@ def test_windows_score_every_token_once_with_half_a_context_before_it(length: in
     assert scored == list(range(1, length))
 
 
-@pytest.mark.parametrize("context", [8, 31, 512])
+@pytest.mark.parametrize("context", [16, 31, 512])
 def test_bits_per_byte_of_a_bigram_model(tmp_path: Path, tokenizer: Tokenizer, data: Path, context: int) -> None:
     """Whatever the window, the sum is that of the table: no token is missed or counted twice."""
     table = random_table(tokenizer, 0)
@@ -65,6 +70,25 @@ def test_bits_per_byte_of_a_bigram_model(tmp_path: Path, tokenizer: Tokenizer, d
     assert min(ratios) - 1e-6 <= score.low < score.value < score.high <= max(ratios) + 1e-6
     assert (score.count, score.higher_is_better, score.unit) == (3, False, "bits per byte")
     assert score.details["bytes"] == sum(sizes) and score.details["context_tokens"] == context
+
+
+def test_every_token_is_scored_with_the_context_its_window_gives(tmp_path: Path, tokenizer: Tokenizer, data: Path) -> None:
+    """A model that looks back: each token's probability is that after all tokens of the first window that holds it."""
+    shape = DecoderShape(tokenizer.vocab_size, 64, 96, 2, 2, max_position_embeddings=40, initializer_range=0.5)
+    module = Decoder(shape)
+    initialize(module, 0)
+    save_model(module, tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    score = bits_per_byte.run(open_subject("m", tmp_path / "m", False, 24), data, 1, nothing)
+    text = texts_of(data)[0]
+    ids = [0, *tokenizer.encode(text)]
+    total = 0.0
+    with torch.no_grad():
+        for at in range(1, len(ids)):
+            begin = 0 if at < 24 else 12 * ((at - 24) // 12 + 1)
+            total -= float(logits(module, ids[begin:at])[-1].log_softmax(-1)[ids[at]])
+    assert score.details["context_tokens"] == 24 and len(ids) > 60
+    assert score.value == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 def test_compressors_get_exactly_the_scored_bytes(tmp_path: Path, tokenizer: Tokenizer, data: Path) -> None:
