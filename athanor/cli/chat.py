@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +48,10 @@ def command(model: str, once: str | None, system: str | None, temperature: float
     chat.reset(system)
     write = (lambda text: None) if as_json else _write
     if once is not None:
-        figures = chat.ask(once, write)
+        with _interrupts() as interrupts:
+            figures = chat.ask(once, write, interrupts)
+        if figures["finish_reason"] == "cancelled":
+            raise KeyboardInterrupt
         if as_json:
             answer = chat.messages[-1]["content"]
             click.echo(json.dumps({"model": target.reference, "answer": answer, **figures}, ensure_ascii=False))
@@ -74,9 +79,10 @@ class Conversation:
     def reset(self, system: str | None) -> None:
         self.messages = [{"role": "system", "content": system}] if system else []
 
-    def ask(self, question: str, write: Callable[[str], None]) -> dict[str, Any]:
+    def ask(self, question: str, write: Callable[[str], None], interrupts: list[int]) -> dict[str, Any]:
         """Add a question and its answer, which goes to `write` piece by piece. Returns usage, finish_reason and rate.
 
+        The answer ends early when something comes to stand in `interrupts`.
         Raises UserError when the conversation does not fit the context; the question is then taken back.
         """
         from athanor.inference.engine import Sampling
@@ -101,17 +107,27 @@ class Conversation:
         seed = secrets.randbits(62) if self.seed is None else self.seed
         sampling = Sampling(max_new_tokens=self.max_tokens or room, temperature=self.temperature, seed=seed, stop_token_ids=stop)
         request = self.engine.submit(ids, sampling, lambda token_id, logprob: give(text.push(token_id, logprob).text))
-        try:
-            while request.finish_reason is None:
-                self.engine.step()
-        except KeyboardInterrupt:
-            self.engine.cancel(request)
+        while request.finish_reason is None:
+            self.engine.step()
+            if interrupts:
+                self.engine.cancel(request)
         give(text.finish().text)
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         seconds = time.perf_counter() - begin
         usage = {"prompt_tokens": len(ids), "completion_tokens": text.completion_tokens}
         return {"finish_reason": request.finish_reason, "usage": usage, "seconds": seconds,
                 "tokens_per_second": text.completion_tokens / seconds}
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect Ctrl-C instead of raising it, so that the engine is never left in the middle of a step."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _talk(chat: Conversation, write: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -139,13 +155,16 @@ def _talk(chat: Conversation, write: Callable[[str], None]) -> list[dict[str, An
 
 def _answer(chat: Conversation, question: str, write: Callable[[str], None], is_terminal: bool) -> list[dict[str, Any]]:
     try:
-        figures = chat.ask(question, write)
+        with _interrupts() as interrupts:
+            figures = chat.ask(question, write, interrupts)
     except UserError as error:
         if not is_terminal:
             raise
         say(str(error))
         return []
     write("\n")
+    if figures["finish_reason"] == "cancelled" and not is_terminal:
+        raise KeyboardInterrupt
     if is_terminal:
         say(f"[{figures['usage']['completion_tokens']} tokens, {figures['tokens_per_second']:.0f} per second]")
     return [figures]
@@ -158,6 +177,9 @@ def _read_line(is_terminal: bool) -> str | None:
         return input("\n> ")
     except EOFError:
         return None
+    except KeyboardInterrupt:
+        say("\n/quit or Ctrl-D ends")
+        return ""
 
 
 def _write(text: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 from collections.abc import Callable
@@ -153,6 +157,42 @@ def test_chat_once(athanor: Callable[..., Result]) -> None:
     code, output, words = athanor("chat", "demo", "--once", "value " * 400)
     assert code == 2 and output == "" and "context is 160" in words
     assert athanor("chat", "demo", "--once", "\udcff no UTF-8", "--max-tokens", "1")[0] == 0
+
+
+@pytest.mark.slow
+def test_chat_on_a_terminal_survives_ctrl_c(run_folder: Path) -> None:
+    """Ctrl-C ends an answer (or nothing, when it comes late) and not the conversation; /quit ends that."""
+    ours, theirs = pty.openpty()
+    call = [sys.executable, "-c", "from athanor.cli.main import main; main()", "chat", "demo", "--temperature", "1"]
+    process = subprocess.Popen(call, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    seen = ""
+
+    def until(text: str) -> None:
+        nonlocal seen
+        while text not in seen:
+            ready, _, _ = select.select([ours], [], [], 60)
+            assert ready, f"waited for {text!r}, saw {seen!r}"
+            seen += os.read(ours, 4096).decode(errors="replace")
+        seen = seen.split(text, 1)[1]
+
+    try:
+        until("> ")
+        os.write(ours, b"value\n")
+        until("value\r\n")
+        assert select.select([ours], [], [], 60)[0]  # the answer begins
+        os.write(ours, b"\x03")
+        until("> ")
+        os.write(ours, b"self\n")
+        until("per second]")
+        until("> ")
+        os.write(ours, b"/quit\n")
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
 
 
 def test_chat_from_a_pipe_has_turns(athanor: Callable[..., Result]) -> None:
