@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROWS = 512  # tokens at a time where several passes are made, so that what one leaves is still in the cache for the next
+
 
 def _by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -35,12 +37,17 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        product = gradient * normed
-        mean = torch.mv(product, weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze_(-1)
-        out = gradient * weight if gradient.dtype == product.dtype else gradient.to(product.dtype) * weight
-        out.addcmul_(normed, mean, value=-1).mul_(scale)
-        return out.to(x.dtype), product.sum(0).to(weight.dtype), None
+        wide, out = weight.to(scale.dtype), torch.empty_like(x)
+        to_weight = torch.zeros_like(wide)
+        for row in range(0, x.shape[0], ROWS):
+            rows = slice(row, row + ROWS)
+            flowing, normed = gradient[rows], x[rows] * scale[rows]
+            product = flowing * normed
+            to_weight += product.sum(0)
+            mean = torch.mv(product, wide).div_(x.shape[-1]).unsqueeze_(-1)
+            torch.mul(flowing, wide, out=product).addcmul_(normed, mean, value=-1)
+            torch.mul(product, scale[rows], out=out[rows])
+        return out, to_weight.to(weight.dtype), None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -61,11 +68,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
         out = torch.empty_like(gate_up)
-        to_gate, to_up = out.chunk(2, -1)
-        torch.mul(gradient, F.silu(gate), out=to_up)
-        to_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
+        for part, into, flowing in zip(gate_up.split(ROWS), out.split(ROWS), gradient.split(ROWS), strict=True):
+            gate, up = part.chunk(2, -1)
+            to_gate, to_up = into.chunk(2, -1)
+            torch.mul(flowing, F.silu(gate), out=to_up)
+            torch.ops.aten.silu_backward.grad_input(flowing * up, gate, grad_input=to_gate)
         return out
 
 
@@ -86,13 +94,21 @@ def rotate(x: Tensor, rope: Tensor, backwards: bool = False, out: Tensor | None 
     Hugging Face weights pair channel i with i + head_dim/2; the decoder brings pairs together when it fuses the weights,
     which leaves the products of queries and keys as they are. Complex multiplication needs a single pass on the CPU.
     """
-    if _by_hand(x):
-        pairs = torch.view_as_complex(x.to(rope.dtype).unflatten(-1, (-1, 2)))
-        turn = torch.view_as_complex(rope)
-        turned = torch.view_as_real(pairs * (turn.conj() if backwards else turn)).flatten(-2).to(x.dtype)
-    else:
+    if not _by_hand(x):
         cos, sin = rope.unbind(-1)
         even, odd = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)
         sin = -sin if backwards else sin
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+        return turned if out is None else out.copy_(turned)
+    pairs, turn = _complex(x.to(rope.dtype)), torch.view_as_complex(rope)
+    turn = turn.conj() if backwards else turn
+    if out is not None and out.dtype == rope.dtype:
+        torch.mul(pairs, turn, out=_complex(out))
+        return out
+    turned = torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
     return turned if out is None else out.copy_(turned)
+
+
+def _complex(x: Tensor) -> Tensor:
+    """[..., 2n] -> a view [..., n] of complex numbers."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
