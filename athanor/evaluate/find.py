@@ -19,13 +19,18 @@ def names(kind: Kind) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name(kind))]))
 
 
+def check_name(kind: Kind, name: str) -> None:
+    """Refuse a name that is neither in the folder nor a package.module, with the nearest valid one."""
+    if "." not in name and name not in names(kind):
+        raise UserError(f"there is no {kind[:-1]} '{name}'; {did_you_mean(name, names(kind))}, or package.module of your own")
+
+
 def load(kind: Kind, name: str) -> ModuleType:
     """The module of a task (`run(subject, data, limit, progress)`) or scorer (`score(prompt, answer, reference)`).
 
     Raises UserError with the nearest valid name.
     """
-    if "." not in name and name not in names(kind):
-        raise UserError(f"there is no {kind[:-1]} '{name}'; {did_you_mean(name, names(kind))}, or package.module of your own")
+    check_name(kind, name)
     try:
         module = importlib.import_module(name if "." in name else f"athanor.evaluate.{kind}.{name}")
     except ModuleNotFoundError as error:

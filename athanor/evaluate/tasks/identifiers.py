@@ -24,7 +24,7 @@ from athanor.evaluate.scores import Score, share
 from athanor.evaluate.subject import Progress, Subject, generate, held_out
 from athanor.foundation.errors import ModelError, UserError
 
-PLACES = 400
+PLACES = 300
 NEW_TOKENS = 10  # a longer identifier cannot be right, and counts as wrong
 
 

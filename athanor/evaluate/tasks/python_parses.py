@@ -36,12 +36,10 @@ def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> 
     results = [(0.0, "prompt does not fit")] * len(functions)
     for index, result in zip(fitting, python_parses.score_all(bodies, [functions[i] for i in fitting]), strict=True):
         results[index] = result
-    originals = python_parses.score_all([function["body"] for function in functions], functions)
     return share([value for value, _ in results], {
         "asked": "chat template" if subject.is_chat else "plain text", "new_tokens": NEW_TOKENS, "temperature": 0.0,
         "interval": "95 % Wilson", "reasons": python_parses.reasons(results),
         "ended": {reason: sum(r == reason for _, r in answers) for reason in ("stop", "cancelled", "length")},
-        "originals_that_pass": sum(value for value, _ in originals) / len(originals),
         "examples": [{"function": functions[index]["name"], "body": text, "verdict": results[index][1]}
                      for index, text in list(zip(fitting, bodies, strict=True))[:5]]})
 
