@@ -65,7 +65,8 @@ def main() -> None:
         name = f"recipe-{number}"
         recipe = options.runs / f"{name}.toml"
         recipe.write_text(RECIPE.format(name=name, minutes=options.minutes))
-        planned = athanor("plan", str(recipe), *overrides, "--cluster", str(cluster), runs=options.runs)
+        overrides = [*overrides, f"cluster.file={cluster}"]
+        planned = athanor("plan", str(recipe), *overrides, runs=options.runs)
         run = options.runs / name
         if data is None:
             athanor("data", "build", str(recipe), runs=options.runs)

@@ -14,6 +14,8 @@ from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.progress import Bar, console, say
 from athanor.foundation.units import format_bytes, format_rate, format_seconds, format_share
 
+QUIET = 0.9  # of the cores must have been ours for a measurement to count as undisturbed
+
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("cluster.toml"), show_default=True,
@@ -74,3 +76,6 @@ def show(spec: ClusterSpec) -> None:
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)
+    if spec.processor_share is not None and spec.processor_share < QUIET:
+        say(f"other processes had {format_share(1 - spec.processor_share, 0)} of the cores meanwhile; rates and forecasts are "
+            "of a busy machine, check again when it is quiet")

@@ -174,7 +174,7 @@ def optimizer_rows(clock: Clock, budget_seconds: float) -> list[list[Any]]:
 
 
 def jitter_rows(clock: Clock, together: Callable[[float], list[float]], budget_seconds: float) -> list[list[float]]:
-    """How unequal equal work is between ranks. Rows: seconds of the work, mean of (slowest / mean - 1) over ranks.
+    """How unequal equal work is between ranks. Rows: seconds of the work, interquartile mean of (slowest / mean - 1).
 
     `together` exchanges one rank's seconds for those of all ranks, and is where they meet.
     """
@@ -185,10 +185,11 @@ def jitter_rows(clock: Clock, together: Callable[[float], list[float]], budget_s
     for length in (0.002, 0.02, 0.1):
         calls = max(1, round(length / one))
         excess = []
-        for _ in range(max(3, math.ceil(budget_seconds / 3 / (calls * one * 1.3)))):
+        for _ in range(max(4, math.ceil(budget_seconds / 3 / (calls * one * 1.3)))):
             seconds = together(_run(clock, lambda: a @ a, calls))
             excess.append(max(seconds) / (sum(seconds) / len(seconds)) - 1.0)
-        rows.append([calls * one, sum(excess) / len(excess)])
+        usual = sorted(excess)[len(excess) // 4:-(len(excess) // 4)]  # without what other processes did
+        rows.append([calls * one, sum(usual) / len(usual)])
     return rows
 
 

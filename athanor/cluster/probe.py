@@ -23,6 +23,7 @@ SECONDS = 12.0  # of measuring; starting ranks comes on top
 SHARES = {"matmul_fp32": 0.30, "matmul_bf16": 0.06, "matmul_fp64": 0.06, "attention": 0.08, "elementwise": 0.20,
           "memory": 0.02, "launch": 0.03, "optimizer": 0.04, "collectives": 0.09, "sharding": 0.03, "jitter": 0.05,
           "python": 0.02, "disk": 0.02}
+COMPUTING = "matmul_fp32"  # keeps all threads busy, so its processor time tells what others took
 DISK_BYTES = 2**25
 
 
@@ -71,7 +72,10 @@ def probe_rank(channel: Callable[..., None], seconds: float, folder: str) -> dic
         share = 0.0
         for part, measure_part in _parts(device, folder).items():
             dist.barrier()
+            begin, worked = time.perf_counter(), time.process_time()
             report[part] = measure_part(seconds * SHARES[part], report)
+            if part == COMPUTING:
+                report["processor_share"] = (time.process_time() - worked) / (time.perf_counter() - begin) / report["threads"]
             share += SHARES[part]
             if dist.get_rank() == 0:
                 channel(part=part, share=share)
@@ -214,6 +218,7 @@ def combine(reports: list[dict[str, Any]], begin: float) -> ClusterSpec:
         python={name: mean("python", name) for name in first["python"]},
         startup_seconds={"launch": max(r["started"] for r in reports) - begin,
                          "join": max(r["joined_seconds"] for r in reports)},
+        processor_share=mean("processor_share") if first["device_type"] == "cpu" else None,
         host=socket.gethostname(), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=first["versions"], source="measured")
 

@@ -41,6 +41,7 @@ class ClusterSpec:
     disk: dict[str, float] = field(default_factory=dict)
     python: dict[str, float] = field(default_factory=dict)
     startup_seconds: dict[str, float] = field(default_factory=dict)
+    processor_share: float | None = None  # of its cores that measuring got, the rest went to other processes
     host: str = ""
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+BATCH_SECONDS = 4e-4  # shorter than a time slice of the scheduler, so that many samples are undisturbed
 Operation = Callable[[], Any]
 
 
@@ -36,7 +37,7 @@ class Clock:
         """Run `operation` for about `budget_seconds`, once to warm up, and at least `least_samples` times."""
         operation()
         estimate = self.batch(operation, 1)
-        calls = max(1, min(1000, int(budget_seconds / 10 / max(estimate, 1e-7))))
+        calls = max(1, int(BATCH_SECONDS / max(estimate, 1e-7)))
         samples = [estimate] if calls == 1 else []
         deadline = time.perf_counter() + budget_seconds - estimate
         while len(samples) < least_samples or time.perf_counter() < deadline:

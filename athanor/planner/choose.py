@@ -24,6 +24,7 @@ LAYERS = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)
 ASPECT = (16, 160)  # hidden_size / num_hidden_layers of a shape worth considering
 LEAST_STEPS = 10  # below this nothing is learned
 UNCOVERED = ("pp", "cp", "ep")
+LAYOUT_MARGIN = 1.15  # a layout with more communication must be so much faster, since that is the hardest to forecast
 MOST_DOUBLINGS = 12  # of the rows per rank and step
 NO_STEP = Step(0.0, {}, {}, 0.0)
 
@@ -175,7 +176,8 @@ def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stag
     critical one, and the fastest layout wins.
     """
     best: Candidate | None = None
-    for layout in options:
+    for layout in sorted(options, key=lambda layout: layout.tp):
+        margin = 1.0 if best is None or layout == best.layout else LAYOUT_MARGIN
         critical = None
         if part.kind != "seconds":
             tokens = 1e6 * part.amount if part.kind == "steps" else part.tokens(shape, template, layout, NO_STEP)
@@ -187,11 +189,13 @@ def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stag
             choice, step = found
             tokens, batch = part.tokens(shape, choice, layout, step), choice.global_batch_tokens(layout)
             loss = scaling.loss(block_parameters(shape), tokens, unique_tokens, batch)
-            candidate = Candidate(shape, layout, choice, step, tokens, loss)
-            is_better = best is None or (loss < best.loss if part.kind == "seconds" else
-                                         batch / step.seconds > best.batch_tokens / best.step.seconds)
-            if is_better and (tokens >= batch * LEAST_STEPS or best is None):
-                best = candidate
+            if part.kind == "seconds":
+                cautious = scaling.loss(block_parameters(shape), tokens / margin, unique_tokens, batch)
+                is_better = best is None or (cautious < best.loss and tokens >= batch * LEAST_STEPS)
+            else:
+                is_better = best is None or batch / step.seconds > margin * best.batch_tokens / best.step.seconds
+            if is_better:
+                best, margin = Candidate(shape, layout, choice, step, tokens, loss), 1.0
     return best
 
 
