@@ -49,7 +49,8 @@ class PagePool:
         """
         most = max(len(p) for p in pages)
         table = torch.tensor([p + [0] * (most - len(p)) for p in pages], device=self.device)
-        positions = torch.cat([torch.arange(f, f + n) for f, n in zip(firsts, lengths, strict=True)]).to(self.device)
+        numbers = [number for f, n in zip(firsts, lengths, strict=True) for number in range(f, f + n)]
+        positions = torch.tensor(numbers, device=self.device)
         count = torch.tensor(list(lengths), device=self.device)
         wanted: Tensor = count.cumsum(0) - 1
         return Paged(positions, table, count, self.cache, self.groups, wanted)

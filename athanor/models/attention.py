@@ -1,7 +1,7 @@
 """Causal attention, and the only place that looks at the kind of context.
 
 Packed on a CPU: one operator that turns queries and keys and runs torch's flash kernel over runs of equally long documents
-(no mask, nothing beyond the diagonal). Packed on an accelerator: variable-length attention. Paged: keys and values are
+(no mask, nothing beyond the document). Packed on an accelerator: variable-length attention. Paged: keys and values are
 read from the cache's pages.
 """
 
@@ -46,14 +46,26 @@ def _packed(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
     if qkv.device.type == "cpu":
         out, _, _ = packed_attention(qkv, context.rope, context.cu_seqlens, heads, kv_heads)
         return out
+    turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope), qkv[:, heads + kv_heads:]], 1)
+    if qkv.dtype not in (torch.bfloat16, torch.float16):
+        return attend_by_runs(turned, context.cu_seqlens, heads, kv_heads)
     from torch.nn.attention.varlen import varlen_attn
 
-    query_key, value = qkv.split([heads + kv_heads, kv_heads], 1)
-    query, key = rotate(query_key, context.rope).split([heads, kv_heads], 1)
+    query, key, value = turned.split([heads, kv_heads, kv_heads], 1)
     found = varlen_attn(query, key, value, context.cu_seqlens, context.cu_seqlens, context.max_length, context.max_length,
                         window_size=(-1, 0), enable_gqa=heads != kv_heads)
     assert isinstance(found, Tensor)
     return found
+
+
+def attend_by_runs(turned: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """The same from differentiable pieces of torch, for dtypes that accelerators' variable-length kernels do not take."""
+    outs, found = [], runs(cu_seqlens)
+    for part, (count, _) in zip(turned.split([count * length for count, length in found]), found, strict=True):
+        query, key, value = _of_documents(part, count).split([heads, kv_heads, kv_heads], 1)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads != kv_heads)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
 
 
 def runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:

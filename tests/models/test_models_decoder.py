@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from athanor.models import loss as loss_module
+from athanor.models.attention import attend_by_runs, packed_attention
 from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
+from athanor.models.fused import rms_norm, rope_table, swiglu
 from athanor.models.huggingface import save_model
 from athanor.models.loss import chunk_rows, score
 
@@ -71,6 +73,42 @@ def test_a_packed_document_is_the_document_alone(small: Build, lengths: list[int
     changed = ids.clone()
     changed[:lengths[0]] = tokens(lengths[0], module, 5)
     assert torch.equal(module(changed, padded)[lengths[0]:], whole[lengths[0]:])
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [16, 16], [30]])
+def test_the_operator_is_attention_of_plain_torch(lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, context = sum(lengths), Packed.of(lengths)
+    qkv = torch.randn(size, 8, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    flowing = torch.randn(size, 4, 16, dtype=torch.float64, generator=generator)
+    rope = rope_table(context.positions, 16, 100.0, torch.float64)
+    out, _, _ = packed_attention(qkv, rope, context.cu_seqlens, 4, 2)
+    (found,) = torch.autograd.grad(out, qkv, flowing)
+    cos, sin = rope.unbind(-1)
+    even, odd = qkv[:, :6, 0::2], qkv[:, :6, 1::2]
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    expected = attend_by_runs(torch.cat([turned, qkv[:, 6:]], 1), context.cu_seqlens, 4, 2)
+    (wanted,) = torch.autograd.grad(expected, qkv, flowing)
+    assert (out - expected).abs().max() <= 1e-12 and (found - wanted).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_by_hand_are_those_of_autograd(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    x, flowing = (torch.randn(1100, size, dtype=torch.float64, generator=generator).to(dtype) for size in (24, 12))
+    weight = torch.randn(24, dtype=torch.float64, generator=generator).to(dtype)
+    wide = torch.cat([flowing, flowing * 0.5], 1)
+    for inputs, by_hand, plain, back in (
+            ((x, weight), lambda a, w: rms_norm(a, w, 1e-5), lambda a, w: F.rms_norm(a, (24,), w, 1e-5), wide),
+            ((x,), swiglu, lambda a: F.silu(a[:, :12]) * a[:, 12:], flowing)):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        exact = [tensor.double().requires_grad_() for tensor in inputs]
+        out, expected = by_hand(*leaves), plain(*exact)
+        assert out.dtype == dtype and (out - expected).abs().max() <= tolerance
+        found = torch.autograd.grad(out, leaves, back)
+        for a, b in zip(found, torch.autograd.grad(expected, exact, back.double()), strict=True):
+            assert a.dtype == dtype and (a - b).norm() <= tolerance * b.norm()
 
 
 @pytest.mark.parametrize("weighted", [True, False])
