@@ -58,6 +58,12 @@ class Part:
             return float(self.amount / shape.flops(1.0, mean_context(choice.seq_len, choice.document_tokens)))
         return self.amount if self.kind == "tokens" else self.amount * batch
 
+    def law(self, forecaster: Forecaster, dtype: str) -> scaling.Law:
+        """The law of loss for so much training: a third of the peak for the seconds, 20 tokens per parameter for tokens."""
+        peak = forecaster.rates(dtype).peak_flops * forecaster.cluster.devices
+        tokens = self.amount * (1 if self.kind == "tokens" else 4096)
+        return scaling.law_for({"seconds": self.amount * peak / 3, "flops": self.amount}.get(self.kind, 6 * tokens**2 / 20))
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -176,6 +182,7 @@ def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stag
     critical one, and the fastest layout wins.
     """
     best: Candidate | None = None
+    law = part.law(forecaster, template.precision)
     for layout in sorted(options, key=lambda layout: layout.tp):
         margin = 1.0 if best is None or layout == best.layout else LAYOUT_MARGIN
         critical = None
@@ -188,9 +195,9 @@ def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stag
                 break
             choice, step = found
             tokens, batch = part.tokens(shape, choice, layout, step), choice.global_batch_tokens(layout)
-            loss = scaling.loss(block_parameters(shape), tokens, unique_tokens, batch)
+            loss = law.loss(block_parameters(shape), tokens, unique_tokens, batch)
             if part.kind == "seconds":
-                cautious = scaling.loss(block_parameters(shape), tokens / margin, unique_tokens, batch)
+                cautious = law.loss(block_parameters(shape), tokens / margin, unique_tokens, batch)
                 is_better = best is None or (cautious < best.loss and tokens >= batch * LEAST_STEPS)
             else:
                 is_better = best is None or batch / step.seconds > margin * best.batch_tokens / best.step.seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,6 @@ from athanor.ledger.book import Book, total
 from athanor.planner import scaling
 from athanor.planner.chain import ACCOUNT, chain_seconds
 from athanor.planner.choose import Candidate, Text, block_parameters, rank_candidates
-from athanor.planner.coefficients import load
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.stage import FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
 
@@ -155,8 +153,4 @@ def _notes(best: Candidate, text: Text, choice: StageChoice) -> list[str]:
     epochs = tokens / text.unique_tokens
     unique = format_count(text.unique_tokens)
     notes = [f"the main stage reads {format_count(tokens)} of about {unique} tokens ({epochs:.2g} epochs)"]
-    low, high = load()["law"].get("fitted_parameters", [0.0, math.inf])
-    if not low <= block_parameters(best.shape) <= high:
-        notes.append(f"the law of loss was fitted to {format_count(low)} to {format_count(high)} parameters in decoder blocks; "
-                     "this shape lies outside")
     return notes

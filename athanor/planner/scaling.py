@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from athanor.planner.coefficients import load
 
@@ -24,15 +25,31 @@ def critical_batch_tokens(tokens: float) -> float:
     return float(load()["law"]["batch_coefficient"]) * math.sqrt(tokens)
 
 
-def loss(block_parameters: float, tokens: float, unique_tokens: float, batch_tokens: float) -> float:
-    """Nats per held-out token: E + A / N^alpha + B / D'^beta (the form of Hoffmann et al. 2022), N in decoder blocks.
+@dataclass(frozen=True)
+class Law:
+    """Nats per held-out token: E + A / N^alpha + B / D^beta (the form of Hoffmann et al. 2022), N in decoder blocks."""
 
-    Repeated tokens count less, and so do those of large batches: D / (1 + batch / critical batch), the trade-off between
-    steps and examples of McCandlish et al. 2018.
-    """
-    law = load()["law"]
-    counted = effective_tokens(tokens, unique_tokens) / (1.0 + batch_tokens / critical_batch_tokens(tokens))
-    return float(law["irreducible"] + law["a"] / block_parameters ** law["alpha"] + law["b"] / counted ** law["beta"])
+    name: str
+    irreducible: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+
+    def loss(self, block_parameters: float, tokens: float, unique_tokens: float, batch_tokens: float) -> float:
+        """Repeated tokens count less, and so do those of large batches: D / (1 + batch / critical batch).
+
+        That is the trade-off between steps and examples of McCandlish et al. 2018.
+        """
+        counted = effective_tokens(tokens, unique_tokens) / (1.0 + batch_tokens / critical_batch_tokens(tokens))
+        return float(self.irreducible + self.a / block_parameters**self.alpha + self.b / counted**self.beta)
+
+
+def law_for(flops: float) -> Law:
+    """The law for a budget of so many training FLOPs: fitted to our own small models, or the published one for large ones."""
+    constants = load()["law"]
+    name = "small" if flops <= constants["small_until_flops"] else "large"
+    return Law(name, **constants[name])
 
 
 def learning_rate(hidden_size: int) -> float:

@@ -153,9 +153,16 @@ def test_law_of_loss() -> None:
     assert scaling.effective_tokens(5.0, 10.0) == 5.0
     assert 10.0 < scaling.effective_tokens(20.0, 10.0) < 20.0
     assert scaling.effective_tokens(1e9, 10.0) < 10.0 * 17
-    assert scaling.loss(1e6, 1e7, 1e9, 4096) < scaling.loss(1e5, 1e7, 1e9, 4096)
-    assert scaling.loss(1e6, 1e7, 1e9, 4096) < scaling.loss(1e6, 1e6, 1e9, 4096)
-    assert scaling.loss(1e6, 1e7, 1e9, 4096) < scaling.loss(1e6, 1e7, 1e9, 65536)
+    small, large = scaling.law_for(1e13), scaling.law_for(1e22)
+    assert (small.name, large.name) == ("small", "large")
+    for law in (small, large):
+        assert law.loss(1e6, 1e7, 1e9, 4096) < law.loss(1e5, 1e7, 1e9, 4096)
+        assert law.loss(1e6, 1e7, 1e9, 4096) < law.loss(1e6, 1e6, 1e9, 4096)
+        assert law.loss(1e6, 1e7, 1e9, 4096) < law.loss(1e6, 1e7, 1e9, 65536)
+        assert law.loss(1e6, 1e7, 1e9, 4096) < law.loss(1e6, 1e7, 1e6, 4096)
+    measured = {(188_928, 599_040): 5.855, (1_205_760, 599_040): 5.351, (1_205_760, 2_399_232): 4.414}  # batches of 1024
+    for (parameters, tokens), nats in measured.items():
+        assert small.loss(parameters, tokens, 2.27e6, 1024) == pytest.approx(nats, rel=0.04)
     assert math.isclose(scaling.learning_rate(512) * 2, scaling.learning_rate(128), rel_tol=0.05)
     assert vocabulary_for(1e7) == 4096 and vocabulary_for(4e7) == 8192 and vocabulary_for(1) == 512
 
