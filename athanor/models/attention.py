@@ -44,9 +44,9 @@ def _packed(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
     """[T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim]."""
     assert context.rope is not None, "the model fills rope before its first block"
     if qkv.device.type == "cpu":
-        out, _, _ = packed_attention(qkv, context.rope, context.cu_seqlens, heads, kv_heads)
+        out, _, _ = packed_attention(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
         return out
-    turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope), qkv[:, heads + kv_heads:]], 1)
+    turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope.table), qkv[:, heads + kv_heads:]], 1)
     if qkv.dtype not in (torch.bfloat16, torch.float16):
         return attend_by_runs(turned, context.cu_seqlens, heads, kv_heads)
     from torch.nn.attention.varlen import varlen_attn
@@ -154,9 +154,9 @@ def _paged(qkv: Tensor, context: Paged, layer: int, heads: int, kv_heads: int) -
     assert context.rope is not None, "the model fills rope before its first block"
     is_packed = context.is_whole and qkv.device.type == "cpu"
     if is_packed:
-        out, turned, _ = packed_attention(qkv, context.rope, context.cu_seqlens, heads, kv_heads)
+        out, turned, _ = packed_attention(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
     else:
-        turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope), qkv[:, heads + kv_heads:]], 1)
+        turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope.table), qkv[:, heads + kv_heads:]], 1)
     (keys, values), (page, slot) = context.cache.layers[layer], context.places
     keys[page, slot], values[page, slot] = turned[:, heads:heads + kv_heads], turned[:, heads + kv_heads:]
     if is_packed:

@@ -66,24 +66,30 @@ def all_reduce(x: Tensor, group: Group, is_max: bool = False, account: str = "te
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group, tokens: int) -> Tensor:
         ctx.group = group
-        return all_gather(x, group)
+        return all_gather(x, group)[:tokens]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return reduce_scatter(gradient, ctx.group), None
+        return reduce_scatter(_padded(gradient, ctx.group), ctx.group), None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group)
+        ctx.group, ctx.tokens = group, x.shape[0]
+        return reduce_scatter(_padded(x, group), group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return all_gather(gradient, ctx.group), None
+        return all_gather(gradient, ctx.group)[:ctx.tokens], None
+
+
+def _padded(x: Tensor, group: Group) -> Tensor:
+    """x with zeros after its last row, up to a number that the group's ranks can share."""
+    lacking = -x.shape[0] % size(group)
+    return torch.cat([x, x.new_zeros(lacking, *x.shape[1:])]) if lacking else x
 
 
 class _Replicated(torch.autograd.Function):
@@ -111,13 +117,16 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(gradient, ctx.group, ctx.account), None, None
 
 
-def gather(x: Tensor, group: Group) -> Tensor:
-    """Tokens of this rank [T/ranks, H] -> all tokens [T, H]; backward sums the ranks' gradients and scatters them."""
-    return x if size(group) == 1 else _Gather.apply(x, group)
+def gather(x: Tensor, group: Group, tokens: int) -> Tensor:
+    """This rank's part of the tokens [t, H] -> all of them [tokens, H]; backward sums the ranks' gradients and scatters them."""
+    return x if size(group) == 1 else _Gather.apply(x, group, tokens)
 
 
 def scatter(x: Tensor, group: Group) -> Tensor:
-    """Each rank's partial sums [T, H] -> sums of this rank's tokens [T/ranks, H]; backward gathers."""
+    """Each rank's partial sums [T, H] -> sums of this rank's part of the tokens [t, H]; backward gathers.
+
+    t is T / ranks rounded up; the last part ends in zeros where T does not divide.
+    """
     return x if size(group) == 1 else _Scatter.apply(x, group)
 
 

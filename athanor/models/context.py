@@ -23,6 +23,16 @@ class Groups:
     ep: dist.ProcessGroup | None = None
 
 
+class Rope:
+    """Cosine and sine of each token's angles [T, 1, head_dim / 2, 2], in fp32 or wider.
+
+    Not a dataclass, so that fully_shard does not look inside and cast them to the dtype it computes in.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+
 @dataclass(frozen=True)
 class Packed:
     """Documents one after another on one axis of T tokens.
@@ -38,7 +48,12 @@ class Packed:
     max_length: int
     groups: Groups = field(default_factory=Groups)
     wanted: Tensor | None = None
-    rope: Tensor | None = None
+    rope: Rope | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this context-parallel rank."""
+        return len(self.positions) // (1 if self.groups.cp is None else self.groups.cp.size())
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu", groups: Groups | None = None,
@@ -79,7 +94,12 @@ class Paged:
     cache: Cache
     groups: Groups = field(default_factory=Groups)
     wanted: Tensor | None = None
-    rope: Tensor | None = None
+    rope: Rope | None = None
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all sequences."""
+        return len(self.positions)
 
     @cached_property
     def starts(self) -> Tensor:

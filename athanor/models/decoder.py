@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from athanor.models.attention import attention
 from athanor.models.collectives import all_gather, gather, local, rank, replicated, scatter, size
-from athanor.models.context import Context, Scored
+from athanor.models.context import Context, Rope, Scored
 from athanor.models.fused import rms_norm, rope_table, swiglu
 from athanor.models.loss import score
 from athanor.models.shapes.decoder import DecoderShape
@@ -93,9 +93,9 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        tp = context.groups.tp
-        x = x + scatter(self.self_attn(gather(self.input_layernorm(x, context), tp), context), tp)
-        return x + scatter(self.mlp(gather(self.post_attention_layernorm(x, context), tp), context), tp)
+        tp, tokens = context.groups.tp, context.tokens
+        x = x + scatter(self.self_attn(gather(self.input_layernorm(x, context), tp, tokens), context), tp)
+        return x + scatter(self.mlp(gather(self.post_attention_layernorm(x, context), tp, tokens), context), tp)
 
 
 class Decoder(nn.Module):
@@ -131,13 +131,13 @@ class Decoder(nn.Module):
         """
         hidden = self._embed(x, context) if self.is_first else x
         rope = rope_table(context.positions, self.shape.head_dim, self.shape.rope_theta, hidden.dtype)
-        context = replace(context, rope=rope)
+        context = replace(context, rope=Rope(rope))
         for block in self.blocks.values():
             hidden = block(hidden, context)
         if not self.is_last:
             return hidden
         tp = context.groups.tp
-        hidden = gather(self.model.norm(hidden, context), tp)  # type: ignore[operator]
+        hidden = gather(self.model.norm(hidden, context), tp, context.tokens)  # type: ignore[operator]
         head: Any = self.model.embed_tokens if self.shape.tie_word_embeddings else self.lm_head
         if targets is not None:
             return score(hidden, local(head.weight), targets, weights, tp)

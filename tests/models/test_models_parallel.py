@@ -14,10 +14,10 @@ from athanor.models.context import Packed
 from athanor.models.initialize import initialize
 
 
-def alone(is_tied: bool, weighted: bool) -> tuple[Any, dict[str, Any]]:
+def alone(is_tied: bool, weighted: bool, lengths: list[int] = models_ranks.LENGTHS) -> tuple[Any, dict[str, Any]]:
     model = models_ranks.build(is_tied)
     initialize(model, 7)
-    return model, models_ranks.results(model, Packed.of(models_ranks.LENGTHS), weighted)
+    return model, models_ranks.results(model, Packed.of(lengths), weighted)
 
 
 def ranks(target: str, arguments: dict[str, Any], count: int, tmp_path: Path) -> list[Any]:
@@ -43,7 +43,7 @@ def test_tensor_parallel_ranks_compute_what_one_rank_does(is_tied: bool, weighte
 
 
 def test_context_parallel_ranks_compute_what_one_rank_does(tmp_path: Path) -> None:
-    _, wanted = alone(False, True)
+    _, wanted = alone(False, True, models_ranks.EVEN_LENGTHS)
     for found in ranks("context_parallel", {}, 2, tmp_path):
         assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-12)
         assert close(found["gradients"], wanted["gradients"])

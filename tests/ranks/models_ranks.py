@@ -7,16 +7,17 @@ from typing import Any
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
-LENGTHS = [5, 16, 1, 10]
+LENGTHS = [5, 16, 1, 11]  # 33 tokens, which two ranks cannot share evenly
+EVEN_LENGTHS = [5, 16, 1, 10]
 
 
-def batch() -> dict[str, Any]:
+def batch(count: int = sum(LENGTHS)) -> dict[str, Any]:
     """Tokens, targets and weights of a fixed small batch."""
     import torch
 
     generator = torch.Generator().manual_seed(3)
-    tokens, targets = torch.randint(0, SIZES["vocab_size"], (2, sum(LENGTHS)), generator=generator)
-    weights = torch.rand(sum(LENGTHS), generator=generator, dtype=torch.float64)
+    tokens, targets = torch.randint(0, SIZES["vocab_size"], (2, count), generator=generator)
+    weights = torch.rand(count, generator=generator, dtype=torch.float64)
     return {"tokens": tokens, "targets": targets, "weights": weights}
 
 
@@ -49,7 +50,7 @@ def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
     """Loss and the full gradients of one forward and backward pass, as numpy."""
     from torch.distributed.tensor import DTensor
 
-    data = batch()
+    data = batch(len(context.positions))
     model.zero_grad()
     if weighted:
         scored = model(data["tokens"], context, data["targets"], data["weights"])
@@ -101,9 +102,9 @@ def context_parallel(channel: Callable[..., None]) -> dict[str, Any]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = build(False)
     initialize(model, 7)
-    context = Packed.of(LENGTHS, groups=Groups(cp=dist.group.WORLD))
-    mine = slice(rank * sum(LENGTHS) // ranks, (rank + 1) * sum(LENGTHS) // ranks)
-    data = {name: column[mine] for name, column in batch().items()}
+    context = Packed.of(EVEN_LENGTHS, groups=Groups(cp=dist.group.WORLD))
+    mine = slice(rank * sum(EVEN_LENGTHS) // ranks, (rank + 1) * sum(EVEN_LENGTHS) // ranks)
+    data = {name: column[mine] for name, column in batch(sum(EVEN_LENGTHS)).items()}
     scored = model(data["tokens"], context, data["targets"], data["weights"])
     scored.weighted_sum.backward()
     loss = scored.weighted_sum.detach().clone()
