@@ -27,7 +27,7 @@ from typing import Any, cast
 from athanor.foundation.errors import AthanorError, RankError
 
 PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor",
-           "torch.distributed.tensor.parallel", "torch.optim", "torch.profiler", "safetensors.torch", "numpy",
+           "torch.distributed.tensor.parallel", "torch.optim", "torch._dynamo", "torch.profiler", "safetensors.torch", "numpy",
            "athanor.foundation.launch"]
 
 
@@ -192,7 +192,7 @@ def _die_with_parent() -> None:
     The server ends when the last copy of a pipe's writing end is closed; every child gets one, so that it could start
     children of its own. A rank starts none, and closes it.
     """
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None

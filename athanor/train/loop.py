@@ -45,7 +45,10 @@ Channel = Callable[..., None]
 
 @dataclass
 class Progress:
-    """How far a stage is: steps done, rows read, tokens kept; this attempt's number; what went wrong in a row."""
+    """How far a stage is: steps done, rows read, tokens kept; this attempt's number; what went wrong in a row.
+
+    A signal sets `wants_to_stop` on its rank; `is_asked_to_stop` is what all ranks have agreed on since.
+    """
 
     step: int = 0
     samples: int = 0
@@ -53,6 +56,7 @@ class Progress:
     attempt: int = 0
     failed_saves: int = 0
     skipped_steps: int = 0
+    wants_to_stop: bool = False
     is_asked_to_stop: bool = False
 
 
@@ -85,7 +89,7 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
     step from rank 0. Returns {"run", "step", "steps", "is_asked_to_stop", "loss", "grad_norm", "tokens_per_second"}.
     """
     progress = Progress()
-    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "is_asked_to_stop", True))
+    previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "wants_to_stop", True))
     try:
         job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
         mesh = make_mesh(job.layout, device_type, is_mixed=compute_dtype(job.settings.precision) is not None)
@@ -171,7 +175,7 @@ def run_loop(run: Run) -> None:
         fetched = time.perf_counter()
         rate = learning_rate(progress.step + 1, settings.steps, settings.learning_rate, settings.warmup_steps,
                              settings.learning_rate_schedule)
-        outcome = run_step(run.trainee, batches, rate, settings.gradient_clip, progress.is_asked_to_stop)
+        outcome = run_step(run.trainee, batches, rate, settings.gradient_clip, progress.wants_to_stop)
         end = time.perf_counter()
         progress.step += 1
         progress.samples += settings.rows_per_step
@@ -246,6 +250,7 @@ def _finite(value: float) -> float | None:
 def save(run: Run) -> None:
     """Write a checkpoint. When the disk is full, say so and go on, up to MOST_FAILED_SAVES times in a row."""
     job, progress = run.job, run.progress
+    run.meter.exchange()  # steps that a checkpoint keeps must be in the ledger before it, whatever happens after
     begin = time.perf_counter()
     meta = checkpoint.Meta(progress.step, progress.samples, progress.tokens, run.trainee.optimizer.updates, progress.attempt,
                            job.settings.data_shards, asdict(job.layout), job.hashes,

@@ -66,11 +66,11 @@ class Optimizer:
 
     def squared_norm(self) -> torch.Tensor:
         """The sum of squares of this rank's part of the gradient, in fp64; each part is counted on one rank only."""
-        mine = [piece.gradient for piece in self.pieces if is_first_copy(piece.parameter)] if self.mesh.counts_parameters else []
-        norms = torch._foreach_norm([g for g in mine if g is not None and g.numel()])
-        if not norms:
+        mine = [piece.gradient for piece in self.pieces if self.mesh.counts_parameters and is_first_copy(piece.parameter)]
+        held = [gradient for gradient in mine if gradient is not None and gradient.numel()]
+        if not held:
             return torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        return torch.stack(norms).double().square().sum()
+        return torch.stack(torch._foreach_norm(held)).double().square().sum()
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient, in place."""

@@ -60,7 +60,7 @@ def layout_of(recipe: Recipe) -> Layout:
 def world_size_of(recipe: Recipe, devices: int) -> int:
     """Ranks to start for a recipe: the product of its degrees, or all of `devices` when dp_shard is open."""
     layout = layout_of(recipe)
-    return resolve(layout, devices if layout.dp_shard == -1 else layout.world_size).world_size
+    return devices if layout.dp_shard == -1 else layout.world_size
 
 
 def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) -> Settings:

@@ -1,0 +1,102 @@
+"""What the ranks of the trainer's tests do."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Channel = Callable[..., None]
+
+
+def train_and_signal(channel: Channel, at_step: int, number: int, rank: int, **arguments: Any) -> dict[str, Any]:
+    """Train, and send a signal to this rank when a step is done."""
+    from athanor.train.loop import train_stage
+
+    if int(os.environ["RANK"]) == rank and rank != 0:
+        from athanor.train import loop
+
+        inner = loop.record
+
+        def record(run: Any, *rest: Any) -> None:  # only rank 0 tells its steps
+            inner(run, *rest)
+            if run.progress.step == at_step:
+                os.kill(os.getpid(), number)
+
+        loop.record = record
+
+    def tell(**message: Any) -> None:
+        channel(**message)
+        if rank == 0 and message["step"] == at_step:
+            os.kill(os.getpid(), number)
+
+    return train_stage(tell, **arguments)
+
+
+def train_on_small_disk(channel: Channel, file_bytes: int, **arguments: Any) -> dict[str, Any]:
+    """Train where no file can become larger than `file_bytes`."""
+    from athanor.train.loop import train_stage
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    return train_stage(channel, **arguments)
+
+
+def save_again(channel: Channel, source: str, target_folder: str, run_folder: str, recipe: Any, stage: str,
+               launched: float) -> dict[str, Any]:
+    """Load a checkpoint in this layout and save it again."""
+    from athanor.foundation.run_folder import RunFolder
+    from athanor.parallel.mesh import leave, make_mesh
+    from athanor.train import checkpoint
+    from athanor.train.loop import build
+    from athanor.train.stage import resolve
+
+    job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ["WORLD_SIZE"]))
+    mesh = make_mesh(job.layout, "cpu")
+    trainee = build(job, mesh)
+    meta = checkpoint.load(Path(source), trainee.model, trainee.optimizer)
+    checkpoint.save(Path(target_folder), meta, trainee.model, trainee.optimizer, mesh)
+    leave()
+    return {}
+
+
+def one_rank_diverges(channel: Channel, run_folder: str, recipe: Any, stage: str, launched: float) -> dict[str, Any]:
+    """A step whose gradient is not a number on rank 1 alone, then one that is finite."""
+    import torch
+
+    from athanor.foundation.run_folder import RunFolder
+    from athanor.parallel.mesh import leave, make_mesh
+    from athanor.train.loop import build, fetch
+    from athanor.train.stage import resolve
+    from athanor.train.step import run_step
+
+    rank = int(os.environ["RANK"])
+    job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ["WORLD_SIZE"]))
+    mesh = make_mesh(job.layout, "cpu")
+    trainee = build(job, mesh)
+    objective = trainee.objective
+
+    class Diverging:
+        collate, count, NEEDS = staticmethod(objective.collate), staticmethod(objective.count), ()
+
+        @staticmethod
+        def loss(*arguments: Any) -> Any:
+            value, metrics = objective.loss(*arguments)
+            return value * (float("nan") if rank == 1 else 1.0), metrics
+
+    def weights() -> list[torch.Tensor]:
+        return [piece.shard.clone() for piece in trainee.optimizer.pieces]
+
+    before = weights()
+    batches = fetch(job, mesh, trainee, 0)
+    trainee.objective = Diverging()  # type: ignore[assignment]
+    bad = run_step(trainee, batches, 0.01, 1.0)
+    kept = all(map(torch.equal, before, weights()))
+    trainee.objective = objective
+    good = run_step(trainee, batches, 0.01, 1.0)
+    leave()
+    return {"skipped": [bad.is_skipped, good.is_skipped], "kept": kept, "updates": trainee.optimizer.updates,
+            "moved": not all(map(torch.equal, before, weights()))}
