@@ -23,6 +23,7 @@ SECONDS = 12.0  # of measuring; starting ranks comes on top
 SHARES = {"matmul_fp32": 0.30, "matmul_bf16": 0.06, "matmul_fp64": 0.06, "attention": 0.08, "elementwise": 0.20,
           "memory": 0.02, "launch": 0.03, "optimizer": 0.04, "collectives": 0.09, "sharding": 0.03, "jitter": 0.05,
           "python": 0.02, "disk": 0.02}
+PYTHON_LOOPS = 20_000
 COMPUTING = "matmul_fp32"  # keeps all threads busy, so its processor time tells what others took
 DISK_BYTES = 2**25
 
@@ -136,21 +137,26 @@ def host_memory_bytes() -> float:
 
 
 def python_speed(budget_seconds: float) -> dict[str, float]:
-    """What the interpreter does in a second while all ranks are busy: loop passes, and bytes of text split and counted."""
-    text = "def combine(left, right):\n    return {**left, 'total': left['total'] + right['total']}\n" * 200
+    """What the interpreter does in a second while all ranks are busy: loop passes, and bytes of text split and counted.
+
+    Upper quartiles, since other processes only ever take time.
+    """
+    from athanor.cluster.timing import lower_quartile
+
+    text = "def combine(left, right):\n    return {**left, 'total': left['total'] + right['total']}\n" * 40
     loops: list[float] = []
     texts: list[float] = []
     deadline = time.perf_counter() + budget_seconds
     while len(loops) < 3 or time.perf_counter() < deadline:
         begin = time.perf_counter()
         value = 0
-        for i in range(100_000):
+        for i in range(PYTHON_LOOPS):
             value += i & 7
         middle = time.perf_counter()
         Counter(re.findall(r"\w+|[^\w\s]", text))
-        loops.append(100_000 / (middle - begin))
-        texts.append(len(text) / (time.perf_counter() - middle))
-    return {"loops_per_second": statistics.median(loops), "text_bytes_per_second": statistics.median(texts)}
+        loops.append(middle - begin)
+        texts.append(time.perf_counter() - middle)
+    return {"loops_per_second": PYTHON_LOOPS / lower_quartile(loops), "text_bytes_per_second": len(text) / lower_quartile(texts)}
 
 
 def disk_rates(folder: Path, budget_seconds: float) -> dict[str, float]:
