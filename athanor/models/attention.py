@@ -7,6 +7,7 @@ read from the cache's pages.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +21,7 @@ from athanor.models.fused import rotate
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+QUERY_BLOCK, MOST_BLOCKS = 128, 8
 
 
 def attention(qkv: Tensor, context: Context, layer: int, heads: int, kv_heads: int) -> Tensor:
@@ -74,21 +76,42 @@ def runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     return [(len(list(same)), length) for length, same in groupby(lengths)]
 
 
+def query_blocks(length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Beginnings and ends of the queries that are taken together, each with the keys up to its end.
+
+    The kernel skips keys beyond the diagonal only in whole blocks of 512, so that short documents would cost a full square.
+    In half precision a single call is faster (measured), and the sums over blocks would be rounded.
+    """
+    count = min(max(1, round(length / QUERY_BLOCK)), MOST_BLOCKS) if dtype.itemsize >= 4 else 1
+    step = -(-length // count)
+    return [(begin, min(begin + step, length)) for begin in range(0, length, step)]
+
+
+@lru_cache(maxsize=64)
+def causal_mask(begin: int, end: int, dtype: torch.dtype) -> Tensor | None:
+    """[end - begin, end], to be added to the scores of queries begin..end; None where the kernel's own causal mask fits."""
+    return torch.full((end - begin, end), float("-inf"), dtype=dtype).triu_(begin + 1) if begin else None
+
+
 @torch.library.custom_op("athanor::packed_attention", mutates_args=(), device_types="cpu")
 def packed_attention(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int,
                      kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention within documents: (out [T, heads, head_dim], turned qkv, logsumexp of the scores, flat, run by run)."""
+    """Attention within documents: (out [T, heads, head_dim], turned qkv, logsumexp of the scores, block by block)."""
     turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     rotate(qkv[:, :heads + kv_heads], rope, out=turned[:, :heads + kv_heads])
     turned[:, heads + kv_heads:] = qkv[:, heads + kv_heads:]
-    outs, sums, start = [], [], 0
+    out = qkv.new_empty(qkv.shape[0], heads, qkv.shape[2])
+    sums, start = [], 0
     for count, length in runs(cu_seqlens):
         query, key, value = _documents(turned, start, count, length, heads, kv_heads)
-        out, logsumexp = flash(query, key, value, 0.0, True)
-        outs.append(out.transpose(1, 2).reshape(count * length, heads, -1))
-        sums.append(logsumexp.flatten())
+        into = _of_documents(out[start:start + count * length], count)
+        for begin, end in query_blocks(length, qkv.dtype):
+            found, logsumexp = flash(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], 0.0, begin == 0,
+                                     attn_mask=causal_mask(begin, end, qkv.dtype))
+            into[:, :, begin:end] = found
+            sums.append(logsumexp.flatten())
         start += count * length
-    return (outs[0], turned, sums[0]) if len(outs) == 1 else (torch.cat(outs), turned, torch.cat(sums))
+    return out, turned, torch.cat(sums)
 
 
 @torch.library.custom_op("athanor::packed_attention_backward", mutates_args=(), device_types="cpu")
@@ -98,12 +121,21 @@ def packed_attention_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu
     result, start = torch.empty_like(turned), 0
     for count, length in runs(cu_seqlens):
         query, key, value = _documents(turned, start, count, length, heads, kv_heads)
+        to_query, to_key, to_value = _documents(result, start, count, length, heads, kv_heads)
         tokens = slice(start, start + count * length)
-        logsumexp = sums[start * heads:tokens.stop * heads].view(count, heads, length)
-        parts = flash_backward(_of_documents(gradient[tokens], count), query, key, value, _of_documents(out[tokens], count),
-                               logsumexp, 0.0, True)
-        for part, target in zip(parts, _documents(result, start, count, length, heads, kv_heads), strict=True):
-            target.copy_(part)
+        flowing, outs = _of_documents(gradient[tokens], count), _of_documents(out[tokens], count)
+        for begin, end in reversed(query_blocks(length, turned.dtype)):
+            first = (start + count * begin) * heads
+            logsumexp = sums[first:first + count * (end - begin) * heads].view(count, heads, end - begin)
+            parts = flash_backward(flowing[:, :, begin:end], query[:, :, begin:end], key[:, :, :end], value[:, :, :end],
+                                   outs[:, :, begin:end], logsumexp, 0.0, begin == 0,
+                                   attn_mask=causal_mask(begin, end, turned.dtype))
+            to_query[:, :, begin:end] = parts[0]
+            for part, target in zip(parts[1:], (to_key, to_value), strict=True):
+                if end == length:
+                    target.copy_(part)
+                else:
+                    target[:, :, :end] += part
         start = tokens.stop
     rotate(result[:, :heads + kv_heads], rope, backwards=True, out=result[:, :heads + kv_heads])
     return result

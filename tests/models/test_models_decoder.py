@@ -75,7 +75,7 @@ def test_a_packed_document_is_the_document_alone(small: Build, lengths: list[int
     assert torch.equal(module(changed, padded)[lengths[0]:], whole[lengths[0]:])
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, [16, 16], [30]])
+@pytest.mark.parametrize("lengths", [LENGTHS, [16, 16], [30], [300, 300, 130, 5], [1200]])
 def test_the_operator_is_attention_of_plain_torch(lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     size, context = sum(lengths), Packed.of(lengths)
