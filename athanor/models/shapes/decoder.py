@@ -84,10 +84,6 @@ class DecoderShape:
         """The same with full-square attention, as PaLM (appendix B) counts: every query sees `seq_len` keys."""
         return self.flops(tokens, seq_len)
 
-    def cache_bytes_per_token(self, element_bytes: int) -> int:
-        """Keys and values of one token in all blocks."""
-        return 2 * self.num_hidden_layers * self.key_value_size * element_bytes
-
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> DecoderShape:
         """Read a Hugging Face Llama configuration. Raises ModelError for a missing key or a variant we do not compute."""
