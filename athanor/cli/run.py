@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from athanor.cli.chain import Chain, hash_output, locked
-from athanor.foundation.errors import AthanorError
+from athanor.foundation.errors import AthanorError, LayoutError, RecipeError
 from athanor.foundation.events import EXIT_REQUEUE
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
@@ -54,9 +55,10 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
     from athanor.data.sources import scan
     from athanor.foundation.launch import start_server
 
-    sources = scan(recipe)  # a missing source is told before anything is measured
+    sources = scan(recipe)
+    refuse_early(recipe)
     write_atomic(run.recipe, recipe.annotated())
-    chain = Chain(run, recipe.cluster.devices or len(os.sched_getaffinity(0)), started)
+    chain = Chain(run, devices_of(recipe), started)
     start_server()
     _check(chain, recipe, run)
     planned = _plan(chain, recipe, run, sources)
@@ -78,13 +80,44 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
     return chain
 
 
+def refuse_early(recipe: Recipe) -> None:
+    """Whatever the recipe names must exist; told before anything is measured, built or trained."""
+    from athanor.cluster.spec import read_cluster
+    from athanor.evaluate.find import check_name
+    from athanor.models.shapes.find import check_architecture, load_shape
+    from athanor.objectives.find import check_objective
+
+    check_architecture(recipe.model.architecture, "model.architecture")
+    for task in recipe.evaluate.tasks:
+        check_name("tasks", task)
+    names = [stage.name for stage in recipe.stage]
+    for stage in recipe.stage:
+        check_objective(stage.objective)
+        if stage.start_from and stage.start_from not in names:
+            load_shape(Path(stage.start_from))
+        if stage.data not in ("documents", "pairs") and not Path(stage.data).is_file():
+            raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' is neither 'documents', 'pairs' nor a JSONL file")
+    if recipe.cluster.file != "auto":
+        read_cluster(Path(recipe.cluster.file))
+    if recipe.plan.file != "auto":
+        read_plan(Path(recipe.plan.file))
+    others = recipe.parallel
+    degrees = [others.pp, others.dp_replicate, others.cp, others.tp, None if others.dp_shard == -1 else others.dp_shard]
+    needed, devices = math.prod(degree or 1 for degree in degrees), devices_of(recipe)
+    if devices % needed:
+        raise LayoutError(f"the degrees of [parallel] multiply to {needed}, which does not divide the {devices} devices")
+
+
+def devices_of(recipe: Recipe) -> int:
+    """Devices to use: the recipe's, or this machine's (on CPU a device is one core)."""
+    return recipe.cluster.devices or len(os.sched_getaffinity(0))
+
+
 def _check(chain: Chain, recipe: Recipe, run: RunFolder) -> None:
     from athanor.cli.check import check
-    from athanor.cluster.spec import read_cluster
 
     if recipe.cluster.file != "auto":
         given = Path(recipe.cluster.file)
-        read_cluster(given)
         chain.step("check", {"file": str(hash_output(given))}, [run.cluster],
                    lambda: write_atomic(run.cluster, given.read_bytes()))
         return

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from athanor.foundation.errors import RecipeError, did_you_mean
 from athanor.objectives import zoo
 from athanor.objectives.batch import Batch, Row
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Objective(Protocol):
@@ -37,6 +38,12 @@ MEMBERS = ("NEEDS", "collate", "count", "loss")
 def names() -> list[str]:
     """Objectives of the zoo."""
     return sorted(module.name for module in pkgutil.iter_modules(zoo.__path__))
+
+
+def check_objective(name: str) -> None:
+    """Refuse a name that is neither in the zoo nor a package.module, with the nearest valid one."""
+    if "." not in name and name not in names():
+        raise RecipeError(f"objective '{name}' is unknown; {did_you_mean(name, names())}, or a package.module")
 
 
 def load_objective(name: str) -> Objective:

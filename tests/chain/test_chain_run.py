@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from athanor.cli.chain import hash_output
+from athanor.foundation.run_folder import read_jsonl
+from athanor.ledger.book import read_book
+
+STEPS = ["check", "plan", "data", "train pretrain", "train chat", "evaluate", "registry", "serve", "report"]
+
+
+def ran(lines: list[dict[str, Any]]) -> list[str]:
+    return [line["step"] for line in lines if line["event"] == "done"]
+
+
+def test_the_chain_is_walked_once_accounted_for_and_then_skipped(athanor: Any, recipe: Path, tmp_path: Path) -> None:
+    first = athanor("run", recipe, "--json")
+    assert first.returncode == 0, first.stderr
+    run = tmp_path / "runs" / "small"
+    lines = read_jsonl(run / "chain.jsonl")
+    assert ran(lines) == STEPS
+    assert [step["step"] for step in json.loads(first.stdout)["steps"]] == STEPS
+
+    planned = next(i for i, line in enumerate(lines) if line["event"] == "done" and line["step"] == "plan")
+    trained = next(i for i, line in enumerate(lines) if line["event"] == "start" and line["step"] == "train pretrain")
+    assert planned < trained and lines[planned]["outputs"]["forecast.json"] == hash_output(run / "forecast.json")
+
+    book = read_book(run / "actual.json")
+    assert abs(book.derived()["unattributed_share"]) < 0.05, book.accounts
+    assert abs(sum(book.accounts.values()) - book.device_seconds) < 1e-6 * book.device_seconds
+    assert book.tokens > 0.8 * (24 + 12) * 1024 * 0.5 and book.accounts["data_parallel"] > 0
+    for name in ("useful", "kernel", "optimizer", "input", "checkpoint", "evaluation", "startup", "data", "check", "publish"):
+        assert book.accounts[name] > 0, name
+    scores = json.loads((run / "scores.json").read_text())["models"]
+    assert set(scores) == {"pretrain", "chat"} and set(scores["chat"]) == {"bits_per_byte", "identifiers", "python_parses"}
+    assert "<svg" in (run / "report.html").read_text()
+    losses = [row["loss"] for row in read_jsonl(run / "pretrain" / "metrics.jsonl")]
+    assert len(losses) == 24 and sum(losses[-4:]) < sum(losses[:4])
+
+    begin = time.monotonic()
+    again = athanor("run", recipe)
+    assert again.returncode == 0 and time.monotonic() - begin < 15
+    assert read_jsonl(run / "chain.jsonl") == lines and again.stderr.count("unchanged") == len(STEPS)
+
+    listed = json.loads(athanor("models", "list", "--json").stdout)
+    assert {row["model"] for row in listed} == {"small-pretrain", "small-chat"} if isinstance(listed, list) else listed
+    changed = athanor("run", recipe, 'evaluate.tasks=["bits_per_byte"]')
+    assert changed.returncode == 0, changed.stderr
+    assert set(ran(read_jsonl(run / "chain.jsonl")[len(lines):])) <= {"plan", "evaluate", "registry", "report"}
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("model.hiden_size=3", "did you mean 'hidden_size'"), ("data.source.json.path=/nowhere", "/nowhere"),
+    ("cluster.file=/none.toml", "/none.toml"), ("plan.file=/none.toml", "/none.toml"),
+    ("stage.chat.objective=sfd", "did you mean 'sft'"), ("model.architecture=lama", "did you mean 'llama'"),
+    ("evaluate.tasks=[\"bits_per_bite\"]", "did you mean 'bits_per_byte'"), ("stage.chat.data=/none.jsonl", "/none.jsonl"),
+    ("stage.chat.start_from=/none", "/none"), ("parallel.tp=3", "2 devices"),
+])
+def test_wrong_input_is_one_sentence_before_the_first_step(athanor: Any, recipe: Path, tmp_path: Path, override: str,
+                                                           words: str) -> None:
+    result = athanor("run", recipe, override)
+    assert result.returncode == 2, result.stderr
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("athanor: ") and words in sentence and "Traceback" not in result.stderr, result.stderr
+    assert not ran(read_jsonl(tmp_path / "runs" / "small" / "chain.jsonl")), "told only after work was done"
+
+
+def test_two_runs_do_not_share_a_folder(athanor: Any, recipe: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    run = tmp_path / "runs" / "small"
+    run.mkdir(parents=True)
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = athanor("run", recipe)
+    assert result.returncode == 2 and "another process is working in" in result.stderr
