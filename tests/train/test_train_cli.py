@@ -1,0 +1,62 @@
+"""The verb `train`: one JSON document, started here or by torchrun, and ended by a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from athanor.cli.train import command
+from athanor.foundation.errors import RecipeError
+from athanor.foundation.events import EXIT_REQUEUE
+
+ATHANOR = Path(sys.executable).with_name("athanor")
+
+
+def test_json_is_one_document(recipe_file: Path, run_folder: Path) -> None:
+    arguments = [str(recipe_file), "--stage", "pretrain", "--run", str(run_folder), "--json", "stage.pretrain.steps=2",
+                 "parallel.dp_shard=1"]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and len(found["loss"]) == len(found["grad_norm"]) == 2
+    assert found["tokens_per_second"] > 0 and Path(found["run"], "model", "config.json").is_file()
+    with pytest.raises(RecipeError, match="has no stage 'pretrian'; did you mean 'pretrain'"):
+        CliRunner().invoke(command, [str(recipe_file), "--stage", "pretrian"], catch_exceptions=False)
+
+
+@pytest.mark.slow
+def test_under_torchrun_it_is_a_rank(recipe_file: Path, run_folder: Path, tmp_path: Path) -> None:
+    own = subprocess.run([ATHANOR, "train", recipe_file, "--stage", "pretrain", "--json", "--run", run_folder,
+                          "parallel.dp_shard=2"], capture_output=True, text=True, timeout=200, check=True)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "data").symlink_to(run_folder / "data")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "--"]
+    given = subprocess.run([*torchrun, ATHANOR, "train", recipe_file, "--stage", "pretrain", "--json", "--run", outside],
+                           capture_output=True, text=True, timeout=200, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads(given.stdout)["loss"] == json.loads(own.stdout)["loss"]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_asks_to_be_queued_again(recipe_file: Path, run_folder: Path) -> None:
+    arguments = [ATHANOR, "train", recipe_file, "--stage", "pretrain", "--json", "--run", run_folder, "parallel.dp_shard=2",
+                 "stage.pretrain.steps=2000", "stage.pretrain.evaluate_every=2000", "stage.pretrain.checkpoint_every=2000"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = run_folder / "pretrain" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE, errors
+    assert output == "" and "as asked" in errors
+    (saved,) = (run_folder / "pretrain" / "checkpoints").iterdir()
+    assert (saved / "COMPLETE").is_file() and not (run_folder / "pretrain" / "model").exists()
