@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from athanor.foundation.errors import LayoutError, ModelError, UserError
-from athanor.foundation.layout import AXES, Layout, check_batch, check_model, resolve
+from athanor.foundation.layout import AXES, Layout, check_batch, check_model
 from athanor.foundation.recipe import Recipe, Stage
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.train.schedule import SCHEDULES
 
-DEFAULT_BATCH_TOKENS = 8192
+DEFAULT_BATCH_TOKENS = 4096  # small steps: the fewer the tokens, the more steps matter
 DEFAULT_MICRO_BATCH_TOKENS = 2048
 
 
@@ -86,24 +86,28 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     warmup = stage.warmup_steps if stage.warmup_steps is not None else min(steps // 5, max(10, steps // 20))
     if warmup > steps:
         raise UserError(f"stage.{stage.name}.warmup_steps = {warmup} is more than its {steps} steps")
-    is_muon = stage.optimizer == "muon"
+    optimizer = stage.optimizer or "muon"
     return Settings(
         stage=stage.name, objective=stage.objective, data=stage.data, start_from=stage.start_from, seed=recipe.seed,
         seq_len=seq_len, steps=steps, global_batch_tokens=batch_tokens, micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches, data_shards=data_shards,
-        learning_rate=stage.learning_rate or default_learning_rate(stage, shape.hidden_size),
+        learning_rate=stage.learning_rate or default_learning_rate(optimizer, shape.hidden_size, stage.start_from is not None),
         learning_rate_schedule=stage.learning_rate_schedule or SCHEDULES[1], warmup_steps=warmup,
         weight_decay=0.1 if stage.weight_decay is None else stage.weight_decay, gradient_clip=stage.gradient_clip or 1.0,
-        optimizer="muon" if is_muon else "adamw", precision=stage.precision or "fp32", compile=bool(stage.compile),
+        optimizer=optimizer, precision=stage.precision or "fp32", compile=bool(stage.compile),
         recompute=recipe.parallel.recompute or "none",
         checkpoint_every=stage.checkpoint_every or max(1, -(-steps // 4)),
         evaluate_every=stage.evaluate_every or max(1, -(-steps // 8)))
 
 
-def default_learning_rate(stage: Stage, hidden_size: int) -> float:
-    """Peak rate when nobody says: falls with the square root of the width, and is lower when training goes on."""
-    rate = min(6e-3, 4e-3 * (128 / hidden_size) ** 0.5)
-    return float(f"{rate * (0.3 if stage.start_from else 1.0):.2g}")
+def default_learning_rate(optimizer: str, hidden_size: int, goes_on: bool) -> float:
+    """Peak rate when nobody says: falls with the square root of the width, and is lower when training goes on.
+
+    At width 128 and 0.8 M tokens of Python, held-out loss was 5.74 with AdamW (3e-3, better than 6e-3), and with Muon 5.16
+    (3e-3), 4.72 (6e-3), 4.57 (1.2e-2) and 4.57 (2.4e-2).
+    """
+    rate = {"adamw": 3e-3, "muon": 1.5e-2}[optimizer] * min(1.5, (128 / hidden_size) ** 0.5)
+    return float(f"{rate * (0.3 if goes_on else 1.0):.2g}")
 
 
 def identity(settings: Settings, shape: DecoderShape, hashes: dict[str, str]) -> dict[str, Any]:

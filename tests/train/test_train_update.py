@@ -110,7 +110,8 @@ def settings(recipe: Recipe, **changes: Any) -> Settings:
 def test_what_is_open_is_filled_and_what_cannot_be_is_refused(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     free = settings(recipe, micro_batch_size=None, global_batch_tokens=None, warmup_steps=None, steps=400)
-    assert free.global_batch_tokens == 8192 and free.num_microbatches * free.micro_batch_size * 2 == free.rows_per_step
+    assert free.optimizer == "muon"
+    assert free.global_batch_tokens == 4096 and free.num_microbatches * free.micro_batch_size * 2 == free.rows_per_step
     assert free.warmup_steps == 20 and free.learning_rate_schedule == "linear" and free.data_shards == free.rows_per_step // 64
     assert settings(recipe, steps=None, tokens=5120.0).steps == 10
     with pytest.raises(UserError, match="has neither steps nor tokens"):
