@@ -13,7 +13,7 @@ from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.coefficients import load, python_factor
 from athanor.planner.collectives import Curves, fully_shard_seconds, tensor_seconds
 from athanor.planner.memory import peak_memory
-from athanor.planner.operators import Rates, Work, block_work, ends_work, mean_context
+from athanor.planner.operators import Rates, Work, block_work, ends_work, mean_context, newton_schulz_seconds
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class StageChoice:
     precision: str
     checkpoint_every: int
     evaluate_every: int
+    optimizer: str
     document_tokens: float  # mean length of what attention may not leave
     evaluation_tokens: float = 0.0
 
@@ -59,23 +60,21 @@ class Forecaster:
 
     def step(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Step:
         """One step of a stage."""
-        constants, rates = load()["step"], self.rates(stage.precision)
-        work = self._micro_batch(shape, layout, stage)
-        times, devices = stage.num_microbatches, layout.world_size
-        compute = times * (work.seconds + self._sharding(shape, layout))
-        compute += constants["python_seconds"] * python_factor(self.cluster.python)
+        constants, rates, slow = load()["step"], self.rates(stage.precision), python_factor(self.cluster.python)
+        work, times, devices = self._micro_batch(shape, layout, stage), stage.num_microbatches, layout.world_size
+        compute = times * work.seconds + constants["python_seconds"] * slow
         data_parallel, tensor = self._traffic(shape, layout, stage)
-        update = self._update(shape, layout)
-        entry = constants["input_seconds_per_row"] * stage.micro_batch_size * times * python_factor(self.cluster.python)
+        update, exchange = self._update(shape, layout, stage.optimizer)
+        entry = constants["input_seconds_per_row"] * stage.micro_batch_size * times * slow
         skew = self._skew(compute, shape, times) if devices > 1 else 0.0
-        seconds = compute + data_parallel + tensor + update + entry + skew
+        seconds = {"data_parallel": data_parallel + exchange, "tensor": tensor, "skew": skew, "optimizer": update,
+                   "input": entry}
         tokens = stage.global_batch_tokens(layout)
         useful = shape.flops(tokens, mean_context(stage.seq_len, stage.document_tokens)) / rates.peak_flops
-        accounts = {"useful": useful, "kernel": compute * devices - useful, "data_parallel": data_parallel * devices,
-                    "tensor": tensor * devices, "skew": skew * devices, "optimizer": update * devices, "input": entry * devices}
+        accounts = {"useful": useful, "kernel": compute * devices - useful}
+        accounts |= {name: value * devices for name, value in seconds.items() if value}
         parts = {kind: times * devices * (work.forward[kind] + work.backward[kind]) for kind in work.forward}
-        parts["sharding"] = times * devices * self._sharding(shape, layout)
-        return Step(seconds, {name: value for name, value in accounts.items() if value}, parts, work.forward_seconds)
+        return Step(compute + math.fsum(seconds.values()), accounts, parts, work.forward_seconds)
 
     def stage(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Book:
         """The book of a whole stage: its steps, and start, checkpoints, validations and metering."""
@@ -131,36 +130,42 @@ class Forecaster:
                 total.add(kind, (work.forward[kind], work.backward[kind]), times)
         return total
 
-    def _sharding(self, shape: DecoderShape, layout: Layout) -> float:
-        """What fully_shard itself costs a micro-batch: hooks, copies in and out."""
-        per_block = self.cluster.overhead_seconds["sharded_block"] * load()["step"]["sharded_block_factor"]
-        return float(per_block * (shape.num_hidden_layers + 1)) if layout.data_ranks > 1 else 0.0
-
     def _traffic(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> tuple[float, float]:
         """Seconds of a step in data-parallel and in tensor-parallel collectives."""
         data = tensor = 0.0
         if layout.data_ranks > 1:
             ends = 4.0 * shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) / layout.tp
             block = (4.0 * shape.parameters() / layout.tp - ends) / shape.num_hidden_layers
-            data = stage.num_microbatches * (shape.num_hidden_layers * fully_shard_seconds(self.curves, block, reshard=True)
-                                             + fully_shard_seconds(self.curves, ends, reshard=True))
+            wait = self.cluster.overhead_seconds["sharded_block"] * load()["step"]["sharded_block_factor"]
+            data = stage.num_microbatches * (
+                shape.num_hidden_layers * fully_shard_seconds(self.curves, block, reshard=True)
+                + fully_shard_seconds(self.curves, ends, reshard=False) + wait * (shape.num_hidden_layers + 1))
             data += 2 * self.curves("all_reduce", 8.0)  # the global token count, and the gradient's norm
         if layout.tp > 1:
             tensor = stage.num_microbatches * tensor_seconds(
                 self.curves, stage.micro_batch_size * stage.seq_len, shape.hidden_size, shape.num_hidden_layers, stage.precision)
         return data, tensor
 
-    def _update(self, shape: DecoderShape, layout: Layout) -> float:
-        tensors = 9 * shape.num_hidden_layers + (2 if shape.tie_word_embeddings else 3)
+    def _update(self, shape: DecoderShape, layout: Layout, optimizer: str) -> tuple[float, float]:
+        """Seconds of an update, and of the messages that Muon needs for it (see train/optimizer.py, train/muon.py)."""
         rates = self.rates("fp32") if any(row[0] == "fp32" for row in self.cluster.matmul) else next(iter(self._rates.values()))
-        return (rates.update(tensors, shape.parameters() / (layout.dp_shard * layout.tp))
-                + rates.launch(load()["step"]["operations_per_update"] * tensors))
+        hidden, inner, kv = shape.hidden_size, shape.intermediate_size, shape.key_value_size
+        matrices = [(shape.query_size, hidden)] * 2 + [(kv, hidden)] * 2 + [(inner, hidden)] * 3
+        tensors = 9 * shape.num_hidden_layers + (2 if shape.tie_word_embeddings else 3)
+        elements, seconds, exchange = float(shape.parameters()), 0.0, 0.0
+        seconds += rates.launch(load()["step"]["operations_per_update"] * tensors)
+        if optimizer == "muon":
+            sizes = shape.num_hidden_layers * sum(rows * columns for rows, columns in matrices)
+            tensors, elements = tensors - 7 * shape.num_hidden_layers, elements - sizes
+            each = shape.num_hidden_layers * sum(newton_schulz_seconds(rates, *size) for size in matrices)
+            seconds += each / layout.world_size
+            if layout.world_size > 1:
+                exchange = 2 * self.curves("all_gather", 4.0 * sizes / layout.world_size)
+        return seconds + rates.update(tensors, elements / (layout.dp_shard * layout.tp)), exchange
 
     def _skew(self, compute: float, shape: DecoderShape, micro_batches: int) -> float:
         """Waiting for the slowest rank between two collectives, whose spread shrinks as the work between them grows."""
-        rows = self.cluster.jitter
-        if not rows:
-            return 0.0
+        least = float(load()["step"]["least_skew"])
         between = compute / (micro_batches * 3 * (shape.num_hidden_layers + 1))
-        _, excess = min(rows, key=lambda row: abs(math.log(row[0] / max(between, 1e-6))))
-        return float(compute * excess)
+        found = [row[1] for row in sorted(self.cluster.jitter, key=lambda row: abs(math.log(row[0] / max(between, 1e-6))))]
+        return compute * max([least, *map(float, found[:1])])

@@ -13,6 +13,7 @@ from athanor.foundation.errors import UserError, did_you_mean
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.coefficients import load
 
+QUERY_BLOCK, MOST_BLOCKS = 128, 8  # queries taken together on a CPU (models/attention.py)
 LOGITS_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of a chunk of logits in fp32 (models/loss.py)
 WIDTH_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 1}
 
@@ -132,7 +133,8 @@ def block_work(rates: Rates, shape: DecoderShape, rows: int, seq_len: int, docum
     for k, n in ((hidden, query + 2 * key), (query, hidden), (hidden, 2 * inner), (inner, hidden)):
         work.add("matmul", rates.linear(tokens, k, n))
     length = max(8.0, 2 * mean_context(seq_len, document_tokens) - 1)  # equally long documents with as many keys per query
-    work.add("attention", rates.attention(tokens / length * shape.num_attention_heads / tp, length, shape.head_dim))
+    work.add("attention", rates.attention(tokens / length * shape.num_attention_heads / tp, length, shape.head_dim),
+             square_share(length, rates))
     work.add("attention", (rates.passes(tokens * (query + 2 * key), multiply=1, copy=1) + rates.passes(tokens * query, copy=1),
                            rates.passes(tokens * (query + 2 * key), multiply=1, copy=2)))
     work.add("elementwise", (rates.passes(tokens * hidden / tp, copy=1, multiply=2),
@@ -146,6 +148,14 @@ def block_work(rates: Rates, shape: DecoderShape, rows: int, seq_len: int, docum
     launches = rates.launch(constants["operations_per_block"] + constants["operations_per_document"] * documents)
     work.add("launch", (launches / 3, launches * 2 / 3))
     return work
+
+
+def square_share(length: float, rates: Rates) -> float:
+    """What is left of a square of scores when queries are taken by blocks, each with the keys up to its end."""
+    if rates.cluster.device_type != "cpu" or WIDTH_BYTES[rates.dtype] < 4:
+        return 1.0
+    blocks = min(max(1, round(length / QUERY_BLOCK)), MOST_BLOCKS)
+    return (blocks + 1) / (2 * blocks)
 
 
 def ends_work(rates: Rates, shape: DecoderShape, tokens: float, tp: int) -> Work:
@@ -166,6 +176,13 @@ def ends_work(rates: Rates, shape: DecoderShape, tokens: float, tp: int) -> Work
     launches = rates.launch(constants["operations_ends"] + constants["operations_per_chunk"] * tokens / chunk)
     work.add("launch", (launches / 3, launches * 2 / 3))
     return work
+
+
+def newton_schulz_seconds(rates: Rates, rows: int, columns: int) -> float:
+    """Muon's orthogonalisation of one matrix: five times two products of r x r x c, one of r x r x r and four passes."""
+    small, large = min(rows, columns), max(rows, columns)
+    products = 2 * rates.matmul("forward", small, large, small) + rates.matmul("forward", small, small, small)
+    return 5 * (products + rates.passes(small * large, multiply=2) + rates.passes(small * small, multiply=3))
 
 
 def mean_context(seq_len: int, document_tokens: float) -> float:

@@ -82,14 +82,14 @@ def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice]
     stages = []
     for stage in recipe.stage:
         choice = choices[stage.name]
-        rate = scaling.learning_rate(shape.hidden_size) * (1.0 if stage.objective == "pretrain" else 0.3)
+        rate = scaling.learning_rate(shape.hidden_size, choice.optimizer, is_start=stage.start_from is None)
         stages.append({
             "name": stage.name, "seq_len": choice.seq_len, "steps": choice.steps, "micro_batch_size": choice.micro_batch_size,
             "global_batch_tokens": choice.global_batch_tokens(layout), "learning_rate": stage.learning_rate or rate,
             "learning_rate_schedule": stage.learning_rate_schedule or "linear",
             "warmup_steps": _warmup(choice.steps) if stage.warmup_steps is None else stage.warmup_steps,
             "weight_decay": 0.1 if stage.weight_decay is None else stage.weight_decay,
-            "gradient_clip": stage.gradient_clip or 1.0, "optimizer": stage.optimizer or "adamw", "precision": choice.precision,
+            "gradient_clip": stage.gradient_clip or 1.0, "optimizer": choice.optimizer, "precision": choice.precision,
             "compile": bool(stage.compile), "checkpoint_every": choice.checkpoint_every, "evaluate_every": choice.evaluate_every})
     data = {} if recipe.data.tokenizer else {"vocab_size": text.vocab_size}
     parallel = {axis: getattr(layout, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}

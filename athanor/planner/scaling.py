@@ -52,6 +52,8 @@ def law_for(flops: float) -> Law:
     return Law(name, **constants[name])
 
 
-def learning_rate(hidden_size: int) -> float:
-    """Peak rate of AdamW: 4e-3 at width 128, falling with the square root of the width (7e-4 at 4096), at most 6e-3."""
-    return float(f"{min(6e-3, 4e-3 * math.sqrt(128 / hidden_size)):.2g}")
+def learning_rate(hidden_size: int, optimizer: str, is_start: bool) -> float:
+    """Peak rate at width 128, falling with the square root of the width; lower when training goes on from a model."""
+    rates = load()["learning_rate"]
+    rate = min(rates["most"], rates[optimizer] * math.sqrt(128 / hidden_size))
+    return float(f"{rate * (1.0 if is_start else rates['continued']):.2g}")

@@ -109,7 +109,7 @@ def open_stage(stage: Stage, text: Text, cluster: ClusterSpec) -> StageChoice:
         micro_batch_size=stage.micro_batch_size or 1, num_microbatches=1, steps=stage.steps or 1,
         precision=stage.precision or ("fp32" if cluster.device_type == "cpu" else "bf16"),
         checkpoint_every=stage.checkpoint_every or 1, evaluate_every=stage.evaluate_every or 1,
-        document_tokens=text.pair_tokens if is_pairs else text.document_tokens,
+        optimizer=stage.optimizer or "muon", document_tokens=text.pair_tokens if is_pairs else text.document_tokens,
         evaluation_tokens=text.evaluation_tokens * (load()["text"]["pairs_share"] if is_pairs else 1.0))
 
 

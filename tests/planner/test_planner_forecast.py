@@ -24,7 +24,7 @@ PEAK, RATE, PASS_SECONDS = 2e10, 1e10, 1e-9
 SHAPE = DecoderShape(vocab_size=4096, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
                      num_key_value_heads=4, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True)
 STAGE = StageChoice("pretrain", seq_len=256, micro_batch_size=8, num_microbatches=2, steps=100, precision="fp32",
-                    checkpoint_every=25, evaluate_every=50, document_tokens=1e9, evaluation_tokens=10_000)
+                    checkpoint_every=25, evaluate_every=50, optimizer="adamw", document_tokens=1e9, evaluation_tokens=10_000)
 
 
 def test_table_interpolates_between_logarithms_and_keeps_its_points() -> None:
@@ -73,6 +73,19 @@ def test_matmuls_of_a_step_are_their_flops_over_the_rate(machine: ClusterSpec) -
     assert step.parts["matmul"] == pytest.approx(factor * 6 * STAGE.global_batch_tokens(Layout()) * matrices / RATE)
     logits, hidden = 8 * 256 * 4096, 8 * 256 * 128
     assert step.parts["cross_entropy"] == pytest.approx(factor * 2 * (2 * logits + 3 * hidden + 4096 * 128) * PASS_SECONDS)
+
+
+def test_muon_costs_its_iteration_shared_over_ranks_and_two_messages(machine: ClusterSpec) -> None:
+    forecaster = Forecaster(machine)
+    steps = {(kind, ranks): forecaster.step(SHAPE, Layout(dp_shard=ranks), replace(STAGE, optimizer=kind)).accounts
+             for kind in ("adamw", "muon") for ranks in (1, 2)}
+    products = [(128, 128)] * 4 + [(128, 352)] * 3
+    flops = 4 * 5 * sum(2 * 2 * r * r * c + 2 * r**3 for r, c in products)
+    more = steps["muon", 1]["optimizer"] - steps["adamw", 1]["optimizer"]
+    assert flops / RATE < more < 1.2 * flops / RATE
+    shared = steps["muon", 2]["optimizer"] - steps["adamw", 2]["optimizer"]
+    assert shared == pytest.approx(more, rel=0.02), "device-seconds: half as long on twice the ranks"
+    assert steps["muon", 2]["data_parallel"] > steps["adamw", 2]["data_parallel"]
 
 
 def test_more_work_takes_more_time(machine: ClusterSpec) -> None:

@@ -163,7 +163,9 @@ def test_law_of_loss() -> None:
     measured = {(188_928, 599_040): 5.855, (1_205_760, 599_040): 5.351, (1_205_760, 2_399_232): 4.414}  # batches of 1024
     for (parameters, tokens), nats in measured.items():
         assert small.loss(parameters, tokens, 2.27e6, 1024) == pytest.approx(nats, rel=0.04)
-    assert math.isclose(scaling.learning_rate(512) * 2, scaling.learning_rate(128), rel_tol=0.05)
+    for kind in ("adamw", "muon"):
+        assert math.isclose(scaling.learning_rate(512, kind, True) * 2, scaling.learning_rate(128, kind, True), rel_tol=0.05)
+        assert scaling.learning_rate(512, kind, False) < scaling.learning_rate(512, kind, True)
     assert vocabulary_for(1e7) == 4096 and vocabulary_for(4e7) == 8192 and vocabulary_for(1) == 512
 
 
