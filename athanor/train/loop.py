@@ -188,8 +188,9 @@ def run_loop(run: Run) -> None:
             save(run)
         if not is_warm:
             is_warm = True
-            gc.collect()
-            gc.freeze()  # what exists now stays; the collector need not look at it again
+            with interval("startup"):
+                gc.collect()
+                gc.freeze()  # what exists now stays; the collector need not look at it again
     if progress.step == settings.steps:
         publish(run)
     book = meter.close()
@@ -225,8 +226,9 @@ def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, f
     """Count a finished step everywhere: the meter, metrics.jsonl, the channel. `times`: began, had its rows, ended."""
     job, progress, meter = run.job, run.progress, run.meter
     tokens, seconds = outcome.kept_tokens, times[2] - times[0]
-    flops = job.shape.flops(tokens, outcome.keys_seen / max(1, tokens))
     with interval("metering"):
+        flops = job.shape.flops(tokens, outcome.keys_seen / max(1, tokens))
+        flops_full = job.shape.flops_full(tokens, job.settings.seq_len)
         if run.mesh.rank == 0:
             row = {"step": progress.step, "samples": progress.samples, "tokens": progress.tokens, "loss": _finite(outcome.loss),
                    "grad_norm": _finite(outcome.grad_norm), "learning_rate": rate, "step_seconds": seconds,
@@ -234,7 +236,7 @@ def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, f
                    "mfu": meter.mfu(flops, seconds), "skipped": outcome.is_skipped, "time": time.time()}
             append_jsonl(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
             run.channel(step=progress.step, steps=job.settings.steps, loss=row["loss"], tokens_per_second=tokens / seconds)
-    meter.end_step(tokens=tokens, flops=flops, flops_full=job.shape.flops_full(tokens, job.settings.seq_len))
+    meter.end_step(tokens=tokens, flops=flops, flops_full=flops_full)
     progress.skipped_steps = progress.skipped_steps + 1 if outcome.is_skipped else 0
     if outcome.is_skipped:
         run.log("skip", f"step {progress.step} was skipped: its gradient is not finite")

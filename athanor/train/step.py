@@ -66,7 +66,8 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
     pass, so gradients are only ever added. A gradient that is not finite skips the update on all ranks.
     """
     mesh, objective, optimizer = trainee.mesh, trainee.objective, trainee.optimizer
-    totals, kept_tokens, keys_seen = global_counts(objective, batches, mesh)
+    with interval("input"):
+        totals, kept_tokens, keys_seen = global_counts(objective, batches, mesh)
     loss, metrics = 0.0, dict[str, tuple[float, float]]()
     for number, batch in enumerate(batches):
         with interval("compute"):
