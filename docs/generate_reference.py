@@ -50,7 +50,8 @@ def _command(command: click.Command, name: str) -> list[str]:
 
 def _recipe() -> list[str]:
     out = ["## Recipe", "", "One TOML file; precedence is override > recipe > plan > default. `[]` marks a list of tables,",
-           "whose entries an override names: `stage.pretrain.steps=100`.", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+           "whose entries an override names: `stage.pretrain.steps=100`.", "",
+           "| key | type | default | meaning |", "|---|---|---|---|"]
     out += ["| `{}` | {} | {} | {} |".format(*(cell.replace("|", "\\|") for cell in row)) for row in document()]
     return [*out, ""]
 
