@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from athanor.cluster.timing import lower_quartile
 
+COMPUTE_SIZE = {"cpu": 384, "cuda": 4096}  # of the square matmul between collectives, about a millisecond
 MESSAGE_BYTES = {"cpu": [2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24],
                  "cuda": [2**12, 2**15, 2**18, 2**21, 2**24, 2**27, 2**30]}
 
@@ -35,15 +36,22 @@ def collective_curves(device: torch.device, budget_seconds: float) -> dict[str, 
 
 
 def time_together(operation: Callable[[], Any], device: torch.device, budget_seconds: float) -> float:
-    """Usual seconds of something all ranks do together, each repetition begun in step; equal on every rank."""
+    """Usual seconds of something all ranks do together, between stretches of computing as in training; equal on all ranks.
+
+    A repetition takes as long as on the rank that came last: what the others waited before is no cost of the operation.
+    """
     operation()
-    estimate = max(gather_seconds(_timed(operation, device), device))
-    repetitions = max(3, min(200, int(budget_seconds / max(estimate, 1e-5) / 1.5)))
+    work = torch.ones(COMPUTE_SIZE[device.type], COMPUTE_SIZE[device.type], device=device)
+    estimate = max(gather_seconds(_timed(operation, device) + _timed(lambda: work @ work, device), device))
+    repetitions = max(4, min(100, int(budget_seconds / max(estimate, 1e-5) / 1.5)))
     samples = []
     for _ in range(repetitions):
         dist.barrier()
+        work @ work
         samples.append(_timed(operation, device))
-    return max(gather_seconds(lower_quartile(samples), device))
+    mine = torch.tensor(samples, dtype=torch.float64, device=device)
+    dist.all_reduce(mine, dist.ReduceOp.MIN)
+    return lower_quartile(mine.tolist())
 
 
 def _timed(operation: Callable[[], Any], device: torch.device) -> float:

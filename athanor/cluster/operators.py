@@ -17,7 +17,7 @@ from athanor.cluster.timing import Clock, Operation, Sample
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 MATMUL_SIZES: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]] = {  # (tokens, inner, outer)
-    "cpu": {"fp32": ((128, 1024, 4096), (64, 128, 256, 512), (64, 128, 256, 512, 4096)),
+    "cpu": {"fp32": ((128, 512, 2048), (64, 128, 256, 512), (64, 128, 256, 512, 4096)),
             "bf16": ((512, 4096), (64, 256), (64, 256)),
             "fp64": ((512, 2048), (64, 256), (64, 256))},
     "cuda": {"bf16": ((1024, 4096, 16384), (256, 1024, 4096, 8192), (256, 1024, 4096, 8192, 32768)),

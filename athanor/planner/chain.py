@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from athanor.cluster.spec import ClusterSpec
 from athanor.planner.coefficients import load, python_factor, text_factor
 
@@ -9,20 +11,21 @@ ACCOUNT = {"check": "check", "plan": "check", "data": "data", "evaluate": "evalu
            "serve": "publish", "report": "publish"}
 
 
-def chain_seconds(cluster: ClusterSpec, *, source_bytes: float, documents: float, evaluation_tokens: float, models: int,
+def chain_seconds(cluster: ClusterSpec, *, source_bytes: float, evaluation_tokens: float, models: int,
                   tasks: list[str], step_forward_tokens_per_second: float, num_hidden_layers: int,
                   limit: int | None) -> dict[str, float]:
     """Wall seconds of each step besides training, for `models` models to be evaluated and registered."""
     constants = load()["chain"]
     slow, text = python_factor(cluster.python), text_factor(cluster.python)
-    items = min(limit or 10**9, evaluation_tokens * constants["functions_per_evaluation_token"])
-    evaluate = constants["evaluate_seconds"]
+    functions = evaluation_tokens * constants["functions_per_evaluation_token"]
+    each = 0.0  # of one model; models are evaluated side by side, one per rank
     if "bits_per_byte" in tasks:
-        evaluate += models * evaluation_tokens / step_forward_tokens_per_second * constants["score_factor"]
+        each += evaluation_tokens / step_forward_tokens_per_second * constants["score_factor"]
     for task in tasks:
-        evaluate += models * items * constants["generated_seconds_per_item"].get(task, 0.0) * num_hidden_layers * slow
+        items = min(limit or math.inf, constants["generated_items"].get(task, functions))
+        each += items * constants["generated_seconds_per_block"].get(task, 0.0) * num_hidden_layers * slow
+    evaluate = constants["evaluate_seconds"] * slow + each * math.ceil(models / cluster.devices)
     return {"check": constants["check_seconds"], "plan": constants["plan_seconds"] * slow,
-            "data": (constants["data_seconds"] + constants["data_seconds_per_byte"] * source_bytes
-                     + constants["data_seconds_per_document"] * documents) * text,
+            "data": (constants["data_seconds"] + constants["data_seconds_per_byte"] * source_bytes) * text,
             "evaluate": evaluate, "registry": constants["registry_seconds_per_model"] * models * slow,
             "serve": constants["serve_seconds"] * slow, "report": constants["report_seconds"] * slow}

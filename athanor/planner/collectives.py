@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from athanor.cluster.spec import ClusterSpec
+from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.operators import WIDTH_BYTES, Table
 
 
@@ -23,9 +24,12 @@ def fully_shard_seconds(curves: Curves, unit_bytes: float, reshard: bool) -> flo
     return (2 if reshard else 1) * curves("all_gather", unit_bytes) + curves("reduce_scatter", unit_bytes)
 
 
-def tensor_seconds(curves: Curves, tokens: float, hidden_size: int, blocks: int, dtype: str) -> float:
-    """Two gathers and two scatters a block, forward; each is the other's backward. Embedding and head add one of each."""
-    size = tokens * hidden_size * WIDTH_BYTES[dtype]
-    pairs = 2 * blocks + 1
-    small = 3 * curves("all_reduce", tokens * WIDTH_BYTES[dtype])  # maximum, sum and target of the sharded cross-entropy
-    return 2 * pairs * (curves("all_gather", size) + curves("reduce_scatter", size)) + small
+def tensor_seconds(curves: Curves, shape: DecoderShape, tokens: float, chunk_tokens: float, dtype: str) -> float:
+    """Two gathers and two scatters a block, forward; each is the other's backward. Embedding and head add one of each.
+
+    Every chunk of the loss reduces its rows' largest logits, then their sums and targets.
+    """
+    size = tokens * shape.hidden_size * WIDTH_BYTES[dtype]
+    pairs = 2 * shape.num_hidden_layers + 1
+    reductions = 2 * tokens / chunk_tokens * curves("all_reduce", chunk_tokens * WIDTH_BYTES[dtype])
+    return 2 * pairs * (curves("all_gather", size) + curves("reduce_scatter", size)) + reductions

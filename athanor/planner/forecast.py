@@ -13,7 +13,7 @@ from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.coefficients import load, python_factor
 from athanor.planner.collectives import Curves, fully_shard_seconds, tensor_seconds
 from athanor.planner.memory import peak_memory
-from athanor.planner.operators import Rates, Work, block_work, ends_work, mean_context, newton_schulz_seconds
+from athanor.planner.operators import Rates, Work, block_work, ends_work, loss_chunk, mean_context, newton_schulz_seconds
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Forecaster:
         slow, devices = python_factor(self.cluster.python), layout.world_size
         once = {"startup": (constants["startup_seconds"] + constants["startup_seconds_per_parameter"] * shape.parameters()) * slow
                 + self.cluster.startup_seconds.get("join", 0.0)}
-        saves = math.ceil(stage.steps / stage.checkpoint_every)
+        saves = math.ceil(stage.steps / stage.checkpoint_every) + 1  # and the model's folder
         once["checkpoint"] = saves * self.save_seconds(shape, layout)
         checks = math.ceil(stage.steps / stage.evaluate_every)
         once["evaluation"] = checks * self.validation_seconds(step, shape, layout, stage)
@@ -142,8 +142,9 @@ class Forecaster:
                 + fully_shard_seconds(self.curves, ends, reshard=False) + wait * (shape.num_hidden_layers + 1))
             data += 2 * self.curves("all_reduce", 8.0)  # the global token count, and the gradient's norm
         if layout.tp > 1:
-            tensor = stage.num_microbatches * tensor_seconds(
-                self.curves, stage.micro_batch_size * stage.seq_len, shape.hidden_size, shape.num_hidden_layers, stage.precision)
+            tokens = stage.micro_batch_size * stage.seq_len
+            chunk = loss_chunk(tokens, shape.vocab_size / layout.tp, self.cluster.device_type)
+            tensor = stage.num_microbatches * tensor_seconds(self.curves, shape, tokens, chunk, stage.precision)
         return data, tensor
 
     def _update(self, shape: DecoderShape, layout: Layout, optimizer: str) -> tuple[float, float]:
@@ -158,7 +159,7 @@ class Forecaster:
             sizes = shape.num_hidden_layers * sum(rows * columns for rows, columns in matrices)
             tensors, elements = tensors - 7 * shape.num_hidden_layers, elements - sizes
             each = shape.num_hidden_layers * sum(newton_schulz_seconds(rates, *size) for size in matrices)
-            seconds += each / layout.world_size
+            seconds += load()["step"]["muon_factor"] * each / layout.world_size
             if layout.world_size > 1:
                 exchange = 2 * self.curves("all_gather", 4.0 * sizes / layout.world_size)
         return seconds + rates.update(tensors, elements / (layout.dp_shard * layout.tp)), exchange

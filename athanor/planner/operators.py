@@ -165,7 +165,7 @@ def ends_work(rates: Rates, shape: DecoderShape, tokens: float, tp: int) -> Work
     """
     work, constants = Work(), load()["step"]
     vocabulary, hidden = shape.vocab_size / tp, shape.hidden_size
-    chunk = min(tokens, max(64.0, LOGITS_BYTES[rates.cluster.device_type] / 4 / vocabulary))
+    chunk = loss_chunk(tokens, vocabulary, rates.cluster.device_type)
     elements, part = tokens * hidden, tokens * hidden / tp
     work.add("elementwise", (rates.passes(elements, embedding=1), rates.passes(elements, embedding_backward=1)))
     work.add("elementwise", (rates.passes(part, copy=1, multiply=2), rates.passes(part, multiply=7)))
@@ -176,6 +176,11 @@ def ends_work(rates: Rates, shape: DecoderShape, tokens: float, tp: int) -> Work
     launches = rates.launch(constants["operations_ends"] + constants["operations_per_chunk"] * tokens / chunk)
     work.add("launch", (launches / 3, launches * 2 / 3))
     return work
+
+
+def loss_chunk(tokens: float, vocabulary: float, device_type: str) -> float:
+    """Tokens whose logits exist at one time."""
+    return min(tokens, max(64.0, LOGITS_BYTES[device_type] / 4 / vocabulary))
 
 
 def newton_schulz_seconds(rates: Rates, rows: int, columns: int) -> float:

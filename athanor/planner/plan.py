@@ -116,7 +116,7 @@ def whole_forecast(books: dict[str, Book], chain: dict[str, float], cluster: Clu
 def _chain(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], text: Text, best: Candidate,
            main: FilledStage) -> dict[str, float]:
     speed = main.choice.seq_len * main.choice.micro_batch_size / main.step.forward_seconds
-    return chain_seconds(cluster, source_bytes=scan["bytes"], documents=scan["documents"],
+    return chain_seconds(cluster, source_bytes=scan["bytes"],
                          evaluation_tokens=text.evaluation_tokens, models=len(recipe.stage), tasks=recipe.evaluate.tasks,
                          step_forward_tokens_per_second=speed, num_hidden_layers=best.shape.num_hidden_layers,
                          limit=recipe.evaluate.limit)

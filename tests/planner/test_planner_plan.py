@@ -68,7 +68,7 @@ def test_minutes_buy_so_many_steps(machine: ClusterSpec, toy: Toy) -> None:
 
 
 def test_unused_part_of_a_small_stage_goes_to_the_main_one(machine: ClusterSpec, toy: Toy) -> None:
-    small = make_plan(toy(), machine, {"bytes": 1_000_000, "documents": 50})
+    small = make_plan(toy(), machine, {"bytes": 300_000, "documents": 20})
     chat, pretrain = small.steps["chat"].seconds, small.steps["pretrain"].seconds
     assert stage_of(small, "chat")["steps"] * chat < 0.14 * 240  # type: ignore[operator]
     assert stage_of(small, "pretrain")["steps"] * pretrain > 0.86 * 240  # type: ignore[operator]
