@@ -116,10 +116,11 @@ def whole_forecast(books: dict[str, Book], chain: dict[str, float], cluster: Clu
 def _chain(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], text: Text, best: Candidate,
            main: FilledStage) -> dict[str, float]:
     speed = main.choice.seq_len * main.choice.micro_batch_size / main.step.forward_seconds
-    return chain_seconds(cluster, source_bytes=scan["bytes"],
-                         evaluation_tokens=text.evaluation_tokens, models=len(recipe.stage), tasks=recipe.evaluate.tasks,
-                         step_forward_tokens_per_second=speed, num_hidden_layers=best.shape.num_hidden_layers,
-                         limit=recipe.evaluate.limit)
+    seconds = chain_seconds(cluster, source_bytes=scan["bytes"],
+                            evaluation_tokens=text.evaluation_tokens, models=len(recipe.stage), tasks=recipe.evaluate.tasks,
+                            step_forward_tokens_per_second=speed, num_hidden_layers=best.shape.num_hidden_layers,
+                            limit=recipe.evaluate.limit)
+    return seconds if recipe.cluster.file == "auto" else {**seconds, "check": 0.0}  # a given cluster.toml is not measured again
 
 
 def _scan_table(scan: dict[str, Any], text: Text) -> dict[str, Any]:
