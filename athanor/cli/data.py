@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 
-from athanor.foundation.errors import RecipeError
+from athanor.foundation.errors import DataError, RecipeError
 from athanor.foundation.progress import Bar, console, say
-from athanor.foundation.recipe import Recipe, load_recipe
+from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, read_json, runs_root
 from athanor.foundation.units import format_bytes, format_count, format_seconds, format_share
 
@@ -48,7 +47,7 @@ def inspect(data_folder: Path, as_json: bool) -> None:
     from athanor.data.lineage import damaged_files, open_manifest
 
     manifest = open_manifest(data_folder)
-    funnel = read_json(data_folder / "funnel.json")
+    funnel = _read_funnel(data_folder)
     damaged = damaged_files(data_folder)
     if as_json:
         click.echo(json.dumps({"manifest": manifest, "funnel": funnel, "damaged": damaged}))
@@ -126,6 +125,13 @@ def show(folder: Path, manifest: dict[str, Any], funnel: dict[str, Any]) -> None
         f"{format_seconds(sum(manifest['seconds'].values()))}")
 
 
+def _read_funnel(folder: Path) -> dict[str, Any]:
+    funnel: dict[str, Any] = read_json(folder / "funnel.json")
+    if not isinstance(funnel, dict) or not {"stages", "splits", "samples"} <= set(funnel):
+        raise DataError(f"{folder / 'funnel.json'} is not the funnel of a build; build the data again (athanor data build)")
+    return funnel
+
+
 def _show_samples(funnel: dict[str, Any]) -> None:
     for kind, by_name in funnel["samples"].items():
         for name, samples in by_name.items():
@@ -141,7 +147,4 @@ def _with_plan(recipe: Recipe, run: RunFolder) -> Recipe:
         if recipe.plan.file != "auto":
             raise RecipeError(f"plan.file names {file}, which does not exist")
         return recipe
-    try:
-        return recipe.with_plan(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{file} is not valid TOML: {error}") from None
+    return recipe.with_plan(read_plan(file), str(file))

@@ -68,6 +68,8 @@ def main() -> None:
         _fail("stopped", 130)
     except BrokenPipeError:
         os._exit(141)
+    except OSError as error:  # a path that cannot be: too long, below a file, unreadable
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
 
 
 def _fail(sentence: str, code: int) -> None:

@@ -201,7 +201,10 @@ class Build:
 
     def _check_left(self, source: str, split: str = "") -> None:
         if not any(entry.source == source and not entry.reason and entry.split == split for entry in self.parts.entries):
-            raise DataError(f"source '{source}': no document is left to train on ({self.funnel.reasons(source)})")
+            held_out = sum(entry.source == source and entry.split == "evaluation" for entry in self.parts.entries)
+            where = [self.funnel.reasons(source), f"{held_out} held out for evaluation" if held_out else ""]
+            raise DataError(f"source '{source}': no document is left to train on "
+                            f"({', '.join(filter(None, where)) or 'it holds no document'})")
 
     def _tokenizer_texts(self) -> Iterator[str]:
         """Training texts; of more than TOKENIZER_BYTES, the documents with the smallest hashes."""
@@ -226,9 +229,11 @@ def build(recipe: Recipe, data_folder: Path, *, progress: Progress | None = None
     scan(recipe)  # what is missing is found before anything is written
     if recipe.data.vocab_size is None and recipe.data.tokenizer is None:
         raise RecipeError("data.vocab_size is open; give it, or data.tokenizer, or follow a plan that has it")
-    data_folder = Path(data_folder)
+    data_folder = Path(data_folder).resolve()
+    if data_folder.is_dir() and any(data_folder.iterdir()) and not (data_folder / "manifest.json").is_file():
+        raise DataError(f"{data_folder} holds something else than built data, which a build would replace; give another folder")
     if data_folder.parent.exists():
-        sweep(data_folder.parent)
+        sweep(data_folder.parent, data_folder.name)
     with folder_renamed_last(data_folder) as folder:
         work = Build(recipe, folder, progress)
         if recipe.data.tokenizer is not None:

@@ -84,7 +84,7 @@ def read_documents(source: Source, tokenizer: Tokenizer | None = None) -> Iterat
                     yield Rejected(doc_id, source.name, uri, offset, length, text)
                 else:
                     yield Document(doc_id, text, source.name, uri, offset, length, is_code)
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, csv.Error) as error:
             raise DataError(f"source '{source.name}': cannot read {file}: {error}") from None
 
 
@@ -151,7 +151,7 @@ def _json_lines(source: Source, file: Path) -> Iterator[Piece]:
 def _json_text(line: bytes) -> str:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Refusal("not JSON")
     text = row.get("text") if isinstance(row, dict) else None
     return text if isinstance(text, str) else Refusal("no field 'text'")
@@ -245,8 +245,14 @@ def html_text(page: str) -> str:
 
 def _html_page(source: Source, file: Path) -> Iterator[Piece]:
     raw = file.read_bytes()
-    page = to_text(raw)
-    yield 0, len(raw), page if isinstance(page, Refusal) else html_text(page)
+    yield 0, len(raw), _page_text(to_text(raw))
+
+
+def _page_text(page: str) -> str:
+    try:
+        return page if isinstance(page, Refusal) else html_text(page)
+    except AssertionError:  # the parser's word for a declaration that it does not know
+        return Refusal("not HTML")
 
 
 def _warc_records(source: Source, file: Path) -> Iterator[Piece]:
@@ -260,7 +266,7 @@ def _warc_records(source: Source, file: Path) -> Iterator[Piece]:
             content = record.content_stream().read()
             kind = record.http_headers.get_header("Content-Type", "") if record.http_headers else ""
             page = to_text(content) if kind.startswith(("text/html", "text/plain")) else Refusal("not a page of text")
-            text = html_text(page) if kind.startswith("text/html") and not isinstance(page, Refusal) else page
+            text = _page_text(page) if kind.startswith("text/html") else page
             yield records.get_record_offset(), len(content), text
 
 

@@ -52,9 +52,9 @@ class Funnel:
                         {**facts, "value": decision.value, "threshold": decision.threshold}, text)
 
     def reasons(self, source: str) -> str:
-        """Why documents of a source were dropped, as half a sentence."""
+        """Why documents of a source were dropped, as half a sentence; empty when none was."""
         reasons = sorted(self._by_source.get(source, {}).items(), key=lambda item: (-item[1], item[0]))
-        return ", ".join(f"{count} {reason}" for reason, count in reasons) or "it holds no document"
+        return ", ".join(f"{count} {reason}" for reason, count in reasons)
 
     def entered(self, source: str) -> dict[str, int]:
         return dict(self._sources.get(source, {"documents": 0, "bytes": 0}))

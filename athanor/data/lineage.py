@@ -21,6 +21,8 @@ def open_manifest(data_folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{data_folder} is not a data folder: it has no manifest.json; `athanor data build` makes one")
     manifest: dict[str, Any] = read_json(file)
+    if not isinstance(manifest, dict) or not {"hash", "files", "sources", "vocab_size", "pad_id"} <= set(manifest):
+        raise DataError(f"{file} is not the manifest of a data folder; build the data again (athanor data build)")
     return manifest
 
 
@@ -49,10 +51,13 @@ def trace(data_folder: Path, token_index: int, split: str = "train", source: str
     tokenizer = Tokenizer.load(data_folder / "tokenizer")
     lengths = [len(tokenizer.token_bytes()[token]) for token in ids]
     start = sum(lengths[:position])
-    lineage = read_jsonl(data_folder / f"{name}.lineage.jsonl")[number]
+    lineage = read_jsonl(data_folder / f"{name}.lineage.jsonl")
+    if len(lineage) != len(shard):
+        raise DataError(f"{data_folder / name}.lineage.jsonl has {len(lineage)} whole lines for {len(shard)} documents; it is "
+                        "damaged, build the data again")
     return {"split": split, "token_index": token_index, "token_id": ids[position],
             "token": tokenizer.decode([ids[position]], skip_special_tokens=False),
-            "document": {"number": number, **lineage}, "token_in_document": position,
+            "document": {"number": number, **lineage[number]}, "token_in_document": position,
             "bytes": [start, start + lengths[position]],
             "before": tokenizer.decode(ids[max(0, position - AROUND):position]),
             "after": tokenizer.decode(ids[position + 1:position + 1 + AROUND])}

@@ -15,12 +15,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from athanor.data.lineage import open_manifest
 from athanor.data.order import locate
 from athanor.data.packing import pack
 from athanor.data.shards import Shard
 from athanor.data.text.chat import ChatTemplate, check_messages
 from athanor.foundation.errors import DataError
-from athanor.foundation.run_folder import hash_value, read_json, read_jsonl
+from athanor.foundation.run_folder import hash_value, read_jsonl
 
 Row = dict[str, NDArray[Any]]
 Split = Literal["train", "evaluation"]
@@ -113,7 +114,7 @@ def open_rows(data_folder: Path, data: str, seq_len: int, seed: int, split: Spli
     Raises DataError when there is not a single row to train on.
     """
     data_folder = Path(data_folder)
-    manifest = read_json(data_folder / "manifest.json")
+    manifest = open_manifest(data_folder)
     identity = {"manifest": manifest["hash"], "data": data, "seq_len": seq_len, "seed": seed, "split": split}
     if data == "documents":
         rows = _document_rows(data_folder, manifest, seq_len, seed, split, identity)
@@ -173,7 +174,7 @@ def read_conversations(file: Path) -> Iterator[list[dict[str, Any]]]:
             where = f"{file} line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} is not JSON: {error}") from None
             if not isinstance(row, dict) or "messages" not in row:
                 raise DataError(f'{where} must be an object with "messages"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sysconfig
 from collections.abc import Iterator
@@ -31,11 +32,16 @@ def root(source: Source) -> Path:
         if source.kind != "python":
             raise DataError(f"source '{source.name}' of kind '{source.kind}' needs a path; 'auto' is for kind 'python' only")
         return Path(sysconfig.get_path("stdlib"))
-    path = Path(source.path).expanduser()
+    try:
+        path = Path(source.path).expanduser()
+    except RuntimeError:
+        raise DataError(f"source '{source.name}': {source.path} names a user that this machine does not know") from None
     if source.kind == "tokens" and not path.is_dir() and path.with_name(path.name + ".bin").is_file():
         path = path.with_name(path.name + ".bin")
     if not path.exists():
         raise DataError(f"source '{source.name}': {source.path} does not exist")
+    if not path.is_dir() and not path.is_file():
+        raise DataError(f"source '{source.name}': {source.path} is neither a file nor a folder")
     return path
 
 
@@ -95,8 +101,8 @@ def _tracked_files(source: Source, folder: Path) -> list[Path]:
     except FileNotFoundError:
         raise DataError(f"source '{source.name}' of kind 'git' needs the program git, which is not installed") from None
     if done.returncode:
-        raise DataError(f"source '{source.name}': {folder} is not a git work tree: {done.stderr.decode().strip()}")
-    files = [folder / name for name in done.stdout.decode().split("\0") if name]
+        raise DataError(f"source '{source.name}': {folder} is not a git work tree: {os.fsdecode(done.stderr).strip()}")
+    files = [folder / name for name in os.fsdecode(done.stdout).split("\0") if name]
     return [file for file in files if file.is_file() and not file.is_symlink()]
 
 

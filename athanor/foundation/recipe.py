@@ -6,6 +6,7 @@ fills what was left open from a plan, and `Recipe.origin` tells which of the fou
 
 from __future__ import annotations
 
+import json
 import tomllib
 import types
 import typing
@@ -19,6 +20,9 @@ from athanor.foundation.errors import RecipeError, did_you_mean
 
 SourceKind = Literal["python", "folder", "git", "text", "jsonl", "parquet", "csv", "warc", "html", "pdf", "tokens"]
 Precision = Literal["fp64", "fp32", "bf16", "fp8"]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of what becomes a file or a folder
+TAKEN = {"data", "logs", "recipe.toml", "cluster.toml", "plan.toml", "forecast.json", "actual.json", "scores.json",
+         "report.html", "chain.jsonl", "feedback.jsonl"}  # by the run folder
 
 
 class Section(BaseModel):
@@ -48,7 +52,7 @@ class PlanChoice(Section):
 
 
 class Source(Section):
-    name: str = Field(description="name of the source, used in the funnel and the lineage")
+    name: str = Field(pattern=NAME, description="name of the source, used in the funnel and the lineage")
     kind: SourceKind = Field(description="how the source is read")
     path: str = Field("auto", description="file or folder; 'auto' is the interpreter's standard library for kind 'python'")
     weight: float = Field(1.0, gt=0, description="share of this source among the training tokens, relative to the others")
@@ -90,7 +94,7 @@ class Parallel(Section):
 
 
 class Stage(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the stage and of its folder")
+    name: str = Field(pattern=NAME, description="name of the stage and of its folder")
     objective: str = Field("pretrain", description="a file in objectives/zoo, or package.module")
     start_from: str | None = Field(None, description="an earlier stage's name, or any Hugging Face folder")
     data: str = Field("documents", description="'documents' or 'pairs' of the data folder, or a JSONL of conversations")
@@ -128,7 +132,7 @@ class Serve(Section):
 class Recipe(Section):
     """The whole file. `origins` maps dotted keys to 'override', 'recipe' or 'plan'; what is missing there is a default."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the run and of its folder")
+    name: str = Field(pattern=NAME, description="name of the run and of its folder")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, data order and samples")
     budget: Budget = Field(default_factory=Budget, description="how much may be spent")
     cluster: Cluster = Field(default_factory=Cluster, description="on what")
@@ -214,7 +218,7 @@ def _read_toml(path: Path, kind: str) -> dict[str, Any]:
         raise RecipeError(f"{kind} {path} does not exist") from None
     except IsADirectoryError:
         raise RecipeError(f"{path} is a folder; a {kind} is a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -223,8 +227,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     if isinstance(value, dict):
@@ -261,7 +264,7 @@ def _check_meaning(recipe: Recipe, file: str) -> None:
     for index, stage in enumerate(recipe.stage):
         if stage.name in names[:index]:
             raise RecipeError(f"{file}: two stages are called '{stage.name}'")
-        if stage.name in ("data", "logs"):
+        if stage.name in TAKEN:
             raise RecipeError(f"{file}: a stage cannot be called '{stage.name}', the run folder uses that name")
         if stage.steps is not None and stage.tokens is not None:
             raise RecipeError(f"{file}: stage.{stage.name} has both steps and tokens; give one")
@@ -352,9 +355,10 @@ def _assign(node: Any, path: list[str], value: Any, where: str) -> None:
     head, rest = path[0], path[1:]
     if isinstance(node, list):
         entries = {entry.get("name"): entry for entry in node if isinstance(entry, dict)}
-        if head not in entries or not rest:
+        fitting = [n for n in range(1, len(path)) if ".".join(path[:n]) in entries]  # a name may have dots
+        if not fitting:
             raise RecipeError(f"{where}: '{head}' is not an entry with a key; {did_you_mean(head, map(str, entries))}")
-        _assign(entries[head], rest, value, where)
+        _assign(entries[".".join(path[:fitting[-1]])], path[fitting[-1]:], value, where)
     elif not isinstance(node, dict):
         raise RecipeError(f"{where}: there is a value where '{head}' expects a table")
     elif rest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -108,8 +109,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not usable JSON: it is nested too deeply") from None
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
@@ -127,9 +130,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
@@ -137,8 +142,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def folder_renamed_last(path: Path) -> Iterator[Path]:
     """Build a folder under a temporary name beside `path` and rename it into place when the block ends well.
 
-    An older folder of that name is replaced; after an error nothing of the new one is left.
+    An older folder of that name is replaced; after an error nothing of the new one is left. A link stays: what it points
+    to is replaced. Raises UserError when there is a file of that name.
     """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, and a folder is to be written there; move it away or give another path")
+    path = path.resolve() if path.is_symlink() else path
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.building-"))
@@ -157,9 +166,10 @@ def folder_renamed_last(path: Path) -> Iterator[Path]:
             raise
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half built in `folder` (names that only this module makes)."""
-    for path in folder.glob(".*.building-*"):
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what a killed process left half built in `folder` (names that only this module makes); of `name` alone, when
+    others may be building beside it."""
+    for path in folder.glob(f".{name if name == '*' else glob.escape(name)}.building-*"):
         target = folder / path.name[1:].split(".building-")[0]
         if path.name.endswith("-old") and not target.exists():
             path.rename(target)

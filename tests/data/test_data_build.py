@@ -18,7 +18,7 @@ from athanor.data.pairs import place
 from athanor.data.rows import open_rows
 from athanor.data.shards import Shard
 from athanor.data.text.tokenizer import Tokenizer
-from athanor.foundation.errors import DataError, RecipeError
+from athanor.foundation.errors import DataError, RecipeError, UserError
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.run_folder import read_json, read_jsonl
 
@@ -201,3 +201,54 @@ def test_a_tokenizer_without_template_or_names_is_judged(tmp_path: Path, make_re
     shutil.rmtree(tmp_path / "data")
     wrong = make_recipe([source], vocab_size=None, tokenizer=str(tmp_path / "s"))
     check_refused(wrong, tmp_path, DataError, r"has no tokenizer\.json")
+
+
+def test_a_build_replaces_built_data_alone(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe([{"name": "s", "kind": "folder", "path": write_stories(tmp_path / "s", [story(i) for i in range(5)])}])
+    with pytest.raises(DataError, match="holds something else than built data"):
+        build(recipe, tmp_path / "s")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file, and a folder is to be written there"):
+        build(recipe, tmp_path / "file")
+    assert len(list((tmp_path / "s").iterdir())) == 5 and (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    (tmp_path / ".other.building-x").mkdir()  # somebody else's build beside it
+    build(recipe, tmp_path / "data")
+    build(recipe, tmp_path / "data")
+    assert (tmp_path / "data").is_symlink() and (tmp_path / "disk" / "manifest.json").is_file()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".other.building-x"]
+
+
+def test_documents_held_out_are_told_when_none_is_left(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    first, second = (write_stories(tmp_path / name, [story(i)]) for i, name in enumerate("ab"))
+    recipe = make_recipe([{"name": "a", "kind": "folder", "path": first}, {"name": "b", "kind": "folder", "path": second}])
+    check_refused(recipe, tmp_path, DataError, "no document is left to train on .1 held out for evaluation")
+
+
+def test_the_tokenizer_never_sees_what_is_held_out(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    markers = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=12)) for i in range(40)]
+    source = write_stories(tmp_path / "s", [story(i) + f"{marker}\n" * 3 for i, marker in enumerate(markers)])
+    recipe = make_recipe([{"name": "s", "kind": "folder", "path": source}], vocab_size=8000, evaluation_share=0.3)
+    build(recipe, tmp_path / "data")
+    tokenizer = Tokenizer.load(tmp_path / "data" / "tokenizer")
+    held_out = {int(row["uri"].removesuffix(".txt")) for row in read_jsonl(tmp_path / "data" / "evaluation.jsonl")}
+    known = {i for i, marker in enumerate(markers) if len(tokenizer.encode(marker)) == 1}
+    assert held_out and len(known) > 10 and not known & held_out
+
+
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json is not the manifest of a data folder"):
+        damaged_files(tmp_path)
+    with pytest.raises(DataError, match=r"manifest\.json is not the manifest of a data folder"):
+        open_rows(tmp_path, "documents", 64, 0)
+
+
+def test_lineage_cut_short_is_not_taken_for_another_document(tmp_path: Path, data_folder: Path) -> None:
+    shutil.copytree(data_folder, tmp_path / "data")
+    file = tmp_path / "data" / "train-email.lineage.jsonl"
+    file.write_text(file.read_text()[1:])  # one damaged line would shift all others
+    with pytest.raises(DataError, match=r"whole lines for .* documents"):
+        trace(tmp_path / "data", 0, source="email")

@@ -91,7 +91,9 @@ def test_fingerprint_changes_with_what_rows_depend_on(data_folder: Path, tmp_pat
 def test_pairs_are_whole_and_each_comes_once(data_folder: Path) -> None:
     rows = open_rows(data_folder, "pairs", 256, 0)
     template = ChatTemplate.load(data_folder / "tokenizer")
-    all_pairs = [template.render(row["messages"]) for row in read_jsonl(data_folder / "pairs.jsonl")]
+    pairs = [row["messages"] for row in read_jsonl(data_folder / "pairs.jsonl")]
+    all_pairs = [template.render(messages) for messages in pairs]
+    answers = {tuple(ids): messages[-1]["content"] for ids, messages in zip(all_pairs, pairs, strict=True)}
     wanted = sorted(ids for ids in all_pairs if len(ids) <= 256)
     assert rows.dropped == len(all_pairs) - len(wanted) > 0
     found = []
@@ -103,7 +105,7 @@ def test_pairs_are_whole_and_each_comes_once(data_folder: Path) -> None:
                 found.append(ids)
                 shown = template.tokenizer.decode(
                     [int(t) for t, w in zip(row["tokens"][start + 1:end], row["weight"][start:end - 1], strict=True) if w], False)
-                assert shown.endswith("<|end|>") and not shown.startswith("def ")
+                assert shown == answers[tuple(ids)] + "<|end|>"  # the answer, from its first token to the end of its turn
     assert sorted(found) == wanted
 
 
@@ -124,6 +126,8 @@ def test_conversation_file_is_read_and_split(data_folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize(("data", "content", "words"), [
     ("talk.jsonl", '{"messages": []}', "line 1: messages must be a list of at least one"),
     ("talk.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n{"x"', "line 2 is not JSON"),
+    ("talk.jsonl", "[" * 100_000, "line 1 is not JSON"),
+    ("talk.jsonl", '{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 1: 'content' of message 0 has half a"),
     ("talk.jsonl", "[]", 'line 1 must be an object with "messages"'),
     ("documentz", "", "is not a file; allowed: documents, pairs")])
 def test_bad_conversations_are_refused(data_folder: Path, tmp_path: Path, data: str, content: str, words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -169,3 +170,25 @@ def test_scanning_needs_no_heavy_package() -> None:
     program = ("import sys; sys.modules.update({n: None for n in ('pyarrow', 'torch', 'numpy', 'tokenizers')})\n"
                "import athanor.data.sources")
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("path", "words"), [("/dev/null", "neither a file nor a folder"), ("~nobody-of-that-name/x", "a user")])
+def test_a_path_that_is_no_text_is_one_sentence(path: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read("text", path)
+
+
+def test_what_parsers_choke_on_is_refused_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("[" * 200_000 + '\n{"text": "good"}\n')
+    assert texts(read("jsonl", tmp_path)) == ["<not JSON>", "good"]
+    (tmp_path / "a.html").write_text("<p>x<![foo[bar]]>")
+    assert texts(read("html", tmp_path)) == ["<not HTML>"]
+    (tmp_path / "a.csv").write_text("text,b\nfoo\rbar,3\n")
+    with pytest.raises(DataError, match=r"cannot read .*a\.csv: new-line character"):
+        read("csv", tmp_path)
+
+
+def test_git_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"bad\xff.txt")).write_text("text")
+    subprocess.run("git init -q && git add -A", shell=True, check=True, cwd=tmp_path)
+    assert [(item.uri, item.length) for item in read("git", tmp_path)] == [("bad\\xff.txt", 4)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,9 @@ def test_precedence_is_override_recipe_plan_default() -> None:
     ("budget.minutes=inf", ["budget.minutes"]),
     ("seed.x=1", ["seed"]),
     ("name=a/b", ["name"]),
+    ("data.source.stdlib.name=../x", ["data.source", "name", "pattern"]),
+    (f"name={'a' * 101}", ["name", "pattern"]),
+    ("stage.chat.name=plan.toml", ["cannot be called 'plan.toml'"]),
 ])
 def test_bad_values_get_one_sentence(override: str, words: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -87,3 +91,15 @@ def test_toml_values_read_back() -> None:
 
     value = {"a": 'quo"te\\ \n', "b": [1, 2.5, True], "c": "ü"}
     assert tomllib.loads(f"v = {toml_value(value)}")["v"] == value
+
+
+def test_names_with_dots_take_overrides_and_plans(tmp_path: Path) -> None:
+    text = 'name = "x"\n[data]\n[[data.source]]\nname = "v1.0"\nkind = "text"\n[[stage]]\nname = "base.1"\n'
+    recipe = load_recipe(write(tmp_path, text), ["stage.base.1.steps=7", "data.source.v1.0.path=/x"])
+    planned = recipe.with_plan({"stage": [{"name": "base.1", "steps": 9, "seq_len": 64}]})
+    assert (planned.stage[0].steps, planned.stage[0].seq_len, planned.data.source[0].path) == (7, 64, "/x")
+
+
+@pytest.mark.parametrize("value", ['a"b\\c', "line\nend\ttab\r", "\x01\x1b\x7f", "中 é"])
+def test_any_text_comes_back_from_toml(value: str) -> None:
+    assert tomllib.loads(f"x = {toml_value(value)}") == {"x": value}

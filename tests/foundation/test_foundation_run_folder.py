@@ -58,7 +58,7 @@ def test_lines_cut_short_are_skipped_and_the_next_line_is_whole(tmp_path: Path) 
     path = tmp_path / "metrics.jsonl"
     append_jsonl(path, {"step": 1})
     with path.open("a") as file:
-        file.write('{"step": 2, "lo')
+        file.write('17\n[]\n{"step": 2, "lo')  # and what is JSON, but no line of ours
     append_jsonl(path, {"step": 3})
     assert read_jsonl(path) == [{"step": 1}, {"step": 3}]
     assert read_jsonl(tmp_path / "none.jsonl") == []

@@ -116,6 +116,8 @@ def check_messages(messages: Any, where: str) -> None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise DataError(f"{where}: '{key}' of message {index} must be text")
+            if not message[key].isascii() and re.search("[\ud800-\udfff]", message[key]):
+                raise DataError(f"{where}: '{key}' of message {index} has half a surrogate pair, which is no character")
 
 
 def _find_template(folder: Path) -> tuple[str | None, str]:

@@ -52,9 +52,8 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise DataError(f"{folder} has no tokenizer.json; a tokenizer is a folder with tokenizer.json in it")
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         try:
-            inner = tokenizers.Tokenizer.from_str(text)
+            inner = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         except Exception as error:  # the library raises nothing more exact
             raise DataError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from None
         names = _special_names(folder)
@@ -163,6 +162,8 @@ def _special_names(folder: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         content: Any = read_json(folder / file) if (folder / file).is_file() else {}
+        if not isinstance(content, dict):
+            raise DataError(f"{folder / file} must be an object with eos_token")
         for key in ("bos_token", "eos_token", "pad_token"):
             value = content.get(key)
             name = value.get("content") if isinstance(value, dict) else value
