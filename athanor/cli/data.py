@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from athanor.cli.chain import locked
 from athanor.foundation.errors import DataError, RecipeError
 from athanor.foundation.progress import Bar, console, say
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
@@ -32,7 +34,9 @@ def build(recipe: Path, overrides: tuple[str, ...], out: Path | None, as_json: b
     wanted = load_recipe(recipe, list(overrides))
     run = RunFolder(runs_root() / wanted.name)
     folder = out or run.data
-    manifest = build_with_bar(_with_plan(wanted, run), folder)
+    wanted = _with_plan(wanted, run)
+    with locked(run) if out is None else contextlib.nullcontext():
+        manifest = build_with_bar(wanted, folder)
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **manifest}))
     else:

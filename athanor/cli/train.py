@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import time
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from athanor.cli.chain import locked
 from athanor.foundation.events import EXIT_REQUEUE
 from athanor.foundation.progress import Bar, say
-from athanor.foundation.recipe import Recipe, load_recipe
+from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_count
 
@@ -37,17 +38,24 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Pa
     wanted = load_recipe(recipe, list(overrides))
     run = RunFolder(run_folder or runs_root() / wanted.name)
     if run.plan.exists():
-        wanted = wanted.with_plan(tomllib.loads(run.plan.read_text(encoding="utf-8")), str(run.plan))
+        wanted = wanted.with_plan(read_plan(run.plan), str(run.plan))
     wanted.get_stage(stage)
-    result = train(wanted, run, stage, is_fresh=is_fresh)
+    is_first = os.environ.get("RANK", "0") == "0"  # of ranks that another launcher made, one holds the run for all
+    with locked(run) if is_first else contextlib.nullcontext():
+        result = train(wanted, run, stage, is_fresh=is_fresh)
     if result["is_asked_to_stop"]:
         say(f"stopped after step {result['step']} of {result['steps']}, as asked; run the same command to go on")
         raise SystemExit(EXIT_REQUEUE)
     if as_json and result["rank"] == 0:
         click.echo(json.dumps(result))
     elif result["rank"] == 0:
-        say(f"{stage}: {result['steps']} steps, loss {result['loss'][-1]:.3f}, {format_count(result['tokens_per_second'])} "
+        loss = _format_loss(result["loss"][-1] if result["loss"] else None)
+        say(f"{stage}: {result['steps']} steps, loss {loss}, {format_count(result['tokens_per_second'])} "
             f"tokens/s; the model is in {run.stage(stage).model}")
+
+
+def _format_loss(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
 
 
 def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False) -> dict[str, Any]:
@@ -63,8 +71,7 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
     with Bar(stage, 1.0) as bar:
 
         def show(message: dict[str, Any]) -> None:
-            loss = "not finite" if message["loss"] is None else f"{message['loss']:.3f}"
-            note = f"step {message['step']}, loss {loss}, {format_count(message['tokens_per_second'])} tokens/s"
+            note = f"step {message['step']}, loss {_format_loss(message['loss'])}, {format_count(message['tokens_per_second'])} tokens/s"
             bar.advance(message["step"] / message["steps"] - bar.done, note)
 
         if launched_from_outside():

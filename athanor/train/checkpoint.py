@@ -26,7 +26,7 @@ from athanor.parallel.tensor import Box, box_of, is_first_copy, local
 from athanor.train.optimizer import Optimizer
 
 FORMAT = 1
-KEPT = 2  # newest checkpoints that stay
+KEPT = 2  # checkpoints that stay
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -64,7 +64,7 @@ def entries(model: nn.Module, optimizer: Optimizer) -> Iterator[Entry]:
 
 
 def save(folder: Path, meta: Meta, model: nn.Module, optimizer: Optimizer, mesh: Mesh) -> Path:
-    """Write `folder/step-N`, all ranks together, and remove what is older than the newest KEPT.
+    """Write `folder/step-N`, all ranks together, and remove all but it and the KEPT - 1 before it.
 
     Raises DiskError on every rank when one of them could not write; then nothing of the new checkpoint is left.
     """
@@ -83,8 +83,11 @@ def save(folder: Path, meta: Meta, model: nn.Module, optimizer: Optimizer, mesh:
 
     _together(mesh, building, finish)
     if mesh.rank == 0:
-        for old in list_checkpoints(folder)[KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        found = list_checkpoints(folder)
+        kept = [path for path in found if path <= target][:KEPT]  # later ones were damaged, or we would have gone on from there
+        for path in found:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
     return target
 
 

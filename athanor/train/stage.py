@@ -120,17 +120,30 @@ def claim_folder(job: Job, is_fresh: bool) -> None:
     """
     folder = job.folder
     if folder.root.exists() and is_fresh:
-        with disk_errors(folder.root):
-            for path in folder.root.iterdir():
-                if path != folder.forecast:  # written by the plan, which stands
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        empty(folder)
     if folder.config.exists():
-        differing = differences(tomllib.loads(folder.config.read_text(encoding="utf-8")).get("identity", {}), job.identity)
+        try:
+            before = tomllib.loads(folder.config.read_text(encoding="utf-8")).get("identity", {})
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder.config} is damaged ({error}), so nobody knows what {folder.root} was trained with; start "
+                            "it anew with --fresh, or give the run another name") from None
+        differing = differences(before, job.identity)
         if differing:
             raise UserError(f"{folder.root} was trained with another configuration: {'; '.join(differing[:4])}"
                             + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
                             + "; start it anew with --fresh, or give the run another name")
     write_atomic(folder.config, describe(job))
+
+
+def empty(folder: StageFolder) -> None:
+    """Remove all of a stage but its forecast, which the plan wrote, and its logs, which its ranks are writing.
+
+    config.toml goes last: after a kill half-way, what is left still belongs to the old configuration.
+    """
+    with disk_errors(folder.root):
+        for path in sorted(folder.root.iterdir(), key=lambda path: path == folder.config):
+            if path not in (folder.forecast, folder.logs):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from athanor.cli.train import command
-from athanor.foundation.errors import RecipeError
+from athanor.foundation.errors import RecipeError, UserError
 from athanor.foundation.events import EXIT_REQUEUE
 
 ATHANOR = Path(sys.executable).with_name("athanor")
@@ -60,3 +60,16 @@ def test_sigterm_saves_and_asks_to_be_queued_again(recipe_file: Path, run_folder
     assert output == "" and "as asked" in errors
     (saved,) = (run_folder / "pretrain" / "checkpoints").iterdir()
     assert (saved / "COMPLETE").is_file() and not (run_folder / "pretrain" / "model").exists()
+
+
+def test_a_run_in_use_and_a_damaged_plan_are_refused(recipe_file: Path, run_folder: Path) -> None:
+    import fcntl
+
+    arguments = [str(recipe_file), "--stage", "pretrain", "--run", str(run_folder)]
+    with (run_folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is working in"):
+            CliRunner().invoke(command, arguments, catch_exceptions=False)
+    (run_folder / "plan.toml").write_text("[model")
+    with pytest.raises(RecipeError, match=r"plan\.toml is not valid TOML"):
+        CliRunner().invoke(command, arguments, catch_exceptions=False)

@@ -148,3 +148,31 @@ def test_another_configuration_is_refused_unless_begun_anew(train: Train, run_fo
     anew = train(run_folder, "stage.pretrain.learning_rate=0.02", is_fresh=True)
     assert anew["loss"][0] == first["loss"][0] and anew["loss"][3] != first["loss"][3]
     assert json.dumps(anew)
+
+
+def test_logs_outlive_a_fresh_start_and_a_damaged_configuration_is_named(train: Train, run_folder: Path) -> None:
+    train(run_folder)
+    stage = RunFolder(run_folder).stage("pretrain")
+    stage.logs.mkdir()
+    (stage.logs / "rank-0.log").write_text("what went wrong")
+    (stage.root / "link").symlink_to(run_folder / "data")
+    stage.config.write_text("[identity]\nsteps = ")
+    with pytest.raises(UserError, match=r"config\.toml is damaged .* start it anew with --fresh"):
+        train(run_folder)
+    train(run_folder, is_fresh=True)
+    assert (stage.logs / "rank-0.log").exists() and not (stage.root / "link").is_symlink()
+    assert (run_folder / "data" / "manifest.json").exists()
+
+
+def test_damaged_later_checkpoints_do_not_crowd_out_good_ones(train: Train, run_folder: Path) -> None:
+    often = ("stage.pretrain.steps=6", "stage.pretrain.checkpoint_every=1", "stage.pretrain.evaluate_every=6")
+    folder = RunFolder(run_folder).stage("pretrain").checkpoints
+    train(run_folder, *often, target=SIGNALLED, at_step=4, number=signal.SIGTERM, rank=0)
+    later = sorted(path.name for path in folder.iterdir())
+    assert len(later) == 2
+    for name in later:
+        (folder / name / "COMPLETE").unlink()
+    train(run_folder, *often, target=SIGNALLED, at_step=2, number=signal.SIGTERM, rank=0)
+    left = sorted(path.name for path in folder.iterdir())
+    assert left[-1] < later[0] and len(left) == 2
+    assert all((folder / name / "COMPLETE").exists() for name in left)
