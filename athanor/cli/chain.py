@@ -54,10 +54,10 @@ class Chain:
         """The newest done line of a step."""
         return next((line for line in reversed(self.lines) if line["event"] == "done" and line["step"] == name), None)
 
-    def was_started(self, name: str, inputs: dict[str, str]) -> bool:
-        """Whether the last attempt at a step had these inputs, so that what it left may be gone on with."""
+    def last_inputs(self, name: str) -> dict[str, str] | None:
+        """The inputs of the last attempt at a step, finished or not; None when this chain never began it."""
         started = next((line for line in reversed(self.lines) if line["event"] == "start" and line["step"] == name), None)
-        return started is not None and started["inputs"] == inputs
+        return None if started is None else started["inputs"]
 
     def end(self) -> None:
         """Note that this invocation did everything, if it did anything."""
@@ -75,7 +75,7 @@ class Chain:
                 total += time.time() - begin
                 continue
             signs = [line["time"] for line in until]
-            signs += [line["time"] for file in self.run.root.glob("*/ledger.jsonl") for line in read_jsonl(file)
+            signs += [line["time"] for file in self.run.root.glob("*/*.jsonl") for line in read_jsonl(file)
                       if "time" in line and line["time"] >= begin and (is_last or line["time"] < begins[number + 1][1])]
             total += max(signs) - begin
         return total

@@ -120,10 +120,11 @@ def _print_scores(result: Evaluation) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("model", "task", "value", "95 % interval", "unit", "items", "time"):
+    for column in ("model", "task", "value", "95 % interval", "unit", "items", "time", "beside"):
         table.add_column(column)
     for model, scores in result.scores.items():
         for task, score in scores.items():
+            beside = ", ".join(f"{name} {score.details[name]:.4g}" for name in ("xz", "gzip") if name in score.details)
             table.add_row(model, task, f"{score.value:.4g}", f"{score.low:.4g} to {score.high:.4g}", score.unit, str(score.count),
-                          format_seconds(result.seconds[model][task]))
+                          format_seconds(result.seconds[model][task]), beside)
     console.print(table)

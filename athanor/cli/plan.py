@@ -26,14 +26,22 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
 def command(recipe: Path, overrides: tuple[str, ...], cluster_file: Path | None, out: Path | None, as_json: bool) -> None:
     """Choose shape, tokens and layout for RECIPE's budget, say why, and write the forecast."""
+    from athanor.cli.preflight import plan_inputs, refuse_early, refuse_replacing_forecast
+    from athanor.data.sources import scan
     from athanor.foundation.recipe import load_recipe
-    from athanor.foundation.run_folder import RunFolder, runs_root
+    from athanor.foundation.run_folder import RunFolder, runs_root, write_atomic
 
     loaded = load_recipe(recipe, list(overrides))
+    refuse_early(loaded)
     run = RunFolder(runs_root() / loaded.name)
-    plan = plan_run(loaded, run, cluster_file)
     file = out or run.plan
-    write_plan(plan, run, file)
+    if out is None:
+        refuse_replacing_forecast(run, loaded)
+    plan = plan_run(loaded, run, cluster_file)
+    if out is None:
+        write_plan(plan, run, file, {} if cluster_file else plan_inputs(loaded, run, scan(loaded)))
+    else:
+        write_atomic(file, plan.to_toml())
     if as_json:
         click.echo(json.dumps(describe(plan, file)))
     else:
@@ -61,11 +69,13 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -
     return make_plan(recipe, read_cluster(file), sources)
 
 
-def write_plan(plan: Plan, run: RunFolder, file: Path) -> None:
-    """`plan.toml`, `forecast.json` of the run and of each stage."""
+def write_plan(plan: Plan, run: RunFolder, file: Path, inputs: dict[str, str]) -> None:
+    """`plan.toml` with the hashes of what it was made from, `forecast.json` of the run and of each stage."""
+    from athanor.foundation.recipe import toml_value
     from athanor.foundation.run_folder import write_atomic
 
-    write_atomic(file, plan.to_toml())
+    made_from = "".join(f"{key} = {toml_value(value)}\n" for key, value in inputs.items())
+    write_atomic(file, f"{plan.to_toml()}\n[inputs]\n{made_from}")
     plan.forecast.write(run.forecast)
     for name, book in plan.books.items():
         book.write(run.stage(name).forecast)

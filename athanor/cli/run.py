@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import time
@@ -15,7 +14,8 @@ from typing import Any
 import click
 
 from athanor.cli.chain import Chain, hash_output, locked
-from athanor.foundation.errors import AthanorError, LayoutError, RecipeError
+from athanor.cli.preflight import devices_of, plan_inputs, refuse_early
+from athanor.foundation.errors import AthanorError
 from athanor.foundation.events import EXIT_REQUEUE
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
@@ -44,7 +44,7 @@ def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     run = RunFolder(runs_root() / loaded.name)
     with locked(run):
         chain = walk(loaded, run, started)
-    _tell(run, chain, loaded)
+    _tell(run, loaded)
     if as_json:
         click.echo(json.dumps({"run": str(run.root), "report": str(run.report), "wall_seconds": chain.wall_seconds(),
                                "steps": [line for line in chain.lines if line["event"] == "done"]}))
@@ -66,8 +66,9 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
     chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run))
     for stage in planned.stage:
         inputs = _stage_inputs(planned, stage, run)
-        goes_on = chain.was_started(f"train {stage.name}", inputs)
-        chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model], _training(planned, stage, run, not goes_on))
+        before = chain.last_inputs(f"train {stage.name}")
+        is_fresh = before is not None and before != inputs  # what was begun by hand goes on, or is refused, never thrown away
+        chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model], _training(planned, stage, run, is_fresh))
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
     facts = {**models, "data": str(hash_output(run.data / "manifest.json"))}
     chain.step("evaluate", {**facts, "tasks": hash_value(planned.evaluate.model_dump())}, [run.scores],
@@ -80,39 +81,6 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
     return chain
 
 
-def refuse_early(recipe: Recipe) -> None:
-    """Whatever the recipe names must exist; told before anything is measured, built or trained."""
-    from athanor.cluster.spec import read_cluster
-    from athanor.evaluate.find import check_name
-    from athanor.models.shapes.find import check_architecture, load_shape
-    from athanor.objectives.find import check_objective
-
-    check_architecture(recipe.model.architecture, "model.architecture")
-    for task in recipe.evaluate.tasks:
-        check_name("tasks", task)
-    names = [stage.name for stage in recipe.stage]
-    for stage in recipe.stage:
-        check_objective(stage.objective)
-        if stage.start_from and stage.start_from not in names:
-            load_shape(Path(stage.start_from))
-        if stage.data not in ("documents", "pairs") and not Path(stage.data).is_file():
-            raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' is neither 'documents', 'pairs' nor a JSONL file")
-    if recipe.cluster.file != "auto":
-        read_cluster(Path(recipe.cluster.file))
-    if recipe.plan.file != "auto":
-        read_plan(Path(recipe.plan.file))
-    others = recipe.parallel
-    degrees = [others.pp, others.dp_replicate, others.cp, others.tp, None if others.dp_shard == -1 else others.dp_shard]
-    needed, devices = math.prod(degree or 1 for degree in degrees), devices_of(recipe)
-    if devices % needed:
-        raise LayoutError(f"the degrees of [parallel] multiply to {needed}, which does not divide the {devices} devices")
-
-
-def devices_of(recipe: Recipe) -> int:
-    """Devices to use: the recipe's, or this machine's (on CPU a device is one core)."""
-    return recipe.cluster.devices or len(os.sched_getaffinity(0))
-
-
 def _check(chain: Chain, recipe: Recipe, run: RunFolder) -> None:
     from athanor.cli.check import check
 
@@ -123,8 +91,14 @@ def _check(chain: Chain, recipe: Recipe, run: RunFolder) -> None:
         return
     machine = [platform.node(), os.cpu_count(), platform.machine(), version("torch"), recipe.cluster.devices]
 
-    def measure() -> None:
-        check(run.cluster, recipe.cluster.devices)
+    was_measured = run.cluster.exists() and chain.last_inputs("check") is None
+
+    def measure() -> dict[str, Any]:
+        if was_measured:
+            say(f"{run.cluster} was measured before")
+        else:
+            check(run.cluster, recipe.cluster.devices)
+        return {"was_measured": was_measured}
 
     chain.step("check", {"machine": hash_value(machine)}, [run.cluster], measure)
 
@@ -137,14 +111,18 @@ def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any])
     given = read_plan(followed) if followed else {}
 
     def make() -> dict[str, Any]:
+        if was_planned:
+            say(f"{run.plan} was made before")
+            return {"was_planned": True}
         plan = plan_run(recipe.with_plan(given, recipe.plan.file), run)  # what a plan fixes is only forecast
-        write_plan(plan, run, run.plan)
+        write_plan(plan, run, run.plan, inputs)
         if followed:
             write_atomic(run.plan, followed.read_bytes())
         return {"forecast_seconds": plan.forecast.wall_seconds}
 
-    inputs = {"recipe": hash_value(recipe.model_dump(exclude={"serve"})), "cluster": str(hash_output(run.cluster)),
-              "sources": hash_value(sources), "given": hash_value(given)}
+    inputs = plan_inputs(recipe, run, sources)
+    was_planned = (run.plan.exists() and run.forecast.exists() and chain.last_inputs("plan") is None
+                   and read_plan(run.plan).get("inputs") == inputs)
     chain.step("plan", inputs, [run.plan, run.forecast], make)
     return recipe.with_plan(read_plan(run.plan), str(run.plan))
 
@@ -158,9 +136,13 @@ def _fingerprint(recipe: Recipe) -> str:
 
 
 def _build_data(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
+    """Build the data, and see that every stage finds rows in them before the first one is trained."""
     from athanor.cli.data import build_with_bar
+    from athanor.data.rows import open_rows
 
     manifest = build_with_bar(recipe, run.data)
+    for stage in recipe.stage:
+        open_rows(run.data, stage.data, stage.seq_len or 256, recipe.seed)
     return {"hash": manifest["hash"], "seconds": manifest["seconds"]}
 
 
@@ -244,8 +226,9 @@ def _step_book(account: str, seconds: float, devices: int) -> Book:
     return book
 
 
-def _tell(run: RunFolder, chain: Chain, recipe: Recipe) -> None:
-    """The ledger, and where to go from here."""
+def _tell(run: RunFolder, recipe: Recipe) -> None:
+    """The ledger, how good the models are, and where to go from here."""
+    from athanor.evaluate.scores import read_scores
     from athanor.ledger.reconcile import WHOLE_CHAIN
     from athanor.report.run_record import read_run
     from athanor.report.terminal import print_ledger
@@ -253,9 +236,10 @@ def _tell(run: RunFolder, chain: Chain, recipe: Recipe) -> None:
     for found in read_run(run).books:
         if found.name == WHOLE_CHAIN:
             print_ledger(found)
-    served = chain.last("serve")
-    if served is None:
-        raise AthanorError(f"{run.chain} has no record of the last step; run again")
+    for model, scores in read_scores(run.scores).items():
+        parts = [f"{task} {score['value']:.3g} ({score['low']:.3g} to {score['high']:.3g})"
+                 + (f", xz {score['details']['xz']:.3g}" if "xz" in score["details"] else "") for task, score in scores.items()]
+        say(f"{model}: {'; '.join(parts)}")
     say(f"report: {run.report}")
     say(f"chat:   athanor chat {run.stage(recipe.stage[-1].name).model}")
     say(f"serve:  athanor serve {run.stage(recipe.stage[-1].name).model}   (then open http://127.0.0.1:{recipe.serve.port})")

@@ -2,7 +2,7 @@
 
 A line holds what all ranks spent between two exchanges: attempt, time (seconds since 1970), first_step, last_step,
 wall_seconds, device_seconds, tokens, model_flops, model_flops_full, accounts (with 'compute' still whole). A line with
-`resumed_step` says that a new attempt went on from there.
+`resumed_step` says that a new attempt went on from there, and what the one before spent after its last line.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from athanor.ledger.attribute import COMPUTE
 from athanor.ledger.book import Book
 
 
-def roll_back(ledger_file: Path, resumed_step: int, attempt: int) -> None:
-    """Note in `ledger.jsonl` that a new attempt goes on from `resumed_step`: later steps of earlier attempts are lost."""
-    append_jsonl(ledger_file, {"attempt": attempt, "resumed_step": resumed_step})
+def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail_seconds: float = 0.0, devices: int = 1) -> None:
+    """Note in `ledger.jsonl` that a new attempt goes on from `resumed_step`: later steps of earlier attempts are lost.
+
+    So are the `tail_seconds` between the last line of the attempt before and its last sign of life.
+    """
+    append_jsonl(ledger_file, {"attempt": attempt, "resumed_step": resumed_step, "wall_seconds": tail_seconds,
+                               "device_seconds": tail_seconds * devices})
 
 
 def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, peak_flops: float | None) -> Book:
@@ -28,6 +32,10 @@ def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, 
     resumed = [(i, line["resumed_step"]) for i, line in enumerate(lines) if "resumed_step" in line]
     for index, line in enumerate(lines):
         if "resumed_step" in line:
+            if line.get("device_seconds"):
+                book.add("lost", line["device_seconds"])
+                book.wall_seconds += line["wall_seconds"]
+                book.device_seconds += line["device_seconds"]
             continue
         kept_until = min([step for at, step in resumed if at > index], default=line["last_step"])
         steps = line["last_step"] - line["first_step"]

@@ -155,9 +155,11 @@ def _with_intervals(forecaster: Forecaster, best: Candidate, stage: Stage, choic
     """How often to save (Young 1974: sqrt(2 save time x time between faults)) and to validate."""
     save = forecaster.save_seconds(best.shape, best.layout)
     apart = math.sqrt(2 * save * FAULT_SECONDS / best.layout.world_size)
-    checkpoint = stage.checkpoint_every or max(1, min(round(apart / step.seconds), math.ceil(choice.steps / 4)))
-    reasons["checkpoint_every"] = (f"a save takes {format_seconds(save)}; one every "
-                                   f"{format_seconds(checkpoint * step.seconds)} balances saving against work lost to faults")
+    best_apart, quarter = max(1, round(apart / step.seconds)), math.ceil(choice.steps / 4)
+    checkpoint = stage.checkpoint_every or min(best_apart, quarter)
+    why = "balances saving against work lost to faults" if best_apart <= quarter else "is a quarter of the stage"
+    every = format_seconds(checkpoint * step.seconds)
+    reasons["checkpoint_every"] = f"a save takes {format_seconds(save)}; one every {every} {why}"
     cost = forecaster.validation_seconds(step, best.shape, best.layout, choice)
     count = min(MOST_VALIDATIONS, max(2, int(VALIDATION_SHARE * choice.steps * step.seconds / max(cost, 1e-9))))
     evaluate = stage.evaluate_every or max(1, math.ceil(choice.steps / count))

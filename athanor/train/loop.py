@@ -21,7 +21,7 @@ from athanor.foundation.errors import AthanorError, DiskError, UserError
 from athanor.foundation.events import log_event
 from athanor.foundation.intervals import activate, interval
 from athanor.foundation.recipe import Recipe
-from athanor.foundation.run_folder import RunFolder, append_jsonl, folder_renamed_last, read_jsonl
+from athanor.foundation.run_folder import RunFolder, StageFolder, append_jsonl, folder_renamed_last, read_jsonl
 from athanor.ledger.attempts import roll_back
 from athanor.models.find import load_architecture
 from athanor.models.huggingface import load_weights, save_model
@@ -140,7 +140,9 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
     """Go on from the newest intact checkpoint, if there is one; damaged ones are named in events.jsonl."""
     folder, mesh = job.folder, trainee.mesh
     found: Path | None = None
+    tail_seconds = 0.0
     if mesh.rank == 0:
+        tail_seconds = unwritten_seconds(folder)
         progress.attempt = sum(row.get("kind") == "start" for row in read_jsonl(folder.events))
 
         def on_damage(path: Path, reason: str) -> None:
@@ -156,9 +158,17 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
         log_event(folder.events, "start", f"{name} starts on {ranks} rank{'s' if ranks > 1 else ''}: {job.layout}",
                   attempt=progress.attempt, step=progress.step)
         if progress.attempt > 0:
-            roll_back(folder.root / "ledger.jsonl", progress.step, progress.attempt)
+            roll_back(folder.root / "ledger.jsonl", progress.step, progress.attempt, tail_seconds, job.layout.world_size)
             log_event(folder.events, "restart", f"goes on from step {progress.step}", attempt=progress.attempt,
                       step=progress.step)
+
+
+def unwritten_seconds(folder: StageFolder) -> float:
+    """How long the attempt before lived after the last line of its ledger (or after its start): until its last step."""
+    written = [row["time"] for row in read_jsonl(folder.root / "ledger.jsonl") if "time" in row]
+    written += [row["time"] for row in read_jsonl(folder.events) if row.get("kind") in ("start", "done", "stop")]
+    steps = [row["time"] for row in read_jsonl(folder.metrics)]
+    return max(0.0, max(steps) - max(written)) if written and steps else 0.0
 
 
 def run_loop(run: Run) -> None:

@@ -59,6 +59,7 @@ def test_the_chain_is_walked_once_accounted_for_and_then_skipped(athanor: Any, r
     ("cluster.file=/none.toml", "/none.toml"), ("plan.file=/none.toml", "/none.toml"),
     ("stage.chat.objective=sfd", "did you mean 'sft'"), ("model.architecture=lama", "did you mean 'llama'"),
     ("evaluate.tasks=[\"bits_per_bite\"]", "did you mean 'bits_per_byte'"), ("stage.chat.data=/none.jsonl", "/none.jsonl"),
+    ("stage.chat.start_from=pretran", "did you mean 'pretrain'"),
     ("stage.chat.start_from=/none", "/none"), ("parallel.tp=3", "2 devices"),
 ])
 def test_wrong_input_is_one_sentence_before_the_first_step(athanor: Any, recipe: Path, tmp_path: Path, override: str,
@@ -68,6 +69,29 @@ def test_wrong_input_is_one_sentence_before_the_first_step(athanor: Any, recipe:
     sentence = result.stderr.strip().splitlines()[-1]
     assert sentence.startswith("athanor: ") and words in sentence and "Traceback" not in result.stderr, result.stderr
     assert not ran(read_jsonl(tmp_path / "runs" / "small" / "chain.jsonl")), "told only after work was done"
+
+
+def test_a_line_that_is_no_conversation_is_told_first(athanor: Any, recipe: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"message": turns}) + "\n")
+    result = athanor("run", recipe, f"stage.chat.data={tmp_path / 'talk.jsonl'}")
+    assert result.returncode == 2 and "talk.jsonl line 2" in result.stderr
+    assert not ran(read_jsonl(tmp_path / "runs" / "small" / "chain.jsonl"))
+
+
+def test_what_single_verbs_made_is_gone_on_with_and_its_forecast_stays(athanor: Any, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "small"
+    for arguments in (("plan", recipe), ("data", "build", recipe), ("train", recipe, "--stage", "pretrain")):
+        result = athanor(*arguments)
+        assert result.returncode == 0, result.stderr
+    plan, steps = (run / "plan.toml").read_bytes(), read_jsonl(run / "pretrain" / "metrics.jsonl")
+    refused = athanor("plan", recipe, "seed=4")
+    assert refused.returncode == 2 and "has been trained with its plan" in refused.stderr
+    assert athanor("plan", recipe, "--out", tmp_path / "other.toml").returncode == 0
+    result = athanor("run", recipe)
+    assert result.returncode == 0, result.stderr
+    assert (run / "plan.toml").read_bytes() == plan and read_jsonl(run / "pretrain" / "metrics.jsonl") == steps
+    assert "bits_per_byte" in result.stderr
 
 
 def test_two_runs_do_not_share_a_folder(athanor: Any, recipe: Path, tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_rolled_back_steps_are_lost_and_their_tokens_not_counted() -> None:
     assert book.accounts["unattributed"] == pytest.approx(0)
 
 
+def test_what_a_killed_attempt_spent_after_its_last_line_is_lost() -> None:
+    lines = [line(0, 10, compute=20), {"attempt": 1, "resumed_step": 10, "wall_seconds": 3.0, "device_seconds": 6.0},
+             line(10, 20, compute=20)]
+    book = book_of(lines, devices=2, accelerator="CPU", peak_flops=100.0)
+    assert book.accounts["lost"] == 6 and book.device_seconds == 46 and book.tokens == 200
+    assert book.accounts["unattributed"] == pytest.approx(0)
+
+
 def test_useful_above_computing_is_an_error_and_not_clamped() -> None:
     book = book_of([line(0, 10, compute=5)], devices=1, accelerator="CPU", peak_flops=100.0)
     assert book.accounts["kernel"] == pytest.approx(-5) and book.notes[0].startswith("error: useful exceeds")

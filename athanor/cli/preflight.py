@@ -1,0 +1,68 @@
+"""What can be refused before anything is measured, built or trained; and what a plan depends on."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from athanor.foundation.errors import LayoutError, RecipeError, UserError, did_you_mean
+from athanor.foundation.recipe import Recipe, read_plan
+from athanor.foundation.run_folder import RunFolder, hash_file, hash_value
+
+
+def refuse_early(recipe: Recipe) -> None:
+    """Whatever the recipe names must exist; told before anything is measured, built or trained."""
+    from athanor.cluster.spec import read_cluster
+    from athanor.data.rows import read_conversations
+    from athanor.evaluate.find import check_name
+    from athanor.models.shapes.find import check_architecture, load_shape
+    from athanor.objectives.find import check_objective
+
+    check_architecture(recipe.model.architecture, "model.architecture")
+    for task in recipe.evaluate.tasks:
+        check_name("tasks", task)
+    names = [stage.name for stage in recipe.stage]
+    for stage in recipe.stage:
+        check_objective(stage.objective)
+        if stage.start_from and stage.start_from not in names:
+            if not Path(stage.start_from).is_dir():
+                raise RecipeError(f"stage.{stage.name}.start_from = '{stage.start_from}' is neither a stage nor a model folder; "
+                                  f"{did_you_mean(stage.start_from, [name for name in names if name != stage.name])}")
+            load_shape(Path(stage.start_from))
+        if stage.data not in ("documents", "pairs"):
+            if not Path(stage.data).is_file():
+                raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' is neither 'documents', 'pairs' nor a JSONL file")
+            for _ in read_conversations(Path(stage.data)):
+                pass  # a line that is no conversation is told now
+    if recipe.cluster.file != "auto":
+        read_cluster(Path(recipe.cluster.file))
+    if recipe.plan.file != "auto":
+        read_plan(Path(recipe.plan.file))
+    others = recipe.parallel
+    degrees = [others.pp, others.dp_replicate, others.cp, others.tp, None if others.dp_shard == -1 else others.dp_shard]
+    needed, devices = math.prod(degree or 1 for degree in degrees), devices_of(recipe)
+    if devices % needed:
+        raise LayoutError(f"the degrees of [parallel] multiply to {needed}, which does not divide the {devices} devices")
+
+
+def devices_of(recipe: Recipe) -> int:
+    """Devices to use: the recipe's, or this machine's (on CPU a device is one core)."""
+    return recipe.cluster.devices or len(os.sched_getaffinity(0))
+
+
+def plan_inputs(recipe: Recipe, run: RunFolder, sources: dict[str, Any]) -> dict[str, str]:
+    """By hash: the recipe, the measured cluster, the sources' sizes and the plan that is to be followed."""
+    given = read_plan(Path(recipe.plan.file)) if recipe.plan.file != "auto" else {}
+    cluster = run.cluster if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
+    return {"recipe": hash_value(recipe.model_dump(exclude={"serve"})), "cluster": hash_file(cluster) if cluster.exists() else "",
+            "sources": hash_value(sources), "given": hash_value(given)}
+
+
+def refuse_replacing_forecast(run: RunFolder, recipe: Recipe) -> None:
+    """A forecast that training has begun with stays what it was."""
+    trained = [stage.name for stage in recipe.stage if run.stage(stage.name).metrics.exists()]
+    if trained:
+        raise UserError(f"stage '{trained[0]}' of {run.root} has been trained with its plan, and the forecast made for it stays; "
+                        "give this plan a file of its own with --out, or the run another name=…")
