@@ -29,6 +29,7 @@ CONVERT = ("convert it where you trust it: from transformers import AutoModelFor
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 HEADER_ALIGNMENT = 8
+SHOWN_PROBLEMS = 8
 
 
 def read_shape(folder: Path) -> DecoderShape:
@@ -45,8 +46,16 @@ def load_model(folder: Path, dtype: str = "float32") -> Decoder:
     if dtype not in DTYPES:
         raise ModelError(f"dtype '{dtype}' is unknown; {did_you_mean(dtype, DTYPES)}")
     shape = read_shape(folder)
-    with torch.device("meta"):
-        module: Decoder = load_architecture(read_json(folder / "config.json")["model_type"]).build(shape)
+    tensors = len(_files_of_tensors(folder))
+    if shape.num_hidden_layers > tensors:  # said before so many blocks are built
+        raise ModelError(f"{folder}: the weights do not fit config.json: num_hidden_layers = {shape.num_hidden_layers}, "
+                         f"but there are {tensors} tensors")
+    try:
+        with torch.device("meta"):
+            module: Decoder = load_architecture(read_json(folder / "config.json")["model_type"]).build(shape)
+    except RuntimeError as error:
+        raise ModelError(f"{folder / 'config.json'} describes a model of impossible size: {error}") from None
+    _check_tensors(module, folder)  # before memory is taken
     module = module.to(DTYPES[dtype]).to_empty(device="cpu")
     load_weights(module, folder)
     return module.requires_grad_(False).eval()
@@ -55,20 +64,33 @@ def load_model(folder: Path, dtype: str = "float32") -> Decoder:
 def load_weights(module: Decoder, folder: Path) -> None:
     """Fill the parameters of a model, or of one stage, from a folder; sharded ones keep their part, tensor by tensor.
 
-    Raises ModelError naming every tensor that is missing, surplus or mis-shaped, before anything is changed.
+    Raises ModelError naming the tensors that are missing, surplus or mis-shaped, before anything is changed.
     """
     folder = Path(folder)
-    files = _files_of_tensors(folder)
-    parameters = dict(module.named_parameters())
+    files = _check_tensors(module, folder)
     with contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(_open(file)) for file in set(files.values())}
-        slices = {name: opened[file].get_slice(name) for name, file in files.items()}
-        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        problems = _problems(module, {name: tuple(p.shape) for name, p in parameters.items()}, shapes)
-        if problems:
-            raise ModelError(f"{folder}: the weights do not fit config.json: " + "; ".join(problems))
-        for name, parameter in parameters.items():
+        for name, parameter in module.named_parameters():
             fill(parameter, opened[files[name]].get_tensor(name))
+
+
+def _check_tensors(module: Decoder, folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor; raises ModelError with every difference between the folder's and the module's."""
+    files = _files_of_tensors(folder)
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(_open(file)) for file in set(files.values())}
+        held = {file: set(part.keys()) for file, part in opened.items()}
+        lost = [f"{name} is not in {file.name}" for name, file in files.items() if name not in held[file]]
+        slices = {name: opened[file].get_slice(name) for name, file in files.items() if name in held[file]}
+        problems = lost + _problems(module, {name: tuple(p.shape) for name, p in module.named_parameters()},
+                                    {name: tuple(part.get_shape()) for name, part in slices.items()})
+        problems += [f"{name} is of type {part.get_dtype()} and should be one of {', '.join(NAMES.values())}"
+                     for name, part in slices.items() if part.get_dtype() not in NAMES.values()]
+    if problems:
+        more = len(problems) - SHOWN_PROBLEMS
+        raise ModelError(f"{folder}: the weights do not fit config.json: " + "; ".join(problems[:SHOWN_PROBLEMS])
+                         + (f"; and {more} more" if more > 0 else ""))
+    return files
 
 
 def _problems(module: Decoder, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
@@ -89,7 +111,10 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
     """Which file of the folder holds which tensor."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        named = read_json(index).get("weight_map", {})
+        content = read_json(index)
+        named = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+            raise ModelError(f"{index} has no 'weight_map' that names a file for each tensor")
         for file in sorted(set(named.values())):
             if "/" in file or not (folder / file).is_file():
                 raise ModelError(f"{index} names '{file}', which is not in {folder}")

@@ -51,8 +51,9 @@ def check_model_folder(folder: Path) -> Facts:
     if embedding is not None and None not in expected and embedding != expected:
         raise ModelError(f"{folder}: model.embed_tokens.weight has shape {embedding}, but config.json says "
                          f"vocab_size, hidden_size = {expected}")
-    names = config.get("architectures") or [config.get("model_type")]
-    return Facts(str(names[0]), sum(math.prod(shape) for shape in tensors.values()))
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else config.get("model_type")
+    return Facts(str(name), sum(math.prod(shape) for shape in tensors.values()))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json; a model is a Hugging Face folder")
     config = read_json(path)
-    if not isinstance(config, dict) or not (config.get("architectures") or config.get("model_type")):
+    if not isinstance(config, dict) or not ((isinstance(config.get("architectures"), list) and config["architectures"])
+                                            or isinstance(config.get("model_type"), str)):
         raise ModelError(f"{path} names neither 'architectures' nor 'model_type'")
     return config
 
@@ -76,8 +78,8 @@ def read_tensors(folder: Path) -> dict[str, list[int]]:
         raise ModelError(f"{folder} has no weights; expected model.safetensors, or model.safetensors.index.json with its shards")
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} has no 'weight_map'")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index} has no 'weight_map' that names a shard for each tensor")
     headers: dict[str, dict[str, list[int]]] = {}
     tensors = {}
     for name, shard in weight_map.items():

@@ -96,6 +96,38 @@ def test_wrong_folders_are_refused(folder: Path, small: Build) -> None:
         load_model(folder)
 
 
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"num_key_value_heads": -1}, "num_key_value_heads = -1"), ({"head_dim": -2}, "head_dim = -2"),
+    ({"rope_theta": 0.0}, "rope_theta"), ({"rms_norm_eps": -1.0}, "rms_norm_eps"), ({"rope_scaling": "linear"}, "not a table"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+    ({"model_type": "../../x"}, "unknown architecture"), ({"model_type": "."}, "unknown architecture"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"), ({"hidden_size": 10**18}, "impossible size"),
+    ({"vocab_size": 10**10}, r"should be \[10000000000, 64\]")])
+def test_a_config_that_cannot_be_is_refused_before_memory_is_taken(folder: Path, changes: dict[str, Any], words: str) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(ModelError, match=words):
+        load_model(folder)
+
+
+def test_odd_tensors_and_indices_are_refused(folder: Path) -> None:
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    tensors = load_file(weights)
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, weights)
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is of type I8"):
+        load_model(folder)
+    save_file({f"x.{name}": tensor for name, tensor in tensors.items()}, weights)
+    with pytest.raises(ModelError, match=r"and \d+ more"):
+        load_model(folder)
+    for content in ("[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}'):
+        index.write_text(content)
+        with pytest.raises(ModelError, match="no 'weight_map' that names a file"):
+            load_model(folder)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight is not in model\.safetensors"):
+        load_model(folder)
+
+
 def test_a_tied_folder_may_hold_the_head_as_well(small: Build, tmp_path: Path) -> None:
     module = small(tie_word_embeddings=True)
     save_model(module, tmp_path)

@@ -107,6 +107,9 @@ def _sharded_without_shard(folder: Path) -> None:
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"[]"), "not a safetensors file"),
     (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
     (lambda folder: (folder / "config.json").write_text("{}"), "names neither 'architectures' nor"),
+    (lambda folder: (folder / "config.json").write_text('{"architectures": {"a": 1}}'), "names neither 'architectures' nor"),
+    (lambda folder: ((folder / "model.safetensors").unlink(),
+                     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')), "no 'weight_map'"),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "x", "vocab_size": 41, "hidden_size": 8}'),
      r"has shape \[40, 8\], but config.json says"),
 ])

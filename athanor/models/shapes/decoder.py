@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,7 +35,7 @@ class DecoderShape:
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "max_position_embeddings"):
+                     "num_key_value_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} = {getattr(self, name)}; it must be at least 1")
         if not self.head_dim:
@@ -42,8 +43,11 @@ class DecoderShape:
                 raise ModelError(f"num_attention_heads = {self.num_attention_heads} does not divide "
                                  f"hidden_size = {self.hidden_size}; set head_dim, or other heads")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.head_dim % 2:
-            raise ModelError(f"head_dim = {self.head_dim} is odd; rotary positions turn pairs, so it must be even")
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise ModelError(f"head_dim = {self.head_dim} is odd or below 2; rotary positions turn pairs")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ModelError(f"{name} = {getattr(self, name)}; it must be above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(f"num_key_value_heads = {self.num_key_value_heads} does not divide "
                              f"num_attention_heads = {self.num_attention_heads}")
@@ -92,9 +96,15 @@ class DecoderShape:
                 raise ModelError(f"{where}: {key} = {config[key]!r} is not supported; only {only!r} is")
         values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ModelError(f"{where}: rope_scaling = {rope!r} is not a table; leave it out, or give null")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ModelError(f"{where}: rope_type = {kind!r} is not supported; only 'default' is")
+        for table, key, only in ((config, "partial_rotary_factor", 1), (rope, "partial_rotary_factor", 1),
+                                 (config, "quantization_config", None)):  # refused, or the numbers would be others
+            if table.get(key) not in (None, only):
+                raise ModelError(f"{where}: {key} = {table[key]!r} is not supported; it must be left out")
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):

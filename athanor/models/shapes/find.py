@@ -20,7 +20,7 @@ def architectures() -> list[str]:
 
 def check_architecture(name: str, where: str) -> None:
     """Refuse a name that is neither in the zoo nor a package.module, with the nearest valid one."""
-    if "." not in name and name not in architectures():
+    if name not in architectures() and ("." not in name or not all(part.isidentifier() for part in name.split("."))):
         raise ModelError(f"{where}: unknown architecture '{name}'; {did_you_mean(name, architectures())}")
 
 
