@@ -111,8 +111,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path} is not usable JSON: it is nested too deeply") from None
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

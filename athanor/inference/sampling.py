@@ -28,7 +28,7 @@ def _draw(logp: Tensor, requests: Sequence[Request]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=logp.dtype, device=logp.device).unsqueeze(1)
 
-    probabilities = (logp / column([r.sampling.temperature for r in requests])).softmax(-1)
+    probabilities = (logp / column([max(r.sampling.temperature, 1e-5) for r in requests])).softmax(-1)  # less is beyond float32
     if any(r.sampling.top_k > 0 or r.sampling.top_p < 1 for r in requests):
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -64,7 +65,8 @@ class Api:
                   Route("/v1/chat/completions", self.guarded(self.chat_completions), methods=["POST"]),
                   Route("/v1/feedback", self.guarded(self.feedback), methods=["POST"])]
         return Starlette(routes=routes, lifespan=self._lifespan,
-                         exception_handlers={HTTPException: _http_error, Exception: _unexpected})
+                         exception_handlers={HTTPException: _http_error, Exception: _unexpected,
+                                             ClientDisconnect: lambda *_: Response(status_code=499)})
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

@@ -28,7 +28,7 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
                  headers: dict[str, str] | None = None) -> None:
         self.status, self.param, self.code, self.headers = status, param, code, headers
-        super().__init__(message)
+        super().__init__(message if len(message) <= 600 else message[:599] + "…")
 
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else "invalid_request_error"

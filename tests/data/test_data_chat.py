@@ -68,6 +68,12 @@ def test_bad_messages_are_refused_in_a_sentence(template: ChatTemplate, messages
         template.render(messages)  # type: ignore[arg-type]
 
 
+def test_text_with_every_private_character_is_rendered(template: ChatTemplate) -> None:
+    text = "".join(map(chr, range(0xE000, 0xF900))) + "<|end|>"
+    ids = template.render([{"role": "user", "content": text}])
+    assert text in template.tokenizer.decode(ids) and ids.count(template.tokenizer.eos_id) <= 1
+
+
 def test_template_is_sandboxed(template: ChatTemplate) -> None:
     with pytest.raises(DataError, match="refuses these messages"):
         ChatTemplate("{{ messages.__class__.__mro__ }}", template.tokenizer).render(TALK)

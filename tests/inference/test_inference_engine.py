@@ -180,6 +180,12 @@ def test_tokens_are_drawn_by_their_probability() -> None:
         assert (shares(**limits) - wanted / wanted.sum()).abs().max() < 4 * math.sqrt(0.25 / len(logits)), limits
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-40, 5e-324])
+def test_a_tiny_temperature_draws_the_likeliest(temperature: float) -> None:
+    tokens, logprobs = choose(torch.tensor([[0.0, 1.0, 3.0, 2.0]]), [Request([1], Sampling(1, temperature=temperature))])
+    assert tokens == [2] and math.isfinite(logprobs[0])
+
+
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     engine = Engine(model(), 100)
     for tokens, sampling, words in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
 from typing import Any
 
 import openai
@@ -104,6 +105,19 @@ def test_body_too_large(served: tuple[str, Api]) -> None:
     connection.request("POST", "/v1/completions", body, {"Transfer-Encoding": "chunked"}, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
+
+
+def test_a_long_wrong_name_is_cut_short(served: tuple[str, Api]) -> None:
+    error = refused(served[0], "/v1/chat/completions", b'{"' + b"a" * 100_000 + b'": 1}')
+    assert error["status"] == 400 and "unknown field" in error["message"] and len(error["message"]) <= 600
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault(served: tuple[str, Api], caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_connection(("127.0.0.1", int(served[0].rpartition(":")[2]))) as leaving:
+        leaving.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+    time.sleep(0.3)
+    test_health_still_ok(served)
+    assert not caplog.records
 
 
 def test_port_in_use_names_the_port() -> None:

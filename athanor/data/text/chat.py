@@ -79,8 +79,10 @@ class ChatTemplate:
     def _guarded(self, messages: Sequence[Message]) -> tuple[str, list[dict[str, Any]]]:
         """Break up special-token text in contents with a character that no message contains."""
         check_messages(messages, self.where)
-        contents = "".join(message["content"] for message in messages)
-        guard = next(chr(point) for point in range(0xE000, 0xF8FF) if chr(point) not in contents)
+        used = set().union(*(message["content"] for message in messages))
+        guard = next((chr(point) for point in range(0xE000, 0x110000) if chr(point) not in used), None)
+        if guard is None:
+            raise DataError(f"{self.where}: the messages hold every character from U+E000 on; leave one out")
         return guard, [{**message, "content": self._special.sub(lambda found: found[0][0] + guard + found[0][1:],
                                                                 message["content"])} for message in messages]
 
@@ -123,8 +125,12 @@ def check_messages(messages: Any, where: str) -> None:
 def _find_template(folder: Path) -> tuple[str | None, str]:
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.is_file():
-        return file.read_text(encoding="utf-8"), str(file)
-    source = read_json(config).get("chat_template") if config.is_file() else None
+        try:
+            return file.read_text(encoding="utf-8"), str(file)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8: byte {error.start} cannot be read") from None
+    content = read_json(config) if config.is_file() else None
+    source = content.get("chat_template") if isinstance(content, dict) else None
     if isinstance(source, list):  # several named templates
         source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     return source if isinstance(source, str) else None, str(config)
