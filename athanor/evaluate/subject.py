@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from athanor.data.text.chat import ChatTemplate
 from athanor.data.text.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def open_subject(name: str, folder: Path, is_chat: bool, context_tokens: int | N
     from athanor.inference.engine import open_engine
 
     config = read_json(folder / "config.json")
-    longest = config.get("max_position_embeddings")
+    longest = config.get("max_position_embeddings") if isinstance(config, dict) else None
     if not isinstance(longest, int):
         raise ModelError(f"{folder / 'config.json'} has no 'max_position_embeddings'")
     context_tokens = min(longest, context_tokens or longest)
@@ -86,8 +86,8 @@ def generate(subject: Subject, prompts: Sequence[list[int]], max_new_tokens: Seq
     return [answers[index] for index in range(len(prompts))]
 
 
-def held_out(data: Path, name: str) -> list[dict[str, object]]:
-    """The lines of a held-out file of a data folder. Raises UserError when it is missing or empty."""
+def held_out(data: Path, name: str, *keys: str) -> list[dict[str, Any]]:
+    """The lines of a held-out file of a data folder. Raises UserError when it is missing, empty, or lacks texts at `keys`."""
     from athanor.foundation.run_folder import read_jsonl
 
     path = data / name
@@ -96,4 +96,8 @@ def held_out(data: Path, name: str) -> list[dict[str, object]]:
     rows = read_jsonl(path)
     if not rows:
         raise UserError(f"{path} is empty, so there is nothing to score; raise data.evaluation_share")
+    for number, row in enumerate(rows, 1):
+        for key in keys:
+            if not isinstance(row.get(key), str) or any("\ud800" <= sign <= "\udfff" for sign in row[key]):
+                raise UserError(f"{path}: '{key}' of row {number} must be text; `athanor data build` writes such files")
     return rows

@@ -271,3 +271,25 @@ def test_missing_and_empty_data_are_one_sentence(tmp_path: Path, tokenizer: Toke
     (tmp_path / "evaluation.jsonl").write_text(json.dumps({"doc_id": "a", "uri": "a.txt", "text": "x = 1"}) + "\n")
     with pytest.raises(UserError, match="no Python file with an identifier"):
         identifiers.run(subject, tmp_path, None, nothing)
+
+
+@pytest.mark.parametrize(("row", "words"), [
+    ({"doc_id": "a", "uri": "a.py"}, "'text' of row 1 must be text"), ({"text": 3}, "'text' of row 1"),
+    ({"text": "\ud800"}, "'text' of row 1"), ({"text": ""}, "no byte of text")])
+def test_rows_without_text_are_one_sentence(tmp_path: Path, tokenizer: Tokenizer, row: dict[str, Any], words: str) -> None:
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps(row) + "\n")
+    subject = Subject("m", tmp_path, False, 64, None, tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=words):
+        bits_per_byte.run(subject, tmp_path, None, nothing)
+
+
+def test_an_empty_document_does_not_spoil_the_interval_and_nan_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_bigram(tmp_path / "model", tokenizer, normalised(np.ones((tokenizer.vocab_size, tokenizer.vocab_size))), 64)
+    rows = [{"text": ""}, {"text": "x = 1"}]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subject = open_subject("m", tmp_path / "model", is_chat=False)
+    score = bits_per_byte.run(subject, tmp_path, None, nothing)
+    assert score.count == 1 and score.low == pytest.approx(score.value) == score.high
+    next(subject.engine.model.parameters()).fill_(math.nan)
+    with pytest.raises(ModelError, match="NaN"):
+        bits_per_byte.run(subject, tmp_path, None, nothing)

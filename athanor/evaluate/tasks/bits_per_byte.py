@@ -17,14 +17,16 @@ from typing import Any
 from athanor.data.text.tokenizer import Tokenizer
 from athanor.evaluate.scores import Score, bootstrap_ratio
 from athanor.evaluate.subject import Progress, Subject, held_out
-from athanor.foundation.errors import ModelError
+from athanor.foundation.errors import ModelError, UserError
 
 WINDOWS_PER_CALL = 64
 
 
 def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> Score:
     """Score every held-out document (the first `limit` of them)."""
-    texts = [str(row["text"]) for row in held_out(data, "evaluation.jsonl")[:limit]]
+    texts = [row["text"] for row in held_out(data, "evaluation.jsonl", "text")[:limit] if row["text"]]
+    if not texts:
+        raise UserError(f"{data / 'evaluation.jsonl'} holds no byte of text, so there is nothing to score")
     size = subject.context_tokens
     sequences = [encode(subject.tokenizer, text) for text in texts]
     work = [(number, begin, end, first) for number, ids in enumerate(sequences)
@@ -65,6 +67,8 @@ def windows(length: int, size: int) -> list[tuple[int, int, int]]:
 
 
 def _score(nats: list[float], end_nats: list[float], raw: list[bytes], details: dict[str, Any]) -> Score:
+    if not all(map(math.isfinite, nats)):
+        raise ModelError("the model gives held-out text no probability that is a number; its weights hold NaN or infinity")
     sizes = [len(content) for content in raw]
     total, whole = sum(sizes), b"".join(raw)
     bits = [value / math.log(2) for value in nats]

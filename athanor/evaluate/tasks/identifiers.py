@@ -39,9 +39,9 @@ class Place:
 
 def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> Score:
     """Score `PLACES` identifiers (at most `limit`) of all held-out files that end in .py."""
-    rows = [row for row in held_out(data, "evaluation.jsonl") if str(row["uri"]).endswith(".py")]
-    texts = [str(row["text"]) for row in rows]
-    places = choose([str(row["doc_id"]) for row in rows], texts, min(PLACES, limit or PLACES))
+    rows = [row for row in held_out(data, "evaluation.jsonl", "text", "uri", "doc_id") if row["uri"].endswith(".py")]
+    texts = [row["text"] for row in rows]
+    places = choose([row["doc_id"] for row in rows], texts, min(PLACES, limit or PLACES))
     if not places:
         raise UserError(f"{data / 'evaluation.jsonl'} holds no Python file with an identifier in it")
     room = subject.context_tokens - NEW_TOKENS

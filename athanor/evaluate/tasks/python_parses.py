@@ -22,7 +22,7 @@ LEAST_NEW_TOKENS = 16  # a prompt that leaves less room does not fit
 
 def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> Score:
     """Ask for every function of functions.jsonl (the first `limit` of them)."""
-    functions: list[dict[str, Any]] = held_out(data, "functions.jsonl")[:limit]
+    functions = held_out(data, "functions.jsonl", "name", "prompt", "before", "indent", "after")[:limit]
     prompts = make_prompts(subject, functions)
     room = [min(NEW_TOKENS, subject.context_tokens - len(prompt)) for prompt in prompts]
     fitting = [index for index, space in enumerate(room) if space >= LEAST_NEW_TOKENS]
