@@ -67,11 +67,25 @@ def read_manifest(path: Path) -> Manifest:
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a model's manifest of schema {SCHEMA}")
-    names = {f.name for f in fields(Manifest)}
-    try:
-        return Manifest(**{name: value for name, value in raw.items() if name in names})
-    except TypeError as error:
-        raise UserError(f"{path} is not a whole manifest: {error}") from None
+    wrong = [f.name for f in fields(Manifest) if not _fits(raw.get(f.name), str(f.type))]
+    if wrong:
+        raise UserError(f"{path} is not a whole manifest: {', '.join(wrong)} missing or of another type")
+    card = Manifest(**{f.name: raw[f.name] for f in fields(Manifest)})
+    unsafe = [name for name in card.files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if unsafe or card.reference != path.parent.name:
+        what = f"the file '{unsafe[0]}', which lies outside" if unsafe else f"{card.reference}, which does not belong in"
+        raise UserError(f"{path} is not to be trusted: it names {what} {path.parent}")
+    return card
+
+
+def _fits(value: object, kind: str) -> bool:
+    """Whether a value read from JSON is of a field's type."""
+    if value is None:
+        return "None" in kind
+    types = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}
+    if not isinstance(value, types[kind.partition("[")[0].partition(" ")[0]]):
+        return False
+    return not isinstance(value, list) or all(isinstance(entry, dict) for entry in value)
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -138,6 +138,8 @@ class Registry:
     def aliases(self) -> dict[str, dict[str, str]]:
         """{model: {alias: version}}."""
         found: dict[str, dict[str, str]] = read_json(self.alias_file) if self.alias_file.exists() else {}
+        if not isinstance(found, dict) or not all(isinstance(versions, dict) for versions in found.values()):
+            raise UserError(f"{self.alias_file} must be an object of the form {{model: {{alias: version}}}}")
         return found
 
     def set_alias(self, reference: str, alias: str) -> Manifest:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,3 +182,25 @@ def test_a_card_survives_reading_and_writing(registry: Registry, model: MakeMode
     card = registry.import_folder(model(), "m")
     assert read_manifest(registry.root / card.reference / "manifest.json") == card
     assert card.parameters == 40 * 8 + 8 * 8 and card.architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"files": [1]}, "files missing or of another type"), ({"parents": 7}, "parents missing"), ({"parents": [1]}, "parents"),
+    ({"tokens": "many"}, "tokens"), ({"files": {"../../out": "0" * 64}}, "'../../out', which lies outside"),
+    ({"files": {"/out": "0" * 64}}, "lies outside"), ({"model": "other"}, "does not belong in")])
+def test_a_damaged_or_hostile_card_is_one_sentence(registry: Registry, model: Callable[..., Path], tmp_path: Path,
+                                                   changes: dict[str, Any], words: str) -> None:
+    card = registry.import_folder(model(), "m")
+    path = registry.root / card.reference / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    for ask in (registry.get, registry.verify, lambda reference: registry.export(reference, tmp_path / "export")):
+        with pytest.raises(UserError, match=words):
+            ask("m")
+    assert not (tmp_path / "export").exists()
+
+
+def test_aliases_that_are_no_table_are_one_sentence(registry: Registry, model: Callable[..., Path]) -> None:
+    registry.import_folder(model(), "m")
+    registry.alias_file.write_text('{"m": []}')
+    with pytest.raises(UserError, match="must be an object"):
+        registry.get("m@x")
