@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -40,10 +41,18 @@ def launched_from_outside() -> bool:
 
 
 def start_server() -> None:
-    """Begin importing torch in the fork server, so that the first ranks find it ready; returns at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
+    """Begin importing torch in the fork server, so that the first ranks find it ready; returns at once.
+
+    It ignores SIGTERM, which schedulers send to whole process groups: ranks must outlive it to save, and it ends with us.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    is_main = threading.current_thread() is threading.main_thread()  # no other may say what signals do
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN) if is_main else None
+    try:
+        forkserver.ensure_running()
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_folder: Path,
@@ -55,8 +64,8 @@ def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_fo
     `log_folder/rank-N.log`. `threads` per rank defaults to an equal part of this machine's cores.
     When a rank fails, the others are killed and RankError names it; an AthanorError raised in a rank is raised here as it is.
     """
+    start_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     log_folder.mkdir(parents=True, exist_ok=True)
     threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
     port = free_port()
@@ -146,6 +155,7 @@ def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, st
     _die_with_parent()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

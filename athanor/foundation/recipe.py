@@ -260,6 +260,8 @@ def _check_meaning(recipe: Recipe, file: str) -> None:
         raise RecipeError(f"{file}: budget has {' and '.join(given)}; give one of minutes, pd, tokens, money")
     if recipe.budget.money is not None and recipe.cluster.price_per_device_hour is None:
         raise RecipeError(f"{file}: budget.money needs cluster.price_per_device_hour")
+    if recipe.parallel.dp_shard == 0:
+        raise RecipeError(f"{file}: 'parallel.dp_shard' is 0: it must be -1 (the rest) or at least 1")
     names = [stage.name for stage in recipe.stage]
     for index, stage in enumerate(recipe.stage):
         if stage.name in names[:index]:

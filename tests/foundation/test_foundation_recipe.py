@@ -43,6 +43,7 @@ def test_precedence_is_override_recipe_plan_default() -> None:
     ("budget.minutes=inf", ["budget.minutes"]),
     ("seed.x=1", ["seed"]),
     ("name=a/b", ["name"]),
+    ("parallel.dp_shard=0", ["parallel.dp_shard", "at least 1"]),
     ("data.source.stdlib.name=../x", ["data.source", "name", "pattern"]),
     (f"name={'a' * 101}", ["name", "pattern"]),
     ("stage.chat.name=plan.toml", ["cannot be called 'plan.toml'"]),

@@ -45,16 +45,17 @@ def test_under_torchrun_it_is_a_rank(recipe_file: Path, run_folder: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_asks_to_be_queued_again(recipe_file: Path, run_folder: Path) -> None:
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to its whole process group"])
+def test_sigterm_saves_and_asks_to_be_queued_again(recipe_file: Path, run_folder: Path, to_all: bool) -> None:
     arguments = [ATHANOR, "train", recipe_file, "--stage", "pretrain", "--json", "--run", run_folder, "parallel.dp_shard=2",
                  "stage.pretrain.steps=2000", "stage.pretrain.evaluate_every=2000", "stage.pretrain.checkpoint_every=2000"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = run_folder / "pretrain" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_REQUEUE, errors
     assert output == "" and "as asked" in errors

@@ -17,6 +17,8 @@ from athanor.foundation.run_folder import RunFolder, read_json, write_json
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.zoo.llama import build
+from athanor.objectives.batch import collate
+from athanor.objectives.find import load_objective
 from athanor.parallel.mesh import Mesh
 from athanor.train import checkpoint
 from athanor.train.muon import newton_schulz, share_out
@@ -24,6 +26,7 @@ from athanor.train.optimizer import Optimizer, is_decayed
 from athanor.train.schedule import learning_rate
 from athanor.train.settings import Settings, layout_of, settle
 from athanor.train.stage import resolve
+from athanor.train.step import Trainee, run_step
 
 ALONE = Mesh(Layout(), torch.device("cpu"), 0, None)
 SHAPE = DecoderShape(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -71,6 +74,23 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw() -> None:
     assert share_out([4.0, 3.0, 3.0, 1.0], 2) == [[0, 3], [1, 2]]
 
 
+def test_muon_looks_ahead_along_its_momentum() -> None:
+    model, gradients = model_and_gradients(2)
+    optimizer = Optimizer(model, "muon", 0.1, ALONE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    index = [n for n, _ in model.named_parameters()].index(name)
+    wanted, momentum = dict(model.named_parameters())[name].detach().clone(), torch.zeros(24, 16, dtype=torch.float64)
+    for parts in gradients:
+        for parameter, part in zip(model.parameters(), parts, strict=True):
+            parameter.grad = part.clone()
+        optimizer.step(0.01)
+        optimizer.clear()
+        momentum = 0.95 * momentum + 0.05 * parts[index]
+        update = newton_schulz(0.05 * parts[index] + 0.95 * momentum)
+        wanted = wanted * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 24**0.5 * update
+    torch.testing.assert_close(dict(model.named_parameters())[name].detach(), wanted, rtol=0, atol=1e-10)
+
+
 def test_the_norm_is_that_of_the_whole_gradient() -> None:
     model, (parts,) = model_and_gradients(1)
     optimizer = Optimizer(model, "adamw", 0.0, ALONE)
@@ -100,6 +120,17 @@ def test_schedules_by_value() -> None:
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(train: Train, run_folder: Path) -> None:
     found = train(run_folder, "parallel.dp_shard=2", target="train_ranks:one_rank_diverges")
     assert found["skipped"] == [True, False] and found["kept"] and found["moved"] and found["updates"] == 1
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = model_and_gradients(0)
+    trainee = Trainee(model, ALONE, load_objective("pretrain"), Optimizer(model, "adamw", 0.0, ALONE))
+    batch = collate([{"tokens": np.arange(9), "starts": np.array([0]), "weight": np.ones(8)}], 8)
+    used: list[float] = []
+    monkeypatch.setattr(trainee.optimizer, "step", lambda rate: used.append(float(trainee.optimizer.squared_norm()) ** 0.5))
+    norms = [run_step(trainee, [batch], 0.1, clip).grad_norm for clip in (1e9, 0.01)]
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.02
+    assert used == pytest.approx([norms[0], 0.01], rel=1e-3)
 
 
 def settings(recipe: Recipe, **changes: Any) -> Settings:
