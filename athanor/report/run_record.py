@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from athanor.foundation.run_folder import RunFolder, StageFolder, read_json, rea
 from athanor.ledger.reconcile import Reconciliation, reconcile_run
 
 Row = dict[str, Any]
+LIMITS = {"time": 1e11}  # seconds since 1970 that a calendar can write
 
 # file of the run folder -> what the page would show from it
 EXPECTED = {
@@ -61,21 +63,41 @@ def read_run(run: RunFolder) -> RunRecord:
     stages = _stage_names(run, recipe, plan)
     if len(missing) == len(EXPECTED) and not stages:
         raise UserError(f"{run.root} holds nothing of a run: neither recipe.toml, plan.toml, chain.jsonl nor a stage's folder")
-    scores = _read_optional(run.scores).get("models", {})
+    scores = _read_scores(run.scores)
     return RunRecord(
         name=str(recipe.get("name") or run.root.resolve().name), books=reconcile_run(run.root, stages),
         stages=[_read_stage(run.stage(name), plan) for name in stages], funnel=_read_optional(run.data / "funnel.json"),
         manifest=_read_optional(run.data / "manifest.json"), scores=scores, plan=plan, cluster=cluster, recipe=recipe,
-        recipe_text=run.recipe.read_text(encoding="utf-8") if run.recipe.exists() else "", chain=read_jsonl(run.chain),
-        missing=missing)
+        recipe_text=run.recipe.read_text(encoding="utf-8") if run.recipe.exists() else "",
+        chain=_rows(run.chain, "time", "seconds"), missing=missing)
 
 
 def _read_stage(stage: StageFolder, plan: Row) -> StageRecord:
     name = stage.root.name
     forecast = plan.get("forecast", {}).get(name, {})
-    metrics = {row["step"]: row for row in read_jsonl(stage.metrics) if "step" in row}  # a step done again replaces its row
-    return StageRecord(name, [metrics[step] for step in sorted(metrics)], read_jsonl(stage.events),
-                       read_jsonl(stage.samples), forecast.get("step_seconds") if isinstance(forecast, dict) else None)
+    rows = _rows(stage.metrics, "step", "time", "tokens", "loss", "validation_loss", "step_seconds", "tokens_per_second")
+    metrics = {row["step"]: row for row in rows if "step" in row}  # a step done again replaces its row
+    return StageRecord(name, [metrics[step] for step in sorted(metrics)], _rows(stage.events, "time", "step"),
+                       _rows(stage.samples, "step"), forecast.get("step_seconds") if isinstance(forecast, dict) else None)
+
+
+def _rows(path: Path, *numbers: str) -> list[Row]:
+    """Rows of a JSON-lines file without what should be a number and is none, or not finite: a loss that diverged."""
+    return [{key: value for key, value in row.items() if key not in numbers or _is_number(value, LIMITS.get(key, 1e18))}
+            for row in read_jsonl(path)]
+
+
+def _is_number(value: object, limit: float = math.inf) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < limit
+
+
+def _read_scores(path: Path) -> dict[str, dict[str, Row]]:
+    models = _read_optional(path).get("models", {})
+    for model, tasks in models.items() if isinstance(models, dict) else [("", None)]:
+        for task, score in tasks.items() if isinstance(tasks, dict) else [("", None)]:
+            if not isinstance(score, dict) or not all(_is_number(score.get(key)) for key in ("value", "low", "high", "count")):
+                raise UserError(f"{path}: models.{model}.{task} is no score with the numbers value, low, high and count")
+    return dict(models)
 
 
 def _stage_names(run: RunFolder, recipe: Row, plan: Row) -> list[str]:

@@ -239,3 +239,23 @@ def test_whatever_a_model_or_a_file_says_is_only_text(copy: RunFolder, tmp_path:
     assert len(page.find("script")) == 1 and not page.find("img")
     assert page.texts[0].count(ATTACK) >= 10
     assert not [attributes for _, attributes, _ in page.elements if any(name.startswith("on") for name in attributes)]
+
+
+@pytest.mark.parametrize("odd", ["NaN", "Infinity", "-Infinity", "null", '"x"', "[]", "1e300"])
+def test_a_run_that_diverged_or_has_odd_rows_has_a_page(copy: RunFolder, tmp_path: Path, odd: str) -> None:
+    for path, keys in ((copy.stage("pretrain").metrics, ("loss", "validation_loss", "time", "tokens_per_second")),
+                       (copy.stage("pretrain").events, ("time", "step")), (copy.stage("pretrain").samples, ("step",)),
+                       (copy.chain, ("seconds", "time"))):
+        rows = [json.dumps(row | dict.fromkeys(keys, "ODD")) if number % 3 == 1 else json.dumps(row)
+                for number, row in enumerate(read_jsonl(path))]
+        path.write_text("\n".join(rows).replace('"ODD"', odd) + "\n")
+    text = write_report(copy, tmp_path / "page.html").read_text()
+    Page(text)
+    assert not re.search(r"[ ,\"]-?(nan|inf)[ ,%\"]", text)
+
+
+@pytest.mark.parametrize("score", [None, {}, {"value": "1", "low": 0, "high": 1, "count": 3}])
+def test_a_score_without_numbers_is_one_sentence(copy: RunFolder, tmp_path: Path, score: object) -> None:
+    write_atomic(copy.scores, json.dumps({"models": {"chat": {"exact": score}}}))
+    with pytest.raises(UserError, match=r"models\.chat\.exact is no score"):
+        write_report(copy, tmp_path / "page.html")
