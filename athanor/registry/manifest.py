@@ -82,7 +82,7 @@ def _fits(value: object, kind: str) -> bool:
     """Whether a value read from JSON is of a field's type."""
     if value is None:
         return "None" in kind
-    types = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}
+    types: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict, "list": list}
     if not isinstance(value, types[kind.partition("[")[0].partition(" ")[0]]):
         return False
     return not isinstance(value, list) or all(isinstance(entry, dict) for entry in value)
