@@ -87,11 +87,21 @@ def read_book(path: Path) -> Book:
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a book of schema {SCHEMA}")
-    unknown = set(raw.get("accounts", {})) - set(NAMES)
+    accounts = raw.get("accounts", {})
+    wrong = [name for name in ("devices", "wall_seconds", "device_seconds", "tokens", "model_flops")
+             if not isinstance(raw.get(name, 0.0), (int, float))]
+    if not isinstance(accounts, dict) or not all(isinstance(seconds, (int, float)) for seconds in accounts.values()):
+        wrong.append("accounts")
+    if wrong:
+        raise UserError(f"{path} is a damaged book: {', '.join(wrong)} must be numbers")
+    unknown = set(accounts) - set(NAMES)
     if unknown:
         raise UserError(f"{path} has an unknown account '{min(unknown)}'; {did_you_mean(min(unknown), NAMES)}")
     known: dict[str, Any] = {f.name: raw[f.name] for f in fields(Book) if f.name in raw}
-    return Book(**known)
+    try:
+        return Book(**known)
+    except TypeError as error:  # a field without a default is not there
+        raise UserError(f"{path} is not a whole book: {error}") from None
 
 
 def total(books: Iterable[Book], kind: Kind, *, wall_seconds: float, devices: int) -> Book:

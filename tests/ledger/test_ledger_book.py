@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,14 @@ def test_what_a_killed_attempt_spent_after_its_last_line_is_lost() -> None:
 def test_useful_above_computing_is_an_error_and_not_clamped() -> None:
     book = book_of([line(0, 10, compute=5)], devices=1, accelerator="CPU", peak_flops=100.0)
     assert book.accounts["kernel"] == pytest.approx(-5) and book.notes[0].startswith("error: useful exceeds")
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"accounts": {"useful": "x"}}, "accounts must be numbers"), ({"accounts": []}, "accounts must be"),
+    ({"device_seconds": None, "tokens": "x"}, "device_seconds, tokens must be numbers"), ({"devices": ...}, "not a whole book")])
+def test_a_damaged_book_is_one_sentence(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    a_book().write(tmp_path / "actual.json")
+    fields = json.loads((tmp_path / "actual.json").read_text()) | changes
+    (tmp_path / "actual.json").write_text(json.dumps({key: value for key, value in fields.items() if value is not ...}))
+    with pytest.raises(UserError, match=words):
+        read_book(tmp_path / "actual.json")
