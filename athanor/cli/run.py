@@ -63,12 +63,14 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
     _check(chain, recipe, run)
     planned = _plan(chain, recipe, run, sources)
     data_inputs = {"data": hash_value([planned.data.model_dump(), planned.seed]), "sources": _fingerprint(recipe)}
+    if planned.data.tokenizer is not None:
+        data_inputs["tokenizer"] = str(hash_output(Path(planned.data.tokenizer)))
     chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run))
     for stage in planned.stage:
         inputs = _stage_inputs(planned, stage, run)
-        before = chain.last_inputs(f"train {stage.name}")
-        is_fresh = before is not None and before != inputs  # what was begun by hand goes on, or is refused, never thrown away
-        chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model], _training(planned, stage, run, is_fresh))
+        replaced = _replaced(chain, stage, inputs, run)
+        chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model],
+                   _training(planned, stage, run, replaced is not None), replaced)
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
     facts = {**models, "data": str(hash_output(run.data / "manifest.json"))}
     chain.step("evaluate", {**facts, "tasks": hash_value(planned.evaluate.model_dump())}, [run.scores],
@@ -153,7 +155,22 @@ def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str
     if stage.start_from:
         is_stage = any(other.name == stage.start_from for other in recipe.stage)
         inputs["start_from"] = str(hash_output(run.stage(stage.start_from).model if is_stage else Path(stage.start_from)))
+    if stage.data not in ("documents", "pairs"):
+        inputs["conversations"] = str(hash_output(Path(stage.data)))
     return inputs
+
+
+def _replaced(chain: Chain, stage: Stage, inputs: dict[str, str], run: RunFolder) -> str | None:
+    """The hash of the configuration whose work must go before a stage can begin (empty: it has none); None when none must.
+
+    What was begun by hand goes on, or is refused, never thrown away. A kill may come before the folder was emptied: then it
+    still has the configuration that the last attempt was to replace.
+    """
+    last = chain.last_start(f"train {stage.name}")
+    if last is None:
+        return None
+    config = hash_output(run.stage(stage.name).config)
+    return config or "" if last["inputs"] != inputs or (config and config == last.get("replaces")) else None
 
 
 def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> Callable[[], dict[str, Any]]:
@@ -163,7 +180,7 @@ def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> C
         result = train(recipe, run, stage.name, is_fresh=is_fresh)
         if result["is_asked_to_stop"]:
             raise Stopped(f"stopped after step {result['step']} of {stage.name}, as asked; the same command goes on from there")
-        return {"steps": result["steps"], "loss": result["loss"][-1], "tokens_per_second": result["tokens_per_second"]}
+        return {"steps": result["steps"], "loss": (result["loss"] or [None])[-1], "tokens_per_second": result["tokens_per_second"]}
 
     return work
 
@@ -213,6 +230,7 @@ def actual_book(chain: Chain, recipe: Recipe, run: RunFolder, report_seconds: fl
         if line["event"] == "done" and (account := STEP_ACCOUNTS.get(line["step"])):
             books.append(_step_book(account, line["seconds"], line["devices"]))
     books.append(_step_book("publish", report_seconds, chain.devices))
+    books.append(_step_book("lost", chain.replaced_seconds() / chain.devices, chain.devices))
     books += [read_book(run.stage(stage.name).actual) for stage in recipe.stage]
     book = total(books, "actual", wall_seconds=chain.wall_seconds(), devices=chain.devices)
     if recipe.cluster.price_per_device_hour is not None:

@@ -49,7 +49,7 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Pa
     if as_json and result["rank"] == 0:
         click.echo(json.dumps(result))
     elif result["rank"] == 0:
-        loss = _format_loss(result["loss"][-1] if result["loss"] else None)
+        loss = _format_loss(result["loss"][-1]) if result["loss"] else "not recorded"
         say(f"{stage}: {result['steps']} steps, loss {loss}, {format_count(result['tokens_per_second'])} "
             f"tokens/s; the model is in {run.stage(stage).model}")
 
@@ -71,7 +71,8 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
     with Bar(stage, 1.0) as bar:
 
         def show(message: dict[str, Any]) -> None:
-            note = f"step {message['step']}, loss {_format_loss(message['loss'])}, {format_count(message['tokens_per_second'])} tokens/s"
+            speed = format_count(message["tokens_per_second"])
+            note = f"step {message['step']}, loss {_format_loss(message['loss'])}, {speed} tokens/s"
             bar.advance(message["step"] / message["steps"] - bar.done, note)
 
         if launched_from_outside():

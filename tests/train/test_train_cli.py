@@ -27,6 +27,9 @@ def test_json_is_one_document(recipe_file: Path, run_folder: Path) -> None:
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and len(found["loss"]) == len(found["grad_norm"]) == 2
     assert found["tokens_per_second"] > 0 and Path(found["run"], "model", "config.json").is_file()
+    Path(found["run"], "metrics.jsonl").unlink()
+    told = CliRunner().invoke(command, [argument for argument in arguments if argument != "--json"], catch_exceptions=False)
+    assert told.exit_code == 0
     with pytest.raises(RecipeError, match="has no stage 'pretrian'; did you mean 'pretrain'"):
         CliRunner().invoke(command, [str(recipe_file), "--stage", "pretrian"], catch_exceptions=False)
 
