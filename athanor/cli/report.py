@@ -55,7 +55,8 @@ def find_run(run_or_recipe: str, overrides: list[str]) -> Path:
         return path
     if not path.exists():
         made = [str(folder) for folder in runs_root().iterdir() if folder.is_dir()] if runs_root().is_dir() else []
-        raise UserError(f"there is no run folder or recipe {path}; " + (did_you_mean(str(path), made) or "no run is here yet"))
+        hint = did_you_mean(str(path), made) if made else "no run is here yet"
+        raise UserError(f"there is no run folder or recipe {path}; {hint}")
     root = runs_root() / load_recipe(path, overrides).name
     if not root.is_dir():
         raise UserError(f"{path} has not been run: there is no folder {root}; `athanor run {path}` makes it")

@@ -21,7 +21,7 @@ def names(kind: Kind) -> list[str]:
 
 def check_name(kind: Kind, name: str) -> None:
     """Refuse a name that is neither in the folder nor a package.module, with the nearest valid one."""
-    if "." not in name and name not in names(kind):
+    if name not in names(kind) and ("." not in name or not all(part.isidentifier() for part in name.split("."))):
         raise UserError(f"there is no {kind[:-1]} '{name}'; {did_you_mean(name, names(kind))}, or package.module of your own")
 
 

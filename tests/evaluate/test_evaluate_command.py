@@ -100,6 +100,7 @@ def test_only_stages_with_a_model(run: RunFolder, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["tiny.toml", "--task", "bits_per_bite"], "no task 'bits_per_bite'; did you mean 'bits_per_byte'"),
+    (["tiny.toml", "--task", "../x"], "no task '../x'"), (["tiny.toml", "--task", ".."], "no task '..'"),
     (["tiny.toml", "--stage", "chap"], "no stage 'chap'; did you mean 'chat'"),
     (["tiny.toml", "evaluate.taks=1"], "unknown key 'evaluate.taks'; did you mean 'tasks'"),
     (["runs/tiny/pretrain/model"], "give it with --data"),

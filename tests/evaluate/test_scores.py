@@ -61,6 +61,13 @@ def test_share_counts_every_item() -> None:
     assert score.low < 0.4 < score.high
 
 
+def test_the_bootstrap_interval_is_that_of_95_per_cent() -> None:
+    values = np.random.default_rng(3).normal(10, 1, 400)
+    low, high = bootstrap_ratio(values.tolist(), [1.0] * 400)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.07)  # one of 90 % is 16 % narrower
+    assert low < values.mean() < high
+
+
 def test_scores_merge_by_model_and_task(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     assert read_scores(path) == {}

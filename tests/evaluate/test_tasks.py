@@ -261,6 +261,10 @@ def test_the_stop_rule_for_text(text: str, reason: str, body: str) -> None:
     assert python_parses.body(text, reason, "    ", False) == body
 
 
+def test_the_margin_of_a_chat_answer_is_the_answers_own() -> None:
+    assert python_parses.body("    a\n    b \n\n", "stop", "    ", True) == "    a\n    b"
+
+
 def test_missing_and_empty_data_are_one_sentence(tmp_path: Path, tokenizer: Tokenizer) -> None:
     subject = Subject("m", tmp_path, False, 64, None, tokenizer)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"evaluation\.jsonl does not exist"):

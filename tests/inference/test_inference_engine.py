@@ -65,6 +65,7 @@ def test_many_at_once_are_the_same_as_one_by_one(cache_tokens: int) -> None:
     def preempt(request: Request) -> None:
         nonlocal preempted
         preempted += 1
+        assert request is engine.scheduler.running[-1], "the youngest makes room, or the oldest might never end"
         original(request)
 
     engine.scheduler.preempt = preempt  # type: ignore[method-assign]

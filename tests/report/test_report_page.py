@@ -12,9 +12,11 @@ import pytest
 
 from athanor.foundation.errors import UserError
 from athanor.foundation.run_folder import RunFolder, append_jsonl, read_json, read_jsonl, write_atomic
+from athanor.foundation.units import format_seconds
 from athanor.ledger.book import read_book
 from athanor.report.page import write_report
-from athanor.report.run_record import EXPECTED
+from athanor.report.run_record import EXPECTED, read_run
+from athanor.report.sections import chain
 
 VOID = {"meta", "link", "input", "br"}
 
@@ -259,3 +261,9 @@ def test_a_score_without_numbers_is_one_sentence(copy: RunFolder, tmp_path: Path
     write_atomic(copy.scores, json.dumps({"models": {"chat": {"exact": score}}}))
     with pytest.raises(UserError, match=r"models\.chat\.exact is no score"):
         write_report(copy, tmp_path / "page.html")
+
+
+def test_a_step_done_again_counts_as_it_last_ran(copy: RunFolder) -> None:
+    for seconds in (1234.5, 71.0):
+        append_jsonl(copy.chain, {"step": "again", "seconds": seconds})
+    assert [item.text.split(" ·")[0] for item in chain(read_run(copy)) if item.label == "again"] == [format_seconds(71.0)]

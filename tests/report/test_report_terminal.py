@@ -73,5 +73,8 @@ def test_a_recipe_leads_to_its_run_folder(finished: RunFolder, tmp_path: Path, m
         find_run(str(finished.recipe), ["name=other"])
     with pytest.raises(UserError, match=r"no run folder or recipe .*did you mean '.*stdlib'"):
         find_run(str(finished.root) + "x", [])
+    monkeypatch.setenv("ATHANOR_RUNS", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no run is here yet"):
+        find_run("nothing", [])
     with pytest.raises(UserError, match="overrides"):
         find_run(str(finished.root), ["name=other"])
