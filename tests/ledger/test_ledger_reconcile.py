@@ -61,10 +61,10 @@ def test_there_is_no_error_where_a_book_is_missing_or_the_actual_is_not_above_ze
        st.floats(1, 1e6))
 def test_lines_add_up_to_what_was_paid(forecast: dict[str, float], actual: dict[str, float], wall: float) -> None:
     found = reconcile("a", book("forecast", 2 * wall, **forecast), book("actual", wall, **actual))
-    assert math.fsum(line.actual or 0 for line in found.lines) == pytest.approx(2 * wall, abs=1e-6)
-    assert math.fsum(line.forecast or 0 for line in found.lines) == pytest.approx(4 * wall, abs=1e-6)
+    assert math.fsum(line.actual or 0 for line in found.lines) == pytest.approx(2 * wall, rel=1e-7, abs=1e-6)
+    assert math.fsum(line.forecast or 0 for line in found.lines) == pytest.approx(4 * wall, rel=1e-7, abs=1e-6)
     assert math.fsum(line.share for line in found.lines) == pytest.approx(1, abs=1e-6)
-    assert math.fsum(line.error_seconds or 0 for line in found.lines) == pytest.approx(2 * wall, abs=1e-5)
+    assert math.fsum(line.error_seconds or 0 for line in found.lines) == pytest.approx(2 * wall, rel=1e-6, abs=1e-5)
 
 
 def test_a_run_has_the_chain_first_and_says_in_which_stage_the_seconds_lay(tmp_path: Path) -> None:
