@@ -184,6 +184,28 @@ def test_client_that_leaves_frees_the_engine(served: tuple[str, Api]) -> None:
     assert post(url, "/v1/chat/completions", json.dumps({"messages": QUESTION, "max_tokens": 2}).encode())[0] == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_more_is_written_for_a_client_that_left(model_folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        stream: bool) -> None:
+    with running(Target(model_folder, "tiny")) as (url, api):
+        step = api.worker.engine.step
+
+        def slow() -> Any:
+            time.sleep(0.1)
+            return step()
+
+        monkeypatch.setattr(api.worker.engine, "step", slow)
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        body = {"prompt": [10], "stream": stream, "temperature": 1, "n": 8, "max_tokens": 100}  # 10 seconds
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        time.sleep(0.3)
+        assert api.worker.live > 0
+        connection.close()
+        begin = time.monotonic()
+        wait_idle(api)
+        assert time.monotonic() - begin < 3
+
+
 def test_queue_is_bounded(model_folder: Path) -> None:
     with running(Target(model_folder, "tiny"), limits=Limits(answers=2)) as (url, api), \
             openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
