@@ -181,6 +181,19 @@ def test_tokens_are_drawn_by_their_probability() -> None:
         assert (shares(**limits) - wanted / wanted.sum()).abs().max() < 4 * math.sqrt(0.25 / len(logits)), limits
 
 
+def test_top_p_stops_where_it_is_reached() -> None:
+    requests = [Request([1], Sampling(1, temperature=1.0, top_p=0.5, seed=seed)) for seed in range(20)]
+    assert set(choose(torch.zeros(20, 2), requests)[0]) == {0}, "the first of two equal halves is all of 0.5"
+
+
+def test_prompts_are_prefilled_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("athanor.inference.scheduler.PREFILL_TOKENS", 20)
+    engine = Engine(model(), 4096)
+    for length in (30, 8, 12, 1):
+        engine.submit([1] * length, Sampling(5))
+    assert [[len(request.prompt) for request in engine.scheduler.admit()] for _ in range(3)] == [[30], [8, 12], [1]]
+
+
 @pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-40, 5e-324])
 def test_a_tiny_temperature_draws_the_likeliest(temperature: float) -> None:
     tokens, logprobs = choose(torch.tensor([[0.0, 1.0, 3.0, 2.0]]), [Request([1], Sampling(1, temperature=temperature))])

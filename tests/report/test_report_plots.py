@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from athanor.ledger.book import Book
 from athanor.report.curves import charts, step_time_chart
-from athanor.report.plots import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Curve, draw, nice_ticks, thin
+from athanor.report.plots import BOTTOM, LEFT, RIGHT, TOP, Axis, Chart, Curve, draw, error_bar, nice_ticks, thin
 from athanor.report.run_record import StageRecord
 
 
@@ -81,3 +81,8 @@ def test_validation_stands_as_dots_at_its_tokens() -> None:
     record.metrics[1]["validation_loss"] = 2.2
     chart = charts(record, None)[0]
     assert chart.curves[1].points == [(200.0, 2.2)] and 'class="dot"' in draw(chart)
+
+
+def test_an_error_bar_goes_right_where_the_forecast_was_too_high() -> None:
+    high, low = (error_bar(seconds, 10.0, "useful") for seconds in (5.0, -5.0))
+    assert 'x="50.00%" y="1.5" width="24.00%"' in high and 'x="26.00%" y="1.5" width="24.00%"' in low
