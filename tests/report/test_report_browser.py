@@ -117,7 +117,7 @@ def url(finished: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_report(finished, tmp_path_factory.mktemp("page") / "report.html").as_uri()
 
 
-@pytest.mark.parametrize("width", [360, 730, 1100])
+@pytest.mark.parametrize("width", [320, 360, 730, 1100])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_the_screen_and_nothing_is_fetched(browser: Browser, url: str, width: int, scheme: str) -> None:
     for kind in ("browser", "performance"):
@@ -130,6 +130,19 @@ def test_nothing_is_wider_than_the_screen_and_nothing_is_fetched(browser: Browse
     asked = [m["params"]["request"]["url"] for m in messages
              if m["method"] == "Network.requestWillBeSent" and m["params"]["documentURL"] == url]
     assert [address for address in asked if not address.startswith("data:")] == [url]
+
+
+def test_long_names_are_broken_not_wide(browser: Browser, finished: RunFolder, tmp_path: Path) -> None:
+    long, run = "x" * 400, RunFolder(Path(shutil.copytree(finished.root, tmp_path / "run")))
+    scores = json.loads(run.scores.read_text())
+    scores["models"][long] = next(iter(scores["models"].values()))
+    run.scores.write_text(json.dumps(scores))
+    run.cluster.write_text(run.cluster.read_text().replace('accelerator = "', f'accelerator = "{long}'))
+    for path, key in ((run.chain, "step"), (run.stage("pretrain").events, "sentence")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, key: f"{row.get(key)}{long}"}) + "\n" for row in rows))
+    browser.open(write_report(run).as_uri(), 360)
+    assert browser.script(OVERFLOWING) == [360, 360, []]
 
 
 def test_something_too_wide_would_be_seen(browser: Browser, url: str) -> None:
