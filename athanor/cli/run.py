@@ -180,7 +180,8 @@ def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> C
         result = train(recipe, run, stage.name, is_fresh=is_fresh)
         if result["is_asked_to_stop"]:
             raise Stopped(f"stopped after step {result['step']} of {stage.name}, as asked; the same command goes on from there")
-        return {"steps": result["steps"], "loss": (result["loss"] or [None])[-1], "tokens_per_second": result["tokens_per_second"]}
+        loss = result["loss"][-1] if result["loss"] else None
+        return {"steps": result["steps"], "loss": loss, "tokens_per_second": result["tokens_per_second"]}
 
     return work
 

@@ -84,20 +84,32 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
 
 def _train_on_ranks(arguments: dict[str, Any], logs: Path, machine: dict[str, Any],
                     show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Start the ranks here. When we are asked to end (SIGTERM), they finish their step, save and return."""
+    """Start the ranks here. When we are asked to end (SIGTERM), they finish their step, save and return.
+
+    A rank that is still starting ignores the wish, so it is passed on again when a step is done.
+    """
     from athanor.foundation.launch import run_ranks
 
-    def pass_on(number: int, frame: object) -> None:
+    is_asked = False
+
+    def pass_on(*_: object) -> None:
+        nonlocal is_asked
+        is_asked = True
         for process in multiprocessing.active_children():
             process.terminate()
+
+    def on_message(message: dict[str, Any]) -> None:
+        show(message)
+        if is_asked:
+            pass_on()
 
     previous = signal.signal(signal.SIGTERM, pass_on)
     try:
         results = run_ranks("athanor.train.loop:train_stage", arguments, machine["world_size"], log_folder=logs,
-                            on_message=show, threads=machine["threads"])
+                            on_message=on_message, threads=machine["threads"])
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return {**results[0], "rank": 0}
+    return {**results[0], "is_asked_to_stop": is_asked or results[0]["is_asked_to_stop"], "rank": 0}
 
 
 def describe_machine(recipe: Recipe, run: RunFolder, stage: str) -> dict[str, Any]:

@@ -43,16 +43,18 @@ def launched_from_outside() -> bool:
 def start_server() -> None:
     """Begin importing torch in the fork server, so that the first ranks find it ready; returns at once.
 
-    It ignores SIGTERM, which schedulers send to whole process groups: ranks must outlive it to save, and it ends with us.
+    It ignores SIGTERM and Ctrl-C, which go to whole process groups: ranks must outlive them to save, and it ends with us.
+    Ranks ignore SIGTERM too, until they can do something about it.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     is_main = threading.current_thread() is threading.main_thread()  # no other may say what signals do
-    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN) if is_main else None
+    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         forkserver.ensure_running()
     finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_folder: Path,
@@ -155,7 +157,6 @@ def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, st
     _die_with_parent()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

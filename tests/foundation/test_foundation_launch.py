@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from athanor.foundation.errors import RankError, RecipeError
-from athanor.foundation.launch import run_ranks
+from athanor.foundation.launch import _cause, run_ranks
 
 
 def test_ranks_meet_report_and_return_in_order(tmp_path: Path) -> None:
@@ -69,3 +69,9 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_rank_that_died_explains_the_broken_connections(order: tuple[int, int]) -> None:
+    failures = {0: RankError(0, "failed: RuntimeError: Connection closed by peer"), 1: RankError(1, "was killed by signal 9")}
+    assert _cause({rank: failures[rank] for rank in order}) is failures[1]
