@@ -101,7 +101,7 @@ def test_wrong_folders_are_refused(folder: Path, small: Build) -> None:
     ({"rope_theta": 0.0}, "rope_theta"), ({"rms_norm_eps": -1.0}, "rms_norm_eps"), ({"rope_scaling": "linear"}, "not a table"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
-    ({"model_type": "../../x"}, "unknown architecture"), ({"model_type": "."}, "unknown architecture"),
+    ({"model_type": "../../x"}, "unknown model_type"), ({"model_type": "os.path"}, "unknown model_type"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"), ({"hidden_size": 10**18}, "impossible size"),
     ({"vocab_size": 10**10}, r"should be \[10000000000, 64\]")])
 def test_a_config_that_cannot_be_is_refused_before_memory_is_taken(folder: Path, changes: dict[str, Any], words: str) -> None:

@@ -40,6 +40,8 @@ def load_shape(source: Path | dict[str, Any]) -> DecoderShape:
     if not isinstance(source, dict) or not isinstance(source.get("model_type"), str):
         raise ModelError(f"{where} has no 'model_type'; allowed: {', '.join(architectures())}")
     kind = source["model_type"]
+    if "." in kind:  # a folder from elsewhere must not choose what is imported; only a recipe names a package.module
+        raise ModelError(f"{where}: unknown model_type '{kind}'; allowed: {', '.join(architectures())}")
     check_architecture(kind, f"{where}, model_type")
     own = Path(__file__).with_name(f"{kind}.py")
     shape = importlib.import_module(f"athanor.models.shapes.{kind}").Shape if own.exists() else DecoderShape
