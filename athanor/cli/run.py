@@ -22,6 +22,8 @@ from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, hash_value, runs_root, write_atomic
 from athanor.ledger.book import Book, read_book, total
 
+QUESTION_TOKENS = 40  # at most, of the question that the served model is asked first
+
 
 class Stopped(AthanorError):
     """Somebody asked us to end; what was done is saved."""
@@ -200,9 +202,11 @@ def _register(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
 
 def smoke(channel: Callable[..., None], folder: str) -> dict[str, Any]:
     """Rank function: serve a model, let it answer once whole and once streamed, stop."""
+    from athanor.serve.server import context_tokens
     from athanor.serve.server import smoke as first_answers
 
-    return first_answers(Path(folder))
+    room = context_tokens(Path(folder)) - QUESTION_TOKENS  # a short context leaves room for a short answer
+    return first_answers(Path(folder), max_tokens=max(1, min(48, room)))
 
 
 def _serve(model: Path, run: RunFolder) -> dict[str, Any]:
