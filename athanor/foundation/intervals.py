@@ -33,7 +33,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.rows: list[Interval] = []
-        self.depth = 0
+        self.opened: list[float] = []  # when the intervals began that are not over yet
         self.thread = threading.get_ident()
 
 
@@ -56,11 +56,27 @@ def interval(name: str, group: str | None = None, arrived: float | None = None) 
     if recorder is None or recorder.thread != threading.get_ident():
         yield
         return
-    depth = recorder.depth
-    recorder.depth = depth + 1
     start = time.perf_counter()
+    recorder.opened.append(start)
     try:
         yield
     finally:
-        recorder.rows.append(Interval(name, start, time.perf_counter(), depth, group, start if arrived is None else arrived))
-        recorder.depth = depth
+        recorder.opened.pop()
+        recorder.rows.append(Interval(name, start, time.perf_counter(), len(recorder.opened), group,
+                                      start if arrived is None else arrived))
+
+
+def idle(name: str, group: str) -> None:
+    """Record what passed since the last interval ended (or the open one began) as a wait for others of the group."""
+    recorder = _active
+    if recorder is not None and recorder.thread == threading.get_ident():
+        begin = max(recorder.opened[-1:] + [row.end for row in recorder.rows[-1:]], default=time.perf_counter())
+        recorder.rows.append(Interval(name, begin, time.perf_counter(), len(recorder.opened), group, begin))
+
+
+def mark(name: str, group: str) -> None:
+    """Record that this rank has given the others of the group what they may be waiting for."""
+    recorder = _active
+    if recorder is not None and recorder.thread == threading.get_ident():
+        now = time.perf_counter()
+        recorder.rows.append(Interval(name, now, now, len(recorder.opened), group, now))

@@ -72,6 +72,19 @@ def check_model(layout: Layout, *, num_attention_heads: int, num_key_value_heads
         raise LayoutError(f"cp = {layout.cp} does not divide seq_len = {seq_len}; cp may be {_divisors(seq_len)}")
 
 
+def check_experts(layout: Layout, num_experts: int) -> None:
+    """Refuse expert parallelism that the model or the other axes do not allow. Raises LayoutError with what works."""
+    ranks = layout.dp_shard * layout.cp
+    if layout.ep == 1:
+        return
+    if not num_experts:
+        raise LayoutError(f"ep = {layout.ep}, but the model has no experts; leave ep at 1")
+    if num_experts % layout.ep or ranks % layout.ep:
+        fitting = [d for d in range(1, ranks + 1) if ranks % d == 0 and num_experts % d == 0]
+        raise LayoutError(f"ep = {layout.ep} must divide both the {num_experts} experts and dp_shard x cp = {ranks}; "
+                          f"ep may be {', '.join(map(str, fitting))}")
+
+
 def check_batch(*, global_batch_tokens: int, seq_len: int, micro_batch_size: int, data_ranks: int,
                 tp: int = 1) -> tuple[int, int]:
     """Split a global batch. Returns (rows per step, micro-batches per rank and step); raises LayoutError with what works."""

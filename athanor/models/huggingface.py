@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -136,10 +136,11 @@ def _open(file: Path) -> Any:
         raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
 
 
-def save_model(module: Decoder, folder: Path) -> None:
+def save_model(module: Decoder, folder: Path, whole: Callable[[str], Tensor | None] | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors into a folder.
 
     Sharded parameters are gathered one at a time, so all ranks must call; rank 0 writes. The weights keep their dtype.
+    `whole` gives each parameter on rank 0, where `module` only describes them (a pipeline's stages lie on several ranks).
     The folder is complete only when this returns: build it under `folder_renamed_last`.
     """
     folder = Path(folder)
@@ -149,10 +150,11 @@ def save_model(module: Decoder, folder: Path) -> None:
     with _writing(folder / "model.safetensors") if writes else contextlib.nullcontext() as file:
         if file is not None:
             file.write(_header(parameters))
-        for parameter in parameters.values():
-            full = _full(parameter)
+        for name, parameter in parameters.items():
+            full = _full(parameter) if whole is None else whole(name)
             if file is not None:
-                file.write(full.contiguous().view(torch.uint8).numpy().data if full.numel() else b"")
+                assert full is not None, f"{name} is whole on the rank that writes"
+                file.write(full.cpu().contiguous().view(torch.uint8).numpy().data if full.numel() else b"")
     if writes:
         shape = module.shape
         name = next(key for key, value in DTYPES.items() if value == dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,22 +15,35 @@ from athanor.parallel.mesh import Mesh
 COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def parallelize(model: nn.Module, mesh: Mesh, tensor_dims: Mapping[str, int | None], *, recompute_policy: str = "none",
-                is_compiled: bool = False, precision: str = "fp32") -> fully_shard.Replicas | None:
-    """Put the mesh's layout on a model whose parameters may be on the meta device, in place.
+@dataclass(frozen=True)
+class Choices:
+    """How a model is computed, besides where: which blocks are computed twice, whether compiled, in which dtype, and
+    whether weights and gradients stay whole during a step."""
 
-    On one rank nothing changes, unless it computes in another dtype than its weights have. Returns what keeps replicas
-    equal, when there are any. Raises LayoutError or ModelError for what cannot be laid out.
+    recompute: str = "none"
+    is_compiled: bool = False
+    precision: str = "fp32"
+    keeps_whole: bool = False
+
+
+def parallelize(model: nn.Module, mesh: Mesh, tensor_dims: Mapping[str, int | None],
+                choices: Choices) -> fully_shard.DataParallel | None:
+    """Put the mesh's layout on a model, or on one stage of it, whose parameters may be on the meta device, in place.
+
+    On one rank nothing changes, unless it computes in another dtype than its weights have. Returns the handle of what is
+    sharded, when something is. Raises LayoutError or ModelError for what cannot be laid out.
     """
     blocks = blocks_of(model)
     tp = mesh.axis("tp")
     if tp is not None:
         tensor.shard_parameters(model, tensor_dims, tp)
-    recompute.apply(blocks, recompute_policy, is_compiled)
-    if is_compiled:
+    recompute.apply(blocks, choices.recompute, choices.is_compiled)
+    if choices.is_compiled:
         for block in blocks:
             block.compile(fullgraph=True)
-    return fully_shard.apply(model, blocks, mesh, compute_dtype(precision)) if mesh.axis("dp_shard") is not None else None
+    if mesh.axis("shard") is None:
+        return None
+    return fully_shard.apply(model, blocks, mesh, compute_dtype(choices.precision), choices.keeps_whole)
 
 
 def storage_dtype(precision: str) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Data parallelism: parameters, gradients and optimizer state are sharded over `dp_shard`, and copied over `dp_replicate`.
+"""Data parallelism: parameters, gradients and optimizer state are sharded over `shard`, and copied over `dp_replicate`.
 
 Gradients are summed, never averaged: the loss is already divided by the global count. Every collective is recorded as
 the time this rank's main thread waits in it, which on a CPU is all of its cost.
@@ -25,28 +25,50 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def apply(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype | None) -> Replicas | None:
+def apply(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype | None,
+          keeps_whole: bool) -> DataParallel:
     """Shard each block, then what is left (embedding, norm, head), in place; one gather and one reduction for each.
 
     `dtype` is what to compute in when it differs from the weights'; gradients are then reduced in the weights' dtype.
-    Returns what keeps replicas equal, when there are any.
+    `keeps_whole`: weights stay gathered and gradients unreduced during a step, instead of a block at a time.
     """
-    axis = mesh.axis("dp_shard")
-    assert axis is not None, "make_mesh gives every data-parallel layout a dp_shard axis"
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
-    for module in (*blocks, model):
-        fully_shard(module, mesh=axis, mp_policy=policy)
+    axis, experts = mesh.axis("shard"), mesh.axis("expert_shard")
+    assert axis is not None, "make_mesh gives every data-parallel layout a shard axis"
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32,
+                                  cast_forward_inputs=False)
+    where = [(module, experts) for name, module in model.named_modules() if experts and name.endswith(".experts")]
+    where += [(module, axis) for module in (*blocks, model)]
+    for module, on in where:
+        fully_shard(module, mesh=on, mp_policy=policy, reshard_after_forward=not keeps_whole and module is not model)
     group = mesh.group("dp_replicate")
     replicas = None if group is None else Replicas(group, mesh.label("dp_replicate"))
-    label = mesh.label("dp_shard")
-    for number, unit in enumerate(module for module in model.modules() if isinstance(module, FSDPModule)):
+    for number, (unit, on) in enumerate(where):
+        label = mesh.label("shard" if on is axis else "expert_shard")
+        assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_custom_all_gather(_AllGather(label))  # type: ignore[arg-type]
         unit.set_custom_reduce_scatter(_ReduceScatter(label))  # type: ignore[arg-type]
         if replicas is not None:
             unit.set_all_reduce_hook(replicas.hook(number))
-    return replicas
+    assert isinstance(model, FSDPModule)
+    return DataParallel(model, replicas, keeps_whole)
+
+
+class DataParallel:
+    """A model whose parameters are sharded: what has to be said before each micro-batch of a step."""
+
+    def __init__(self, model: FSDPModule, replicas: Replicas | None, keeps_whole: bool) -> None:
+        self.model, self.replicas, self.keeps_whole = model, replicas, keeps_whole
+
+    def begin(self, is_last_micro_batch: bool) -> None:
+        """Gradients are complete, and are reduced, after the last micro-batch (of each, unless weights stay whole)."""
+        if self.replicas is not None:
+            self.replicas.is_last_micro_batch = is_last_micro_batch
+        if self.keeps_whole:
+            self.model.set_requires_gradient_sync(is_last_micro_batch)
+            self.model.set_reshard_after_backward(is_last_micro_batch)
+            self.model.set_is_last_backward(is_last_micro_batch)
 
 
 class Replicas:

@@ -1,4 +1,8 @@
-"""The device mesh: which ranks share what, by axis, and the process groups that collectives use."""
+"""The device mesh: which ranks share what, by axis, and the process groups that collectives use.
+
+Parameters are laid on `pp`, `dp_replicate`, `shard` and `tp`, where `shard` is dp_shard x cp: context-parallel ranks hold
+parts of the parameters too. Experts are laid on the same ranks, `shard` being `expert_shard` x `ep` there.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,25 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from athanor.foundation.errors import LayoutError
 from athanor.foundation.intervals import interval
-from athanor.foundation.layout import AXES, Layout
-
-TRAINED = ("dp_replicate", "dp_shard", "tp")  # axes that may be larger than 1
+from athanor.foundation.layout import Layout
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """A rank's place in a layout. `devices` is None on one rank alone, where nothing is shared and nothing is sent."""
+    """A rank's place in a layout. The meshes are None where nothing is shared and nothing is sent.
+
+    `devices` lays out parameters, `experts` those of experts, `context` gives the groups of cp; `stage` is the group of
+    all ranks that hold the same pipeline stages.
+    """
 
     layout: Layout
     device: torch.device
     rank: int
-    devices: DeviceMesh | None
+    devices: DeviceMesh | None = None
+    experts: DeviceMesh | None = None
+    context: DeviceMesh | None = None
+    stage: dist.ProcessGroup | None = None
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -41,11 +49,23 @@ class Mesh:
         """Whether this rank speaks for its shards: of several replicas of a shard only the first does."""
         return self.coordinates["dp_replicate"] == 0
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether this rank speaks for its tokens: tensor-parallel ranks have the same ones."""
+        return self.coordinates["tp"] == 0
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether this rank speaks for its rows: only one of those that have read the same ones does."""
+        place = self.coordinates
+        return place["tp"] == place["cp"] == place["pp"] == 0
+
     def axis(self, name: str) -> DeviceMesh | None:
         """The sub-mesh of an axis; None when it has no ranks to talk to."""
-        if self.devices is None or name not in (self.devices.mesh_dim_names or ()):
-            return None
-        return self.devices[name]
+        for mesh in (self.devices, self.experts, self.context):
+            if mesh is not None and name in (mesh.mesh_dim_names or ()):
+                return mesh[name]
+        return None
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """The process group of an axis; None when it has one rank only."""
@@ -57,11 +77,15 @@ class Mesh:
         ranks = dist.get_process_group_ranks(group) if (group := self.group(name)) is not None else [self.rank]
         return f"{name}:{','.join(map(str, ranks))}"
 
+    def peers(self) -> list[list[int]]:
+        """Ranks that do equal work: those of one pipeline stage."""
+        size = self.layout.world_size // self.layout.pp
+        return [list(range(first, first + size)) for first in range(0, self.layout.world_size, size)]
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add a small tensor over all ranks, in place; bitwise the same on every rank."""
         if self.devices is not None:
-            account = "data_parallel" if self.layout.data_ranks > 1 else "tensor"
-            with interval(account, group="world"):
+            with interval("data_parallel" if self.layout.data_ranks > 1 else "tensor", group="world"):
                 dist.all_reduce(values)
         return values
 
@@ -73,12 +97,12 @@ class Mesh:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def collect(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in the order of ranks, on every rank."""
+    def collect(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """The picklable value of every rank (of the group), in the order of ranks, on each of them."""
         if self.devices is None:
             return [value]
-        values: list[Any] = [None] * self.layout.world_size
-        dist.all_gather_object(values, value)
+        values: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
         return values
 
 
@@ -86,31 +110,37 @@ def make_mesh(layout: Layout, device_type: str, is_mixed: bool = False) -> Mesh:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, …) and lay its ranks out.
 
     `layout` is resolved: its degrees multiply to the world size. `is_mixed`: weights are kept in another dtype than is
-    computed in, which fully_shard sees to, so that even one rank needs a mesh. Raises LayoutError for axes that cannot
-    train yet.
+    computed in, which fully_shard sees to, so that even one rank needs a mesh.
     """
-    check_trainable(layout)
     rank = int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if layout.world_size == 1 and not is_mixed:
-        return Mesh(layout, device, rank, None)
+        return Mesh(layout, device, rank)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
-    sizes = {axis: getattr(layout, axis) for axis in AXES if getattr(layout, axis) > 1}
-    if layout.dp_replicate > 1 or is_mixed:
-        sizes.setdefault("dp_shard", 1)  # where replicas are kept equal, and weights cast
-    names = tuple(axis for axis in AXES if axis in sizes)
-    return Mesh(layout, device, rank, init_device_mesh(device_type, tuple(sizes[a] for a in names), mesh_dim_names=names))
+    shard = layout.dp_shard * layout.cp
+    sizes = {"pp": layout.pp, "dp_replicate": layout.dp_replicate, "shard": shard, "tp": layout.tp}
+    kept = {name for name, size in sizes.items() if size > 1}
+    if layout.dp_replicate > 1 or is_mixed or not kept:
+        kept.add("shard")  # where replicas are kept equal, and weights cast
+    devices = _lay_out(device_type, {name: size for name, size in sizes.items() if name in kept})
+    experts = context = stage = None
+    if layout.ep > 1:
+        experts = _lay_out(device_type, {"pp": layout.pp, "dp_replicate": layout.dp_replicate,
+                                         "expert_shard": shard // layout.ep, "ep": layout.ep, "tp": layout.tp})
+    if layout.cp > 1:
+        context = _lay_out(device_type, {"outer": layout.pp * layout.data_ranks, "cp": layout.cp, "inner": layout.tp})
+    if layout.pp > 1:
+        size = layout.world_size // layout.pp
+        stage, _ = dist.new_subgroups_by_enumeration([list(range(i, i + size)) for i in range(0, layout.world_size, size)])
+    return Mesh(layout, device, rank, devices, experts, context, stage)
 
 
-def check_trainable(layout: Layout) -> None:
-    """Refuse axes that this version plans but does not train with. Raises LayoutError."""
-    for name in ("pp", "cp", "ep"):
-        if (size := getattr(layout, name)) != 1:
-            raise LayoutError(f"{name} = {size} cannot be trained with; this version trains with {', '.join(TRAINED)}")
+def _lay_out(device_type: str, sizes: dict[str, int]) -> DeviceMesh:
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def leave() -> None:

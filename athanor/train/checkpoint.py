@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from athanor.foundation.errors import CheckpointError, DiskError, UserError
 from athanor.foundation.run_folder import disk_errors, hash_file, read_json, sweep, write_json
 from athanor.parallel.mesh import Mesh
-from athanor.parallel.tensor import Box, box_of, is_first_copy, local
+from athanor.parallel.stages import Stages
+from athanor.parallel.tensor import Box, box_of, local
 from athanor.train.optimizer import Optimizer
 
 FORMAT = 1
@@ -55,29 +55,29 @@ class Entry:
     shard: torch.Tensor
 
 
-def entries(model: nn.Module, optimizer: Optimizer) -> Iterator[Entry]:
-    """Weights under their Hugging Face names, then optimizer state."""
-    for name, parameter in model.named_parameters():
+def entries(stages: Stages, optimizer: Optimizer) -> Iterator[Entry]:
+    """Weights of this rank's stages under their Hugging Face names, then optimizer state."""
+    for name, parameter in stages.named_parameters():
         yield Entry(name, parameter, local(parameter.detach()))
     for key, parameter, shard in optimizer.state():
         yield Entry(key, parameter, shard)
 
 
-def save(folder: Path, meta: Meta, model: nn.Module, optimizer: Optimizer, mesh: Mesh) -> Path:
+def save(folder: Path, meta: Meta, stages: Stages, optimizer: Optimizer) -> Path:
     """Write `folder/step-N`, all ranks together, and remove all but it and the KEPT - 1 before it.
 
     Raises DiskError on every rank when one of them could not write; then nothing of the new checkpoint is left.
     """
-    target = folder / f"step-{meta.step:08d}"
+    mesh, target = stages.mesh, folder / f"step-{meta.step:08d}"
     building = folder / f".{target.name}.building-{meta.attempt}"
     if mesh.rank == 0:
         shutil.rmtree(building, ignore_errors=True)
     _together(mesh, building, lambda: building.mkdir(parents=True) if mesh.rank == 0 else None)
-    parts = _together(mesh, building, lambda: _write_shards(building, model, optimizer, mesh))
+    parts = _together(mesh, building, lambda: _write_shards(building, stages, optimizer))
 
     def finish() -> None:
         if mesh.rank == 0:
-            _write_index(building, parts, meta, model, optimizer)
+            _write_index(building, parts, meta)
             shutil.rmtree(target, ignore_errors=True)
             building.rename(target)
 
@@ -108,30 +108,32 @@ def _together(mesh: Mesh, building: Path, work: Callable[[], Any]) -> list[Any]:
     return [value for value, _ in gathered]
 
 
-def _write_shards(building: Path, model: nn.Module, optimizer: Optimizer, mesh: Mesh) -> dict[str, Any]:
-    """Write this rank's file, if it has anything that no rank before it has. Returns its parts and its hash."""
-    tensors, parts = {}, {}
-    if mesh.counts_parameters:
-        for entry in entries(model, optimizer):
-            if is_first_copy(entry.parameter) and entry.shard.numel():
-                tensors[entry.key] = entry.shard.contiguous()
-                parts[entry.key] = asdict(box_of(entry.parameter))
+def _write_shards(building: Path, stages: Stages, optimizer: Optimizer) -> dict[str, Any]:
+    """Write this rank's file, if it has anything that no rank before it has. Returns its tensors, parts and hash."""
+    tensors, described, parts, owned = {}, {}, {}, stages.owned()
+    for entry in entries(stages, optimizer):
+        described[entry.key] = {"dtype": str(entry.shard.dtype).removeprefix("torch."), "shape": list(entry.parameter.shape),
+                                "parts": []}
+        if entry.parameter in owned and entry.shard.numel():
+            tensors[entry.key] = entry.shard.contiguous()
+            parts[entry.key] = asdict(box_of(entry.parameter))
     if not tensors:
-        return {"file": None, "parts": {}, "hash": None}
-    path = building / f"rank-{mesh.rank:05d}.safetensors"
+        return {"file": None, "tensors": described, "parts": {}, "hash": None}
+    path = building / f"rank-{stages.mesh.rank:05d}.safetensors"
     try:
         save_file(tensors, path)
     except SafetensorError as error:
         raise DiskError(f"{path} could not be written: {error}") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"file": path.name, "parts": parts, "hash": hash_file(path)}
+    return {"file": path.name, "tensors": described, "parts": parts, "hash": hash_file(path)}
 
 
-def _write_index(building: Path, written: list[dict[str, Any]], meta: Meta, model: nn.Module, optimizer: Optimizer) -> None:
-    tensors: dict[str, Any] = {entry.key: {"dtype": str(entry.shard.dtype).removeprefix("torch."),
-                                           "shape": list(entry.parameter.shape), "parts": []}
-                               for entry in entries(model, optimizer)}
+def _write_index(building: Path, written: list[dict[str, Any]], meta: Meta) -> None:
+    tensors: dict[str, Any] = {}
+    for rank in written:
+        for key, description in rank["tensors"].items():
+            tensors.setdefault(key, description)
     for rank in written:
         for key, box in rank["parts"].items():
             tensors[key]["parts"].append({"file": rank["file"], **box})
@@ -188,15 +190,18 @@ def read_meta(path: Path) -> Meta:
     return Meta(**raw)
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Meta:
+def load(path: Path, stages: Stages, optimizer: Optimizer) -> Meta:
     """Fill weights and optimizer state from a checkpoint of any layout; each rank reads only what it holds.
 
     Raises CheckpointError, before anything is changed, when its keys or shapes are another model's.
     """
     meta = read_meta(path)
     tensors = read_json(path / "index.json")["tensors"]
-    wanted = list(entries(model, optimizer))
-    _check_same_model(path, tensors, {entry.key: list(entry.parameter.shape) for entry in wanted})
+    wanted = list(entries(stages, optimizer))
+    shapes = {entry.key: list(entry.parameter.shape) for entry in wanted}
+    for others in stages.mesh.collect(shapes, stages.group) if stages.group is not None else ():
+        shapes |= others
+    _check_same_model(path, tensors, shapes)
     files: dict[str, Any] = {}
     for entry in wanted:
         mine = box_of(entry.parameter)

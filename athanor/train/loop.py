@@ -23,13 +23,16 @@ from athanor.foundation.intervals import activate, interval
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.run_folder import RunFolder, StageFolder, append_jsonl, folder_renamed_last, read_jsonl
 from athanor.ledger.attempts import roll_back
+from athanor.models.decoder import Decoder
 from athanor.models.find import load_architecture
 from athanor.models.huggingface import load_weights, save_model
 from athanor.models.initialize import initialize
 from athanor.objectives.batch import Batch
 from athanor.objectives.find import load_objective
-from athanor.parallel.apply import compute_dtype, parallelize, storage_dtype
+from athanor.parallel.apply import Choices, compute_dtype, parallelize, storage_dtype
 from athanor.parallel.mesh import Mesh, leave, make_mesh
+from athanor.parallel.pipeline import Runner
+from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
 from athanor.train.meter import Meter
 from athanor.train.optimizer import Optimizer
@@ -98,7 +101,8 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
             trainee = build(job, mesh)
             resume(job, trainee, progress)
             meter = Meter(job.folder.root / "ledger.jsonl", devices=job.layout.world_size, accelerator=accelerator,
-                          peak_flops=peak_flops, launched=launched, attempt=progress.attempt, first_step=progress.step)
+                          peak_flops=peak_flops, launched=launched, attempt=progress.attempt, first_step=progress.step,
+                          peers=mesh.peers())
             run_loop(Run(job, trainee, progress, meter, channel))
         return summarise(job, progress.is_asked_to_stop)
     finally:
@@ -119,21 +123,37 @@ def _claim(job: Job, mesh: Mesh, is_fresh: bool) -> None:
         raise UserError(problem)
 
 
-def build(job: Job, mesh: Mesh) -> Trainee:
-    """The model on its ranks, with the weights that the stage begins with."""
-    settings, architecture = job.settings, load_architecture(job.recipe.model.architecture)
+def describe_model(job: Job, blocks: range | None = None, is_first: bool = True, is_last: bool = True) -> Decoder:
+    """The model, or one stage of it, with weights that take no memory."""
     with torch.device("meta"):
-        model = architecture.build(job.shape)
-    model = model.to(storage_dtype(settings.precision))
-    replicas = parallelize(model, mesh, architecture.TENSOR_DIMS, recompute_policy=settings.recompute,
-                           is_compiled=settings.compile, precision=settings.precision)
-    model.to_empty(device=mesh.device)
-    if job.start is None:
-        initialize(model, settings.seed)
-    else:
-        load_weights(model, job.start)
-    optimizer = Optimizer(model, settings.optimizer, settings.weight_decay, mesh)
-    return Trainee(model, mesh, load_objective(settings.objective), optimizer, replicas)
+        model = load_architecture(job.recipe.model.architecture).build(job.shape, blocks, is_first, is_last)
+    return model.to(storage_dtype(job.settings.precision))  # type: ignore[no-any-return]
+
+
+def build(job: Job, mesh: Mesh) -> Trainee:
+    """This rank's stages of the model, with the weights that training begins with."""
+    settings, pipeline = job.settings, job.pipeline
+    tensor_dims = load_architecture(job.recipe.model.architecture).TENSOR_DIMS
+    choices = Choices(settings.recompute, settings.compile, settings.precision, keeps_whole=job.keeps_whole)
+    parts, sharded = {}, []
+    for number in pipeline.stages_of(mesh.coordinates["pp"]):
+        part = describe_model(job, pipeline.blocks[number], number == 0, number == len(pipeline.blocks) - 1)
+        sharded.append(parallelize(part, mesh, tensor_dims, choices))
+        part.to_empty(device=mesh.device)
+        if job.start is None:
+            initialize(part, settings.seed)
+        else:
+            load_weights(part, job.start)
+        parts[number] = part
+    stages = Stages(parts, pipeline, mesh)
+    optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay)
+    trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, [each for each in sharded if each])
+    if mesh.layout.pp > 1:
+        tokens = settings.micro_batch_size * settings.seq_len
+        dtype = compute_dtype(settings.precision) or storage_dtype(settings.precision)
+        hidden = torch.empty(-(-tokens // mesh.layout.cp // mesh.layout.tp), job.shape.hidden_size, dtype=dtype, device="meta")
+        trainee.runner = Runner(stages, settings.num_microbatches, hidden, tokens // mesh.layout.cp, trainee.compute)
+    return trainee
 
 
 def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
@@ -151,7 +171,7 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
         found = checkpoint.find_intact(folder.checkpoints, on_damage)
     found, progress.attempt = mesh.share((found, progress.attempt))
     if found is not None:
-        meta = checkpoint.load(found, trainee.model, trainee.optimizer)
+        meta = checkpoint.load(found, trainee.stages, trainee.optimizer)
         progress.step, progress.samples, progress.tokens = meta.step, meta.samples, meta.tokens
     if mesh.rank == 0:
         name, ranks = job.settings.stage, job.layout.world_size
@@ -176,8 +196,7 @@ def run_loop(run: Run) -> None:
     job, progress, meter = run.job, run.progress, run.meter
     settings, is_warm = job.settings, False
     with interval("startup"):
-        sampler = Sampler(run.trainee, job.recipe.model.architecture, settings.precision, job.held_out, settings.data,
-                          job.run.data / "tokenizer")
+        sampler = Sampler(run.trainee, describe_model(job), job.held_out, settings.data, job.run.data / "tokenizer")
     while progress.step < settings.steps and not progress.is_asked_to_stop:
         begin = time.perf_counter()
         with interval("input"):
@@ -223,11 +242,11 @@ def evaluate(run: Run, sampler: Sampler) -> float | None:
     """Loss on held-out rows; samples go to samples.jsonl. Ranks wait for each other here."""
     settings = run.job.settings
     with whole("evaluation", run.meter):
-        run.trainee.model.eval()
+        run.trainee.stages.train(False)
         loss = validate(run.trainee, run.job.held_out, settings.seq_len, settings.micro_batch_size)
         for row in sampler(run.progress.step):
             append_jsonl(run.job.folder.samples, row)
-        run.trainee.model.train()
+        run.trainee.stages.train()
         run.mesh.share(None)
     return loss
 
@@ -269,7 +288,7 @@ def save(run: Run) -> None:
                            {"torch": torch.__version__, "python": platform.python_version()})
     try:
         with whole("checkpoint", run.meter):
-            path = checkpoint.save(job.folder.checkpoints, meta, run.trainee.model, run.trainee.optimizer, run.mesh)
+            path = checkpoint.save(job.folder.checkpoints, meta, run.trainee.stages, run.trainee.optimizer)
     except DiskError as error:
         progress.failed_saves += 1
         if progress.failed_saves > MOST_FAILED_SAVES:
@@ -282,13 +301,13 @@ def save(run: Run) -> None:
 
 def publish(run: Run) -> None:
     """Write model/: weights and shape as Hugging Face keeps them, with the tokenizer and its chat template."""
-    job = run.job
+    job, bring = run.job, run.trainee.stages.whole
     with whole("checkpoint", run.meter):
         if run.mesh.rank != 0:
-            save_model(run.trainee.model, job.folder.model)  # gathers with the others, and writes nothing
+            save_model(describe_model(job), job.folder.model, bring)  # gathers with the others, and writes nothing
         else:
             with folder_renamed_last(job.folder.model) as folder:
-                save_model(run.trainee.model, folder)
+                save_model(describe_model(job), folder, bring)
                 for name in TOKENIZER_FILES:
                     source = job.run.data / "tokenizer" / name
                     if source.is_file():

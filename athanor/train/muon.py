@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from athanor.foundation.intervals import interval
-from athanor.parallel.mesh import Mesh
-from athanor.parallel.tensor import Box, box_of, is_first_copy
+from athanor.parallel.stages import Stages
+from athanor.parallel.tensor import Box, box_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz step (Jordan et al. 2024)
 STEPS = 5
 
 
 class Orthogonaliser:
-    """Two messages for any number of matrices and any layout: parts to the rank that owns a matrix, and results back."""
+    """Two messages for any number of matrices and any layout: parts to the rank that owns a matrix, and results back.
 
-    def __init__(self, parameters: Sequence[torch.Tensor], mesh: Mesh) -> None:
+    The ranks that hold the same pipeline stages work together. A stack of matrices [E, rows, columns] counts as one.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], stages: Stages) -> None:
+        mesh, owned = stages.mesh, stages.owned()
         self.shapes = [tuple(parameter.shape) for parameter in parameters]
-        self.rank, self.world_size = mesh.rank, mesh.layout.world_size
-        self.boxes: list[list[Box]] = mesh.collect([box_of(parameter) for parameter in parameters])  # [rank][matrix]
-        self.gives: list[list[bool]] = mesh.collect(
-            [mesh.counts_parameters and is_first_copy(parameter) for parameter in parameters])
-        self.owned = share_out([rows * columns * min(rows, columns) for rows, columns in self.shapes], self.world_size)
+        self.group, self.world_size = mesh.stage, mesh.layout.world_size // mesh.layout.pp
+        self.rank, self.label = mesh.rank % self.world_size, f"stage:{mesh.coordinates['pp']}"
+        self.boxes: list[list[Box]] = [[box_of(parameter) for parameter in parameters]]  # [rank][matrix]
+        self.gives: list[list[bool]] = [[parameter in owned for parameter in parameters]]
+        if self.world_size > 1:
+            self.boxes, self.gives = mesh.collect(self.boxes[0], self.group), mesh.collect(self.gives[0], self.group)
+        self.owned = share_out([math.prod(shape) * min(shape[-2:]) for shape in self.shapes], self.world_size)
 
     def __call__(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """This rank's part of every matrix -> its part of the orthogonal factors."""
@@ -51,8 +58,9 @@ class Orthogonaliser:
         flat = [torch.cat([t.flatten() for t in tensors]) if tensors else like.new_empty(0) for tensors in outgoing]
         counts = [[_count(box) for box in boxes] for boxes in expected]
         received = like.new_empty(sum(map(sum, counts)))
-        with interval("data_parallel", group="world"):
-            dist.all_to_all_single(received, torch.cat(flat), [sum(each) for each in counts], [len(f) for f in flat])
+        with interval("data_parallel", group=self.label):
+            dist.all_to_all_single(received, torch.cat(flat), [sum(each) for each in counts], [len(f) for f in flat],
+                                   group=self.group)
         out = []
         for boxes, each, message in zip(expected, counts, received.split([sum(each) for each in counts]), strict=True):
             out.append([part.view(box.shape) for box, part in zip(boxes, message.split(each), strict=True)])
@@ -60,15 +68,19 @@ class Orthogonaliser:
 
 
 def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
-    """About U V^T of the matrix' singular value decomposition: five steps of a quintic iteration (Jordan et al. 2024)."""
+    """About U V^T of the matrix' singular value decomposition: five steps of a quintic iteration (Jordan et al. 2024).
+
+    A stack of matrices [E, rows, columns] is done matrix by matrix at once.
+    """
     a, b, c = COEFFICIENTS
     x = matrix.bfloat16() if matrix.is_cuda else matrix
-    x = x.mT if x.shape[0] > x.shape[1] else x
-    x = x / (x.norm() + 1e-7)
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+    return (x.mT if is_tall else x).to(matrix.dtype)
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
@@ -86,5 +98,4 @@ def _slices(box: Box) -> tuple[slice, ...]:
 
 
 def _count(box: Box) -> int:
-    rows, columns = box.shape
-    return rows * columns
+    return math.prod(box.shape)

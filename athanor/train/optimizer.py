@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from athanor.parallel.mesh import Mesh
-from athanor.parallel.tensor import is_first_copy, local
+from athanor.parallel.stages import Stages
+from athanor.parallel.tensor import local
 from athanor.train.muon import Orthogonaliser
 
 BETAS = (0.9, 0.95)
@@ -37,7 +37,7 @@ def is_decayed(name: str, parameter: torch.Tensor) -> bool:
 
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Whether Muon may update it: a matrix between two hidden layers, so neither embedding nor head."""
-    return parameter.ndim == 2 and ".layers." in name
+    return parameter.ndim >= 2 and ".layers." in name
 
 
 class Optimizer:
@@ -47,14 +47,15 @@ class Optimizer:
     momentum (Muon). `updates` counts the steps that were not skipped.
     """
 
-    def __init__(self, model: nn.Module, kind: str, weight_decay: float, mesh: Mesh) -> None:
-        self.mesh, self.weight_decay, self.updates = mesh, weight_decay, 0
-        self.pieces = [Piece(name, p, local(p.detach())) for name, p in model.named_parameters() if p.requires_grad]
+    def __init__(self, stages: Stages, kind: str, weight_decay: float) -> None:
+        self.device, self.weight_decay, self.updates = stages.mesh.device, weight_decay, 0
+        self.owned = stages.owned()
+        self.pieces = [Piece(name, p, local(p.detach())) for name, p in stages.named_parameters() if p.requires_grad]
         self.muon = [piece for piece in self.pieces if kind == "muon" and is_block_matrix(piece.name, piece.parameter)]
         names = {piece.name for piece in self.muon}
         self.adamw = [piece for piece in self.pieces if piece.name not in names]
         self.momentum = {piece.name: torch.zeros_like(piece.shard) for piece in self.muon}
-        self.orthogonaliser = Orthogonaliser([piece.parameter for piece in self.muon], mesh) if self.muon else None
+        self.orthogonaliser = Orthogonaliser([piece.parameter for piece in self.muon], stages) if self.muon else None
         groups = [{"params": [p.shard for p in self.adamw if is_decayed(p.name, p.parameter) == decayed],
                    "weight_decay": weight_decay if decayed else 0.0} for decayed in (True, False)]
         self.inner = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=BETAS, eps=EPSILON,
@@ -66,10 +67,10 @@ class Optimizer:
 
     def squared_norm(self) -> torch.Tensor:
         """The sum of squares of this rank's part of the gradient, in fp64; each part is counted on one rank only."""
-        mine = [piece.gradient for piece in self.pieces if self.mesh.counts_parameters and is_first_copy(piece.parameter)]
+        mine = [piece.gradient for piece in self.pieces if piece.parameter in self.owned]
         held = [gradient for gradient in mine if gradient is not None and gradient.numel()]
         if not held:
-            return torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+            return torch.zeros((), dtype=torch.float64, device=self.device)
         return torch.stack(torch._foreach_norm(held)).double().square().sum()
 
     def scale_gradients(self, factor: float) -> None:
@@ -116,5 +117,5 @@ class Optimizer:
             momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
             wanted.append(gradient.lerp(momentum, MUON_MOMENTUM))
         for piece, update in zip(self.muon, orthogonaliser(wanted), strict=True):
-            rate = 0.2 * max(piece.parameter.shape) ** 0.5
+            rate = 0.2 * max(piece.parameter.shape[-2:]) ** 0.5
             piece.shard.mul_(1 - learning_rate * self.weight_decay).add_(update, alpha=-learning_rate * rate)

@@ -11,16 +11,17 @@ from typing import Any
 from athanor.data.lineage import open_manifest
 from athanor.data.rows import Rows, open_rows
 from athanor.foundation.errors import ModelError, UserError
-from athanor.foundation.layout import Layout
+from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe, Stage, toml_value
 from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, hash_file, hash_folder, write_atomic
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, check_pipeline, cut
 from athanor.models.huggingface import read_shape
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.objectives.find import load_objective
-from athanor.parallel.mesh import check_trainable
 from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
 
+KEPT_WHOLE_PARAMETERS = 100_000_000  # of a model whose weights and gradients every rank can afford to hold during a step
 VOCABULARY_MULTIPLE = 64  # a new model's vocabulary is filled up to it, so that it can be cut into equal parts
 HEAD_WIDTH = 32
 
@@ -34,11 +35,17 @@ class Job:
     recipe: Recipe
     settings: Settings
     layout: Layout
+    pipeline: Pipeline
     shape: DecoderShape
     start: Path | None
     rows: Rows
     held_out: Rows
     hashes: dict[str, str]
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether sharded weights and gradients are whole during a step: under a pipeline, and where they are small."""
+        return self.layout.pp > 1 or self.shape.parameters() <= KEPT_WHOLE_PARAMETERS
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -56,13 +63,25 @@ def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) ->
     if start is not None:
         check_start(start, shape, recipe, manifest, run.data / "tokenizer")
     layout = resolve_layout(layout_of(recipe), world_size)
-    check_trainable(layout)
+    check_experts(layout, getattr(shape, "num_experts", 0))
     settings = settle(recipe, stage, layout, shape)
+    pipeline = make_pipeline(recipe, layout, settings, shape)
     rows = open_rows(run.data, settings.data, settings.seq_len, settings.seed)
     held_out = open_rows(run.data, settings.data, settings.seq_len, settings.seed, "evaluation")
     hashes = {"data": manifest["hash"], "rows": rows.fingerprint, "tokenizer": manifest["tokenizer_hash"],
               "template": manifest["template_hash"] or "", "start": "" if start is None else hash_folder(start)}
-    return Job(run, run.stage(stage.name), recipe, settings, layout, shape, start, rows, held_out, hashes)
+    return Job(run, run.stage(stage.name), recipe, settings, layout, pipeline, shape, start, rows, held_out, hashes)
+
+
+def make_pipeline(recipe: Recipe, layout: Layout, settings: Settings, shape: DecoderShape) -> Pipeline:
+    """How the model is cut into stages; a single one without a pipeline. Raises LayoutError for what cannot be."""
+    if layout.pp == 1:
+        return Pipeline("", (range(shape.num_hidden_layers),), (0,))
+    schedule = recipe.parallel.pipeline_schedule or DEFAULT_SCHEDULE
+    pipeline = cut(layout.pp, schedule, shape.block_costs(settings.seq_len / 2), recipe.parallel.split)
+    check_pipeline(layout, schedule, stages=len(pipeline.blocks), num_microbatches=settings.num_microbatches,
+                   is_compiled=settings.compile, recompute=settings.recompute)
+    return pipeline
 
 
 def find_start(run: RunFolder, recipe: Recipe, stage: Stage) -> Path | None:
@@ -163,6 +182,9 @@ def describe(job: Job) -> str:
              "# What it came to. Another identity is another stage; the rest may change when it goes on.", "[identity]"]
     lines += [f"{toml_value(key)} = {toml_value(value)}" for key, value in job.identity.items() if value is not None]
     lines += ["", "[execution]", f"layout = {toml_value(str(job.layout))}"]
+    if job.layout.pp > 1:
+        lines += [f"pipeline_schedule = {toml_value(job.pipeline.schedule)}",
+                  f"split = {toml_value([len(blocks) for blocks in job.pipeline.blocks])}"]
     lines += [f"{key} = {toml_value(value)}" for key, value in asdict(job.settings).items() if key in INCIDENTAL]
     return "\n".join(lines) + "\n"
 

@@ -4,37 +4,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from athanor.foundation.intervals import interval
 from athanor.models.context import Groups, Packed, Scored
-from athanor.models.decoder import Decoder
 from athanor.objectives.batch import Batch, count_kept
 from athanor.objectives.find import Objective
-from athanor.parallel.fully_shard import Replicas
+from athanor.parallel.fully_shard import DataParallel
 from athanor.parallel.mesh import Mesh
+from athanor.parallel.pipeline import Runner
+from athanor.parallel.stages import Stages
 from athanor.train.optimizer import Optimizer
 
 COLUMNS = ("tokens", "targets", "weight", "positions", "cu_seqlens")
+OF_ALL_TOKENS = ("positions", "cu_seqlens")  # context-parallel ranks need them whole, and a part of all other columns
+
+
+class Tally:
+    """Sums over the micro-batches of a step, kept on the device: the loss, and each metric with its count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.metrics: dict[str, tuple[Tensor, float]] = {}
+
+    def add(self, loss: Tensor, found: Mapping[str, tuple[Tensor, float]]) -> None:
+        self.loss += loss.detach()
+        for name, (value, count) in found.items():
+            before = self.metrics.get(name, (0.0, 0.0))
+            self.metrics[name] = before[0] + value.detach().double(), before[1] + count
 
 
 @dataclass
 class Trainee:
-    """A model laid out on a mesh, with what trains it."""
+    """A model laid out on a mesh, with what trains it. `runner` is there where the model is a pipeline."""
 
-    model: Decoder
+    stages: Stages
     mesh: Mesh
     objective: Objective
     optimizer: Optimizer
-    replicas: Replicas | None = None
+    sharded: Sequence[DataParallel] = ()
+    runner: Runner | None = None
+    totals: Mapping[str, float] = field(default_factory=dict)
+    tally: Tally | None = None
+    metric_names: list[str] | None = None
 
-    def forward(self, batch: Batch) -> Scored:
-        """Score a batch whose columns are on the device."""
-        context = Packed(batch["positions"], batch["cu_seqlens"], batch["max_length"], Groups(tp=self.mesh.group("tp")))
-        scored: Scored = self.model(batch["tokens"], context, batch["targets"], batch["weight"])
-        return scored
+    def score(self, part: nn.Module, x: Tensor, batch: Batch) -> Tensor | Scored:
+        """Run one stage on a batch whose columns are on the device: its hidden states, or what the last says of the targets."""
+        groups = Groups(tp=self.mesh.group("tp"), cp=self.mesh.group("cp"), ep=self.mesh.group("ep"))
+        context = Packed(batch["positions"], batch["cu_seqlens"], batch["max_length"], groups)
+        if not part.is_last:
+            return part(x, context)  # type: ignore[no-any-return]
+        return part(x, context, batch["targets"], batch["weight"])  # type: ignore[no-any-return]
+
+    def compute(self, part: nn.Module, x: Tensor, batch: Batch) -> Tensor:
+        """The same, with the micro-batch's loss on the last stage; what it says goes to the tally."""
+        scored = self.score(part, x, batch)
+        if isinstance(scored, Tensor):
+            return scored
+        assert self.tally is not None, "a step has begun"
+        loss, found = self.objective.loss(scored, batch, self.totals)
+        self.tally.add(loss, found)
+        return loss
 
 
 @dataclass(frozen=True)
@@ -53,9 +87,19 @@ class Outcome:
     metrics: Mapping[str, float]
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its columns as tensors on the device."""
-    return {key: torch.from_numpy(value).to(device) if key in COLUMNS else value for key, value in batch.items()}
+def to_device(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch with its columns as tensors on the device; of most, this context-parallel rank's contiguous part."""
+    part, parts = mesh.coordinates["cp"], mesh.layout.cp
+    out: dict[str, Any] = {}
+    for key, value in batch.items():
+        if key not in COLUMNS:
+            out[key] = value
+            continue
+        if parts > 1 and key not in OF_ALL_TOKENS:
+            size = len(value) // parts
+            value = value[part * size:(part + 1) * size]
+        out[key] = torch.from_numpy(value).to(mesh.device)
+    return out
 
 
 def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, gradient_clip: float,
@@ -65,23 +109,16 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
     The loss is the sum over all tokens of the global batch / their global count N, which is known before the first backward
     pass, so gradients are only ever added. A gradient that is not finite skips the update on all ranks.
     """
-    mesh, objective, optimizer = trainee.mesh, trainee.objective, trainee.optimizer
+    optimizer = trainee.optimizer
     with interval("input"):
-        totals, kept_tokens, keys_seen = global_counts(objective, batches, mesh)
-    loss, metrics = 0.0, dict[str, tuple[float, float]]()
-    for number, batch in enumerate(batches):
-        with interval("compute"):
-            if trainee.replicas is not None:
-                trainee.replicas.is_last_micro_batch = number == len(batches) - 1
-            columns = to_device(batch, mesh.device)
-            part, found = objective.loss(trainee.forward(columns), columns, totals)
-            part.backward()
-            loss += float(part.detach())
-            for name, (value, count) in found.items():
-                before = metrics.get(name, (0.0, 0.0))
-                metrics[name] = before[0] + float(value), before[1] + count
+        trainee.totals, kept_tokens, keys_seen = global_counts(trainee.objective, batches, trainee.mesh)
+    trainee.tally = Tally(trainee.mesh.device)
+    if trainee.runner is not None:
+        run_pipeline(trainee.runner, batches, trainee.mesh)
+    else:
+        run_micro_batches(trainee, batches)
     with interval("optimizer"):
-        loss, norm, stop, means = _reduce(trainee, loss, metrics, is_asked_to_stop)
+        loss, norm, stop, means = _reduce(trainee, is_asked_to_stop)
         is_finite = math.isfinite(norm) and math.isfinite(loss)
         if is_finite:
             if norm > gradient_clip:
@@ -91,6 +128,25 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
     return Outcome(loss, norm, not is_finite, stop, kept_tokens, keys_seen, means)
 
 
+def run_micro_batches(trainee: Trainee, batches: Sequence[Batch]) -> None:
+    """Forward and backward through the whole model, one micro-batch after another."""
+    for number, batch in enumerate(batches):
+        with interval("compute"):
+            for sharded in trainee.sharded:
+                sharded.begin(number == len(batches) - 1)
+            columns = to_device(batch, trainee.mesh)
+            trainee.compute(trainee.stages.last, columns["tokens"], columns).backward()
+
+
+def run_pipeline(runner: Runner, batches: Sequence[Batch], mesh: Mesh) -> None:
+    """Forward and backward of all micro-batches through the pipeline, their columns stacked."""
+    with interval("compute"):
+        parts = [to_device(batch, mesh) for batch in batches]
+        columns = {key: torch.cat([part[key] for part in parts]) for key in COLUMNS}
+    constants = {key: value for key, value in parts[0].items() if key not in COLUMNS}
+    runner.step(columns, constants)
+
+
 def global_counts(objective: Objective, batches: Sequence[Batch], mesh: Mesh) -> tuple[dict[str, float], int, int]:
     """The denominators N over micro-batches and data ranks; tokens kept, and keys their queries see."""
     counts = [objective.count(batch) for batch in batches]
@@ -98,21 +154,25 @@ def global_counts(objective: Objective, batches: Sequence[Batch], mesh: Mesh) ->
     kept = [count_kept(batch) for batch in batches]
     values = [sum(count[name] for count in counts) for name in names] + [sum(pair[i] for pair in kept) for i in (0, 1)]
     packed = torch.tensor(values, dtype=torch.float64, device=mesh.device)
-    if mesh.coordinates["tp"] != 0:
-        packed.zero_()  # tensor-parallel ranks read the same rows
+    if not mesh.counts_rows:
+        packed.zero_()
     found = mesh.sum(packed).tolist()
     return {name: max(total, 1e-9) for name, total in zip(names, found, strict=False)}, int(found[-2]), int(found[-1])
 
 
-def _reduce(trainee: Trainee, loss: float, metrics: Mapping[str, tuple[float, float]],
-            is_asked_to_stop: bool) -> tuple[float, float, bool, dict[str, float]]:
+def _reduce(trainee: Trainee, is_asked_to_stop: bool) -> tuple[float, float, bool, dict[str, float]]:
     """Loss, gradient norm, wish to stop and metrics over all ranks, in one message; a NaN anywhere reaches every rank."""
-    mesh = trainee.mesh
-    names = sorted(metrics)
-    is_counted = mesh.coordinates["tp"] == 0
-    mine = [loss, *(value for name in names for value in metrics[name])] if is_counted else [0.0] * (1 + 2 * len(names))
-    packed = torch.tensor([0.0, float(is_asked_to_stop), *mine], dtype=torch.float64, device=mesh.device)
-    packed[0] = trainee.optimizer.squared_norm()
+    mesh, tally = trainee.mesh, trainee.tally
+    assert tally is not None, "a step has begun"
+    if trainee.metric_names is None:  # only the last stage's ranks know them by themselves
+        trainee.metric_names = sorted(set().union(*mesh.collect(list(tally.metrics))))
+    zero = torch.zeros_like(tally.loss)
+    values = [value for name in trainee.metric_names for value in tally.metrics.get(name, (zero, 0.0))]
+    mine = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=mesh.device) for value in (tally.loss, *values)])
+    if not mesh.counts_tokens:
+        mine.zero_()
+    asked = torch.tensor([float(is_asked_to_stop)], dtype=torch.float64, device=mesh.device)
+    packed = torch.cat([trainee.optimizer.squared_norm().reshape(1), asked, mine])
     squared, stop, loss, *sums = mesh.sum(packed).tolist()
-    means = {name: sums[2 * i] / max(sums[2 * i + 1], 1e-9) for i, name in enumerate(names)}
+    means = {name: sums[2 * i] / max(sums[2 * i + 1], 1e-9) for i, name in enumerate(trainee.metric_names)}
     return loss, math.sqrt(squared) if squared >= 0 else math.nan, stop > 0, means

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,7 @@ from athanor.foundation.intervals import activate, interval
 from athanor.inference.engine import Engine
 from athanor.inference.scheduler import Sampling
 from athanor.models.decoder import Decoder
-from athanor.models.find import load_architecture
 from athanor.objectives.batch import empty_row
-from athanor.parallel.apply import storage_dtype
-from athanor.parallel.tensor import full
 from athanor.train.meter import Meter
 from athanor.train.step import Trainee, to_device
 
@@ -50,11 +48,16 @@ def validate(trainee: Trainee, rows: Rows, seq_len: int, micro_batch_size: int) 
         mine = rows.take(begin, max(0, min(micro_batch_size, rows.count - begin)))
         mine += [empty_row(seq_len)] * (micro_batch_size - len(mine))  # every rank makes as many forward passes
         batch = objective.collate(mine, seq_len)
-        columns = to_device(batch, mesh.device)
-        _, found = objective.loss(trainee.forward(columns), columns, dict.fromkeys(objective.count(batch), 1.0))
-        summed, count = found["loss"]
-        sums += torch.tensor([float(summed), count], dtype=torch.float64, device=mesh.device)
-    if mesh.coordinates["tp"] != 0:
+        columns = to_device(batch, mesh)
+        if trainee.runner is not None:
+            scored = trainee.runner.forward(columns, trainee.score)
+        else:
+            scored = trainee.score(trainee.stages.last, columns["tokens"], columns)
+        if scored is not None:
+            _, found = objective.loss(scored, columns, dict.fromkeys(objective.count(batch), 1.0))
+            summed, count = found["loss"]
+            sums += torch.stack([summed.double(), torch.full_like(summed, count, dtype=torch.float64)])
+    if not mesh.counts_tokens:
         sums.zero_()
     loss, count = mesh.sum(sums).tolist()
     return loss / count if count else None
@@ -66,15 +69,13 @@ class Sampler:
     It keeps a whole copy of the model there, filled from the ranks' shards each time.
     """
 
-    def __init__(self, trainee: Trainee, architecture: str, precision: str, rows: Rows, data: str, tokenizer: Path) -> None:
+    def __init__(self, trainee: Trainee, template: Decoder, rows: Rows, data: str, tokenizer: Path) -> None:
         self.trainee, self.copy = trainee, None
         if trainee.mesh.rank == 0:
             self.tokenizer = Tokenizer.load(tokenizer)
             self.prompts = choose_prompts(rows, data, self.tokenizer.bos_id)
-            shape = trainee.model.shape
-            with torch.device("meta"):
-                model: Decoder = load_architecture(architecture).build(shape)
-            self.copy = model.to(storage_dtype(precision)).to_empty(device=trainee.mesh.device).requires_grad_(False).eval()
+            shape = template.shape
+            self.copy = copy.deepcopy(template).to_empty(device=trainee.mesh.device).requires_grad_(False).eval()
             self.room = shape.max_position_embeddings
             self.engine = Engine(self.copy, cache_tokens=PROMPTS * self.room)
 
@@ -82,9 +83,9 @@ class Sampler:
     def __call__(self, step: int) -> list[dict[str, Any]]:
         """Rows for samples.jsonl on rank 0 (greedy, so that they can be compared over steps); every rank must call."""
         targets = dict(self.copy.named_parameters()) if self.copy is not None else {}
-        for name, parameter in self.trainee.model.named_parameters():
-            gathered = full(parameter.detach())
-            if self.copy is not None:
+        for name in self.trainee.stages.tensors:
+            gathered = self.trainee.stages.whole(name)
+            if gathered is not None:
                 targets[name].copy_(gathered)
         if self.copy is None:
             return []

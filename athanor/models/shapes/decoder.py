@@ -84,6 +84,11 @@ class DecoderShape:
         attention = 2 * self.num_hidden_layers * self.query_size * mean_context
         return 6.0 * tokens * (matrices + attention)
 
+    def block_costs(self, mean_context: float) -> list[float]:
+        """FLOPs per token of each block, to balance pipeline stages; the head's are the last one's."""
+        block = 6.0 * (self.block_matrix_parameters() + 2 * self.query_size * mean_context)
+        return [block] * (self.num_hidden_layers - 1) + [block + 6.0 * self.vocab_size * self.hidden_size]
+
     def flops_full(self, tokens: float, seq_len: float) -> float:
         """The same with full-square attention, as PaLM (appendix B) counts: every query sees `seq_len` keys."""
         return self.flops(tokens, seq_len)

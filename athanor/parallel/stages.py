@@ -1,0 +1,118 @@
+"""The pipeline stages of a model that one rank holds, under the parameter names of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from athanor.foundation.intervals import interval
+from athanor.foundation.schedules import Pipeline
+from athanor.parallel.mesh import Mesh
+from athanor.parallel.tensor import full, is_first_copy, local
+
+
+class Stages:
+    """This rank's stages by their number, each a module that knows its parameters under their names in the whole model.
+
+    Without a pipeline it is one stage, which is the model. A name that two stages hold (tied embeddings) is one parameter:
+    the earlier stage speaks for it, and `tie` keeps the gradients of both equal.
+    """
+
+    def __init__(self, parts: Mapping[int, nn.Module], pipeline: Pipeline, mesh: Mesh) -> None:
+        self.parts, self.pipeline, self.mesh = dict(parts), pipeline, mesh
+        self.group = mesh.group("pp")
+        self.pp_rank = mesh.coordinates["pp"]
+        mine = {number: {name: (tuple(p.shape), p.dtype) for name, p in part.named_parameters()}
+                for number, part in self.parts.items()}
+        gathered = mesh.collect(mine, self.group) if self.group is not None else [mine]
+        self.holders: dict[str, list[int]] = {}  # name -> stages
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # name -> shape and dtype, in the order of stages
+        for number, held in sorted((number, held) for each in gathered for number, held in each.items()):
+            for name, description in held.items():
+                self.holders.setdefault(name, []).append(number)
+                self.tensors.setdefault(name, description)
+
+    @property
+    def is_first(self) -> bool:
+        return 0 in self.parts
+
+    @property
+    def is_last(self) -> bool:
+        return len(self.pipeline.blocks) - 1 in self.parts
+
+    @property
+    def last(self) -> nn.Module:
+        """The last stage's module; only where `is_last`."""
+        return self.parts[len(self.pipeline.blocks) - 1]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter that this rank has a part of; a tied one twice, if this rank has the first stage and the last."""
+        for part in self.parts.values():
+            yield from part.named_parameters()
+
+    def train(self, mode: bool = True) -> None:
+        for part in self.parts.values():
+            part.train(mode)
+
+    def owned(self) -> set[nn.Parameter]:
+        """The parameters of which this rank's part is to be counted and saved here, since no rank before it has it."""
+        if not self.mesh.counts_parameters:
+            return set()
+        return {parameter for number, part in self.parts.items() for name, parameter in part.named_parameters()
+                if self.holders[name][0] == number and is_first_copy(parameter)}
+
+    def tie(self) -> None:
+        """Add up the gradients of parameters that two stages hold, alike on both."""
+        for name, (first, *others) in self.holders.items():
+            if not others or not {first, *others} & set(self.parts):
+                continue
+            grads = [local(p.grad) for number in (first, *others) if number in self.parts
+                     for key, p in self.parts[number].named_parameters() if key == name and p.grad is not None]
+            if len(grads) == 2:
+                total = grads[0] + grads[1]
+            else:
+                peer = self.pipeline.ranks[others[0] if first in self.parts else first]
+                theirs = self._swap(grads[0], peer)
+                total = grads[0] + theirs if first in self.parts else theirs + grads[0]
+            for grad in grads:
+                grad.copy_(total)
+
+    def _swap(self, mine: torch.Tensor, peer: int) -> torch.Tensor:
+        """Give a tensor to another pipeline rank for the one it gives."""
+        mine, theirs = mine.contiguous(), torch.empty_like(mine, memory_format=torch.contiguous_format)
+        operations = [dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer),
+                      dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer)]
+        with interval("pipeline"):
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        return theirs
+
+    @torch.no_grad()
+    def whole(self, name: str) -> torch.Tensor | None:
+        """A parameter in full on rank 0, None elsewhere. All ranks must ask for the same names in the same order."""
+        holder = self.pipeline.ranks[self.holders[name][0]]
+        found: torch.Tensor | None = None
+        if self.holders[name][0] in self.parts:
+            found = full(dict(self.parts[self.holders[name][0]].named_parameters())[name].detach())
+        if holder != 0 and self.mesh.rank % self._stage_size == 0:  # the chain of rank 0
+            if found is not None:
+                dist.send(found.contiguous(), group=self.group, group_dst=0)
+            elif self.pp_rank == 0:
+                shape, dtype = self.tensors[name]
+                found = torch.empty(shape, dtype=dtype, device=self.mesh.device)
+                dist.recv(found, group=self.group, group_src=holder)
+        return found if self.mesh.rank == 0 else None
+
+    @property
+    def _stage_size(self) -> int:
+        return self.mesh.layout.world_size // self.mesh.layout.pp
+
+
+def describe(stages: Stages) -> list[dict[str, Any]]:
+    """One row per stage: its number, its pipeline rank and its blocks."""
+    return [{"stage": number, "pp": rank, "blocks": [blocks.start, blocks.stop]}
+            for number, (rank, blocks) in enumerate(zip(stages.pipeline.ranks, stages.pipeline.blocks, strict=True))]
