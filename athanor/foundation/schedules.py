@@ -1,7 +1,8 @@
 """Pipeline schedules: which stage lies on which rank, and what goes with what. One table, torch-free.
 
-The schedules are those of torch.distributed.pipelining, under its names. What the table forbids was tried: compiled blocks
-give silently wrong gradients where a schedule splits the backward pass (torch 2.13), recomputed ones cannot be split.
+The schedules are those of torch.distributed.pipelining, under its names. Compiled blocks can give silently wrong gradients
+where a schedule splits the backward pass (torch 2.13; pytorch#161904), so that pair is refused. Recomputed blocks are exact
+with every schedule, but are computed once more for each half of a split backward pass.
 """
 
 from __future__ import annotations
@@ -88,8 +89,7 @@ def cut(pp: int, schedule: str, costs: Sequence[float], split: Sequence[int] | N
     return Pipeline(schedule, blocks, ranks)
 
 
-def check_pipeline(layout: Layout, schedule: str, *, stages: int, num_microbatches: int, is_compiled: bool,
-                   recompute: str) -> None:
+def check_pipeline(layout: Layout, schedule: str, *, stages: int, num_microbatches: int, is_compiled: bool) -> None:
     """Refuse what does not go with a schedule. Raises LayoutError with the numbers and what would work."""
     row = find_schedule(schedule)
     if layout.pp == 1:
@@ -98,9 +98,6 @@ def check_pipeline(layout: Layout, schedule: str, *, stages: int, num_microbatch
     if row.splits_backward and is_compiled:
         raise LayoutError(f"{schedule} splits the backward pass, which gives wrong gradients in compiled blocks; set compile = "
                           f"false, or use one of {plain}")
-    if row.splits_backward and recompute != "none":
-        raise LayoutError(f"{schedule} splits the backward pass, which recomputed blocks do not allow; set recompute = none, or "
-                          f"use one of {plain}")
     if row.fills and num_microbatches < stages:
         raise LayoutError(f"{schedule} needs at least as many micro-batches as its {stages} stages, but there are "
                           f"{num_microbatches}; make micro_batch_size smaller or the batch larger")

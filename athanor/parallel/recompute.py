@@ -35,4 +35,15 @@ def apply(blocks: Sequence[nn.Module], policy: str, is_compiled: bool) -> None:
 
 
 def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), interval("recompute")
+    return contextlib.nullcontext(), _Again()
+
+
+class _Again(contextlib.AbstractContextManager[None]):
+    """The interval of computing again; entered twice where a schedule splits the backward pass."""
+
+    def __enter__(self) -> None:
+        self.open = interval("recompute")
+        self.open.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.open.__exit__(*error)

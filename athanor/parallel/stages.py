@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from athanor.foundation.intervals import interval
+from athanor.foundation.layout import Layout
 from athanor.foundation.schedules import Pipeline
 from athanor.parallel.mesh import Mesh
 from athanor.parallel.tensor import full, is_first_copy, local
@@ -35,6 +35,11 @@ class Stages:
             for name, description in held.items():
                 self.holders.setdefault(name, []).append(number)
                 self.tensors.setdefault(name, description)
+
+    @classmethod
+    def alone(cls, model: nn.Module, mesh: Mesh | None = None) -> Stages:
+        """A whole model, on one rank unless a mesh says otherwise."""
+        return cls({0: model}, Pipeline("", (range(0),), (0,)), mesh or Mesh(Layout(), torch.device("cpu"), 0))
 
     @property
     def is_first(self) -> bool:
@@ -110,9 +115,3 @@ class Stages:
     @property
     def _stage_size(self) -> int:
         return self.mesh.layout.world_size // self.mesh.layout.pp
-
-
-def describe(stages: Stages) -> list[dict[str, Any]]:
-    """One row per stage: its number, its pipeline rank and its blocks."""
-    return [{"stage": number, "pp": rank, "blocks": [blocks.start, blocks.stop]}
-            for number, (rank, blocks) in enumerate(zip(stages.pipeline.ranks, stages.pipeline.blocks, strict=True))]

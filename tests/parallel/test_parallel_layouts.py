@@ -16,15 +16,15 @@ from athanor.models.context import Packed
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.zoo.llama import TENSOR_DIMS, build
-from athanor.parallel.apply import blocks_of, compute_dtype, parallelize
-from athanor.parallel.mesh import Mesh, check_trainable
+from athanor.parallel.apply import Choices, blocks_of, compute_dtype, parallelize
+from athanor.parallel.mesh import Mesh
 from athanor.parallel.recompute import recomputed
 from athanor.parallel.tensor import Box, tensor_dim
 
 
-def look(tmp_path: Path, **degrees: int) -> list[dict[str, Any]]:
-    ranks = Layout(**degrees).world_size
-    return run_ranks("parallel_ranks:look_at_shards", {"degrees": degrees}, ranks, log_folder=tmp_path, threads=1, timeout=60)
+def look(tmp_path: Path, keeps_whole: bool = False, **degrees: int) -> list[dict[str, Any]]:
+    arguments, ranks = {"degrees": degrees, "keeps_whole": keeps_whole}, Layout(**degrees).world_size
+    return run_ranks("parallel_ranks:look_at_shards", arguments, ranks, log_folder=tmp_path, threads=1, timeout=60)
 
 
 def reference() -> nn.Module:
@@ -49,25 +49,24 @@ def test_shards_are_the_boxes_they_say_and_gradients_are_summed(tmp_path: Path, 
             place = box.slices(Box((0,) * parameter.ndim, tuple(parameter.shape)))
             assert torch.equal(parameter[place], torch.from_numpy(shard)), name
             assert torch.equal(parameter, torch.from_numpy(rank["whole"][name]))
-            filled[place] += float(is_first and rank["place"]["dp_replicate"] == 0)
+            filled[place] += float(is_first)
             torch.testing.assert_close(torch.from_numpy(rank["gradients"][name]), copies * parameter.grad, rtol=1e-4, atol=1e-5)
         assert (filled == 1).all(), f"every element of {name} has one owner"
     assert sorted(rank["place"]["data_rank"] for rank in ranks) == sorted(list(range(copies // 2)) * Layout(**degrees).tp)
 
 
-def test_waiting_in_collectives_is_recorded_alike_on_all_ranks(tmp_path: Path) -> None:
-    first, second = look(tmp_path, dp_shard=2)
+@pytest.mark.parametrize(("keeps_whole", "waits"), [(False, 2 * (3 + 2 + 3)), (True, 3 + 3)])
+def test_waiting_in_collectives_is_recorded_alike_on_all_ranks(tmp_path: Path, keeps_whole: bool, waits: int) -> None:
+    """Two micro-batches of three units: gathered forward, blocks again backward, and reduced; or each once in all."""
+    first, second = look(tmp_path, keeps_whole, dp_shard=2)
     names = [[(row[0], row[4]) for row in rank["rows"]] for rank in (first, second)]
     assert names[0] == names[1]
-    # two micro-batches of three units: gathered forward, blocks again backward, and reduced
-    assert [name for name, _ in names[0]] == ["data_parallel"] * 2 * (3 + 2 + 3)
+    assert [name for name, _ in names[0]] == ["data_parallel"] * waits
     assert len({group for _, group in names[0]}) == 1
     assert all(row[5] <= row[1] <= row[2] for row in first["rows"])
 
 
-def test_axes_that_do_not_train_yet_are_refused() -> None:
-    with pytest.raises(LayoutError, match="pp = 2 cannot be trained with; this version trains with dp_replicate, dp_shard, tp"):
-        check_trainable(Layout(pp=2))
+def test_precisions_that_do_not_train_yet_are_refused() -> None:
     with pytest.raises(LayoutError, match="fp8 cannot be trained with; this version trains with fp64, fp32, bf16"):
         compute_dtype("fp8")
 
@@ -75,7 +74,7 @@ def test_axes_that_do_not_train_yet_are_refused() -> None:
 def test_one_rank_stays_as_it_is() -> None:
     model = reference()
     before = dict(model.named_parameters())
-    assert parallelize(model, Mesh(Layout(), torch.device("cpu"), 0, None), TENSOR_DIMS) is None
+    assert parallelize(model, Mesh(Layout(), torch.device("cpu"), 0, None), TENSOR_DIMS, Choices()) is None
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
     assert len(blocks_of(model)) == 2
     with pytest.raises(ModelError, match="Linear has no 'layers'"):
@@ -88,7 +87,7 @@ def test_recomputing_changes_no_gradient(policy: str) -> None:
     gradients = []
     for choice in ("none", policy):
         model = reference()
-        parallelize(model, Mesh(Layout(), torch.device("cpu"), 0, None), TENSOR_DIMS, recompute_policy=choice)
+        parallelize(model, Mesh(Layout(), torch.device("cpu"), 0, None), TENSOR_DIMS, Choices(choice))
         model(tokens, Packed.of([5, 7]), tokens + 1, torch.ones(12)).weighted_sum.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

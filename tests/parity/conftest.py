@@ -25,6 +25,7 @@ num_attention_heads = 4
 num_key_value_heads = 4
 intermediate_size = 24
 max_position_embeddings = 64
+initializer_range = 0.3
 [parallel]
 dp_shard = 1
 [[stage]]
@@ -35,7 +36,7 @@ global_batch_tokens = 384
 micro_batch_size = 2
 precision = "fp64"
 learning_rate = 0.02
-gradient_clip = 0.5
+gradient_clip = 0.42
 """
 Result = dict[str, Any]
 Train = Callable[..., list[Result]]

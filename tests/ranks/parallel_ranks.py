@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def look_at_shards(channel: Callable[..., None], degrees: dict[str, int]) -> dict[str, Any]:
+def look_at_shards(channel: Callable[..., None], degrees: dict[str, int], keeps_whole: bool = False) -> dict[str, Any]:
     """Lay a tiny model out and train a step: this rank's boxes with their content, and what was recorded."""
     import torch
 
@@ -17,27 +17,29 @@ def look_at_shards(channel: Callable[..., None], degrees: dict[str, int]) -> dic
     from athanor.models.initialize import initialize
     from athanor.models.shapes.decoder import DecoderShape
     from athanor.models.zoo.llama import TENSOR_DIMS, build
-    from athanor.parallel.apply import parallelize
+    from athanor.parallel.apply import Choices, parallelize
     from athanor.parallel.mesh import leave, make_mesh
-    from athanor.parallel.tensor import box_of, full, is_first_copy, local
+    from athanor.parallel.stages import Stages
+    from athanor.parallel.tensor import box_of, full, local
 
     mesh = make_mesh(Layout(**degrees), "cpu")
     shape = DecoderShape(vocab_size=60, hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=2)
     with torch.device("meta"):
         model = build(shape)
-    replicas = parallelize(model, mesh, TENSOR_DIMS)
+    sharded = parallelize(model, mesh, TENSOR_DIMS, Choices(keeps_whole=keeps_whole))
     model.to_empty(device="cpu")
     initialize(model, 0)
-    boxes = {name: (box_of(p), local(p).detach().clone().numpy(), is_first_copy(p)) for name, p in model.named_parameters()}
+    owned = Stages.alone(model, mesh).owned()
+    boxes = {name: (box_of(p), local(p).detach().clone().numpy(), p in owned) for name, p in model.named_parameters()}
     whole = {name: full(p).detach().clone().numpy() for name, p in model.named_parameters()}
     recorder = Recorder()
     activate(recorder)
     tokens = torch.arange(1, 13)
     context = Packed(torch.arange(12), torch.tensor([0, 12], dtype=torch.int32), 12, Groups(tp=mesh.group("tp")))
     for number in range(2):
-        if replicas is not None:
-            replicas.is_last_micro_batch = number == 1
+        if sharded is not None:
+            sharded.begin(number == 1)
         model(tokens, context, tokens + 1, torch.ones(12)).weighted_sum.backward()
     activate(None)
     gradients = {name: full(p.grad).clone().numpy() for name, p in model.named_parameters()}

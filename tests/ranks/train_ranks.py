@@ -57,8 +57,8 @@ def save_again(channel: Channel, source: str, target_folder: str, run_folder: st
     job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ["WORLD_SIZE"]))
     mesh = make_mesh(job.layout, "cpu")
     trainee = build(job, mesh)
-    meta = checkpoint.load(Path(source), trainee.model, trainee.optimizer)
-    checkpoint.save(Path(target_folder), meta, trainee.model, trainee.optimizer, mesh)
+    meta = checkpoint.load(Path(source), trainee.stages, trainee.optimizer)
+    checkpoint.save(Path(target_folder), meta, trainee.stages, trainee.optimizer)
     leave()
     return {}
 

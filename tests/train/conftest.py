@@ -101,7 +101,7 @@ def train(recipe_file: Path, tmp_path: Path) -> Train:
         recipe = load_recipe(recipe_file, list(overrides))
         arguments = {"run_folder": str(folder), "recipe": recipe, "stage": stage, "launched": time.perf_counter(), **arguments}
         layout = layout_of(recipe)
-        ranks = layout.world_size if layout.dp_shard > 0 else layout.dp_replicate * layout.tp
+        ranks = abs(layout.world_size)  # dp_shard -1, the rest, is one
         return dict(run_ranks(target, arguments, ranks, log_folder=tmp_path / "logs", threads=1, timeout=40,
                               on_message=on_message)[0])
 

@@ -20,6 +20,7 @@ from athanor.models.zoo.llama import build
 from athanor.objectives.batch import collate
 from athanor.objectives.find import load_objective
 from athanor.parallel.mesh import Mesh
+from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
 from athanor.train.muon import newton_schulz, share_out
 from athanor.train.optimizer import Optimizer, is_decayed
@@ -44,7 +45,7 @@ def model_and_gradients(steps: int) -> tuple[Any, list[list[torch.Tensor]]]:
 def test_adamw_is_that_of_torch() -> None:
     ours, gradients = model_and_gradients(5)
     theirs, _ = model_and_gradients(0)
-    optimizer = Optimizer(ours, "adamw", 0.1, ALONE)
+    optimizer = Optimizer(Stages.alone(ours), "adamw", 0.1)
     named = list(theirs.named_parameters())
     groups = [{"params": [p for n, p in named if is_decayed(n, p)], "weight_decay": 0.1},
               {"params": [p for n, p in named if not is_decayed(n, p)], "weight_decay": 0.0}]
@@ -67,7 +68,7 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw() -> None:
         values = torch.linalg.svdvals(newton_schulz(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))))
         assert float(values[:-2].min()) > 0.4 and float(values.max()) < 1.3
     model, _ = model_and_gradients(0)
-    optimizer = Optimizer(model, "muon", 0.1, ALONE)
+    optimizer = Optimizer(Stages.alone(model), "muon", 0.1)
     slots = {key.rpartition(".")[2] for key, _, _ in optimizer.state()}
     assert slots == {"momentum", "exp_avg", "exp_avg_sq"}
     assert {piece.name for piece in optimizer.adamw} >= {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
@@ -76,7 +77,7 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adamw() -> None:
 
 def test_muon_looks_ahead_along_its_momentum() -> None:
     model, gradients = model_and_gradients(2)
-    optimizer = Optimizer(model, "muon", 0.1, ALONE)
+    optimizer = Optimizer(Stages.alone(model), "muon", 0.1)
     name = "model.layers.0.mlp.up_proj.weight"
     index = [n for n, _ in model.named_parameters()].index(name)
     wanted, momentum = dict(model.named_parameters())[name].detach().clone(), torch.zeros(24, 16, dtype=torch.float64)
@@ -93,7 +94,7 @@ def test_muon_looks_ahead_along_its_momentum() -> None:
 
 def test_the_norm_is_that_of_the_whole_gradient() -> None:
     model, (parts,) = model_and_gradients(1)
-    optimizer = Optimizer(model, "adamw", 0.0, ALONE)
+    optimizer = Optimizer(Stages.alone(model), "adamw", 0.0)
     for parameter, part in zip(model.parameters(), parts, strict=True):
         parameter.grad = part.clone()
     wanted = torch.nn.utils.get_total_norm(parts)
@@ -124,7 +125,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(train: 
 
 def test_gradients_are_clipped_to_the_norm_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = model_and_gradients(0)
-    trainee = Trainee(model, ALONE, load_objective("pretrain"), Optimizer(model, "adamw", 0.0, ALONE))
+    trainee = Trainee(Stages.alone(model), ALONE, load_objective("pretrain"), Optimizer(Stages.alone(model), "adamw", 0.0))
     batch = collate([{"tokens": np.arange(9), "starts": np.array([0]), "weight": np.ones(8)}], 8)
     used: list[float] = []
     monkeypatch.setattr(trainee.optimizer, "step", lambda rate: used.append(float(trainee.optimizer.squared_norm()) ** 0.5))
@@ -164,8 +165,8 @@ def test_a_stage_that_cannot_begin_says_why(recipe_file: Path, run_folder: Path,
         resolve(run, load_recipe(recipe_file, ["stage.chat.start_from=nowhere"]), "chat", 1)
     with pytest.raises(DataError, match="is not a data folder"):
         resolve(RunFolder(tmp_path / "empty"), load_recipe(recipe_file), "pretrain", 1)
-    with pytest.raises(LayoutError, match="pp = 2 cannot be trained with"):
-        resolve(run, load_recipe(recipe_file, ["parallel.pp=2"]), "pretrain", 2)
+    with pytest.raises(LayoutError, match="pp = 3 is more than the 2 blocks of the model"):
+        resolve(run, load_recipe(recipe_file, ["parallel.pp=3"]), "pretrain", 3)
     small = tmp_path / "small"
     small.mkdir()
     write_json(small / "config.json", SHAPE.to_config())
@@ -187,22 +188,22 @@ def test_answers_are_learned_from_where_pretraining_ended(train: Train, run_fold
 def test_a_checkpoint_of_another_model_or_a_newer_format_is_refused(tmp_path: Path) -> None:
     model, _ = model_and_gradients(0)
     meta = checkpoint.Meta(1, 8, 64, 1, 0, 1, {}, {}, {})
-    path = checkpoint.save(tmp_path, meta, model, Optimizer(model, "adamw", 0.1, ALONE), ALONE)
+    path = checkpoint.save(tmp_path, meta, Stages.alone(model), Optimizer(Stages.alone(model), "adamw", 0.1))
     wider = build(DecoderShape(vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2))
     before = [p.detach().clone() for p in wider.parameters()]
     with pytest.raises(CheckpointError, match=r"checkpoint of another model: .*model.layers.1.* is not in the model") as caught:
-        checkpoint.load(path, wider, Optimizer(wider, "adamw", 0.1, ALONE))
+        checkpoint.load(path, Stages.alone(wider), Optimizer(Stages.alone(wider), "adamw", 0.1))
     assert "more" in str(caught.value)
     assert all(a.equal(b) or a.isnan().any() for a, b in zip(before, wider.parameters(), strict=True))
     write_json(path / "meta.json", {**read_json(path / "meta.json"), "format": 2})
     with pytest.raises(CheckpointError, match="has format 2, this version reads up to 1"):
-        checkpoint.load(path, model, Optimizer(model, "adamw", 0.1, ALONE))
+        checkpoint.load(path, Stages.alone(model), Optimizer(Stages.alone(model), "adamw", 0.1))
     assert checkpoint.find_damage(path) == "meta.json does not have the content that was written"
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     model, _ = model_and_gradients(0)
-    optimizer = Optimizer(model, "muon", 0.1, ALONE)
+    optimizer = Optimizer(Stages.alone(model), "muon", 0.1)
     for step in (2, 4, 6, 8):
         checkpoint.save(tmp_path, checkpoint.Meta(step, 0, 0, step, 0, 1, {}, {}, {}), model, optimizer, ALONE)
     (tmp_path / ".step-00000010.building-0").mkdir()

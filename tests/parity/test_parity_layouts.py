@@ -1,0 +1,63 @@
+"""Any layout trains the same model: losses, gradient norms and every gradient, in fp64 so that no tolerance hides a mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+Result = dict[str, Any]
+CLIP = 0.42  # of the recipe
+KINDS = {
+    "dense": [],
+    "untied": ["model.tie_word_embeddings=false"],
+    "muon": ["stage.pretrain.optimizer=muon"],
+}
+# what is trained, and how it is laid out
+QUICK = [
+    ("dense", "micro_batch_size=4"), ("dense", "dp_shard=2"), ("muon", "dp_replicate=2"), ("dense", "cp=2"), ("untied", "tp=2"),
+    ("dense", "pp=2"), ("untied", "pp=2 split=[5,3] recompute=every-2"), ("dense", "pp=2 pipeline_schedule=GPipe"),
+    ("untied", "pp=2 pipeline_schedule=Interleaved1F1B"), ("dense", "pp=2 pipeline_schedule=LoopedBFS split=[1,3,2,2]"),
+    ("untied", "pp=2 pipeline_schedule=InterleavedZeroBubble"), ("dense", "pp=2 pipeline_schedule=ZBVZeroBubble recompute=full"),
+    ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"),
+]
+SLOW = [
+    ("dense", "dp_shard=4"), ("dense", "dp_shard=3 global_batch_tokens=432"), ("muon", "dp_shard=2 tp=2 recompute=full"),
+    ("dense", "dp_replicate=2 dp_shard=2"), ("untied", "dp_replicate=2 tp=2"), ("dense", "cp=4"), ("untied", "cp=2 tp=2"),
+    ("dense", "dp_shard=2 cp=2"), ("dense", "dp_replicate=2 cp=2"), ("dense", "tp=4"), ("muon", "pp=2 tp=2"),
+    ("dense", "pp=2 cp=2"), ("dense", "pp=2 dp_replicate=2"), ("dense", "pp=4"), ("untied", "pp=4 split=[3,1,1,3]"),
+    ("dense", "pp=3 split=[1,2,5]"), ("dense", "pp=4 pipeline_schedule=GPipe recompute=full"),
+    ("dense", "pp=4 pipeline_schedule=Interleaved1F1B"), ("untied", "pp=4 pipeline_schedule=LoopedBFS"),
+    ("dense", "pp=4 pipeline_schedule=InterleavedZeroBubble"), ("muon", "pp=4 pipeline_schedule=ZBVZeroBubble"),
+    ("dense", "pp=4 pipeline_schedule=DualPipeV micro_batch_size=1"), ("dense", "pp=2 dp_shard=2 tp=2"),
+    ("untied", "pp=2 dp_shard=2 cp=2 pipeline_schedule=Interleaved1F1B"),
+    ("dense", "pp=2 cp=2 tp=2 pipeline_schedule=ZBVZeroBubble"),
+    ("dense", "pp=2 dp_replicate=2 dp_shard=2 pipeline_schedule=InterleavedZeroBubble micro_batch_size=1"),
+    ("dense", "pp=2 dp_shard=2 tp=2 pipeline_schedule=DualPipeV recompute=every-2 micro_batch_size=1"),
+    ("muon", "dp_replicate=2 dp_shard=2 tp=2"), ("dense", "dp_replicate=2 cp=2 tp=2"), ("muon", "dp_shard=2 cp=2 tp=2"),
+    ("untied", "pp=4 tp=2 pipeline_schedule=LoopedBFS"), ("dense", "pp=4 dp_shard=2 pipeline_schedule=ZBVZeroBubble"),
+]
+
+
+def overrides(layout: str) -> list[str]:
+    stage = ("micro_batch_size", "global_batch_tokens", "compile", "precision")
+    return [f"{'stage.pretrain' if item.split('=')[0] in stage else 'parallel'}.{item}" for item in layout.split()]
+
+
+@pytest.mark.parametrize(("kind", "layout"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_layouts_train_the_same(in_layout: Callable[..., list[Result]], alone: Callable[..., Result], kind: str,
+                                layout: str) -> None:
+    batch = [item for item in overrides(layout) if "global_batch_tokens" in item]
+    wanted = alone(*KINDS[kind], *batch)
+    ranks = in_layout(*KINDS[kind], *overrides(layout))
+    assert min(wanted["tokens"]) > 100 and min(wanted["grad_norm"]) > CLIP, "clipping is at work"
+    for found in ranks:
+        assert found["tokens"] == wanted["tokens"]
+        np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=0, atol=1e-11)
+        np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=0, atol=1e-11)
+        for name, gradient in found["gradients"].items():
+            np.testing.assert_allclose(gradient, wanted["gradients"][name], rtol=0, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(found["weights"][name], wanted["weights"][name], rtol=0, atol=1e-9, err_msg=name)
+    assert {name for found in ranks for name in found["gradients"]} == set(wanted["gradients"]), "every parameter has a place"
