@@ -19,6 +19,7 @@ class Objective(Protocol):
     """What a batch is, and its loss."""
 
     NEEDS: tuple[str, ...]  # columns to be filled before training, by name
+    METRICS: tuple[str, ...]  # names of what `loss` reports; "loss" is among them
 
     def collate(self, rows: Sequence[Row], seq_len: int) -> Batch: ...
 
@@ -32,7 +33,7 @@ class Objective(Protocol):
         ...
 
 
-MEMBERS = ("NEEDS", "collate", "count", "loss")
+MEMBERS = ("NEEDS", "METRICS", "collate", "count", "loss")
 
 
 def names() -> list[str]:

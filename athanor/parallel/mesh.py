@@ -38,6 +38,13 @@ class Mesh:
     def coordinates(self) -> dict[str, int]:
         return self.layout.coordinates(self.rank)
 
+    def place(self, rank: int) -> dict[str, int]:
+        """The coordinates of a rank on the axes that parameters are laid out on."""
+        place, layout = self.layout.coordinates(rank), self.layout
+        shard = place["dp_shard"] * layout.cp + place["cp"]
+        return {"pp": place["pp"], "dp_replicate": place["dp_replicate"], "shard": shard, "expert_shard": shard // layout.ep,
+                "ep": shard % layout.ep, "tp": place["tp"]}
+
     @property
     def data_rank(self) -> int:
         """This rank's number among those that read different rows."""
@@ -97,12 +104,12 @@ class Mesh:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def collect(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """The picklable value of every rank (of the group), in the order of ranks, on each of them."""
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in the order of ranks, on every rank."""
         if self.devices is None:
             return [value]
-        values: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(values, value, group=group)
+        values: list[Any] = [None] * self.layout.world_size
+        dist.all_gather_object(values, value)
         return values
 
 

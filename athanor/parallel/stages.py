@@ -18,23 +18,22 @@ from athanor.parallel.tensor import full, is_first_copy, local
 class Stages:
     """This rank's stages by their number, each a module that knows its parameters under their names in the whole model.
 
-    Without a pipeline it is one stage, which is the model. A name that two stages hold (tied embeddings) is one parameter:
-    the earlier stage speaks for it, and `tie` keeps the gradients of both equal.
+    Without a pipeline it is one stage, which is the model. `described` are all stages, whose weights need no memory. A name
+    that two stages hold (tied embeddings) is one parameter: the earlier stage speaks for it, and `tie` keeps the gradients
+    of both equal.
     """
 
-    def __init__(self, parts: Mapping[int, nn.Module], pipeline: Pipeline, mesh: Mesh) -> None:
+    def __init__(self, parts: Mapping[int, nn.Module], pipeline: Pipeline, mesh: Mesh,
+                 described: Mapping[int, nn.Module] | None = None) -> None:
         self.parts, self.pipeline, self.mesh = dict(parts), pipeline, mesh
         self.group = mesh.group("pp")
         self.pp_rank = mesh.coordinates["pp"]
-        mine = {number: {name: (tuple(p.shape), p.dtype) for name, p in part.named_parameters()}
-                for number, part in self.parts.items()}
-        gathered = mesh.collect(mine, self.group) if self.group is not None else [mine]
         self.holders: dict[str, list[int]] = {}  # name -> stages
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}  # name -> shape and dtype, in the order of stages
-        for number, held in sorted((number, held) for each in gathered for number, held in each.items()):
-            for name, description in held.items():
+        for number, part in sorted((described or parts).items()):
+            for name, parameter in part.named_parameters():
                 self.holders.setdefault(name, []).append(number)
-                self.tensors.setdefault(name, description)
+                self.tensors.setdefault(name, (tuple(parameter.shape), parameter.dtype))
 
     @classmethod
     def alone(cls, model: nn.Module, mesh: Mesh | None = None) -> Stages:

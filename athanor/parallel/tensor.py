@@ -65,32 +65,33 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def box_of(tensor: torch.Tensor) -> Box:
-    """Which part of the global tensor `local(tensor)` is.
+def box_of(tensor: torch.Tensor, place: Mapping[str, int] | None = None) -> Box:
+    """Which part of the global tensor a rank has: this one, or the one with these coordinates by axis.
 
     Tensor parallelism cuts first and data parallelism cuts what is left, so the mesh's axes are walked from the inside.
     """
     sizes, offset = list(tensor.shape), [0] * tensor.ndim
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        for axis in reversed(range(mesh.ndim)):
-            dim = getattr(tensor.placements[axis], "dim", None)
-            if dim is None:
-                continue
-            part = -(-sizes[dim] // mesh.size(axis))
-            begin = min(sizes[dim], part * mesh.get_local_rank(axis))
+    for index, count, dim in reversed(_cuts(tensor, place)):
+        if dim is not None:
+            part = -(-sizes[dim] // count)
+            begin = min(sizes[dim], part * index)
             offset[dim] += begin
             sizes[dim] = min(sizes[dim], begin + part) - begin
     return Box(tuple(offset), tuple(sizes))
 
 
-def is_first_copy(tensor: torch.Tensor) -> bool:
-    """Whether no earlier rank of the tensor's mesh holds the same part."""
+def is_first_copy(tensor: torch.Tensor, place: Mapping[str, int] | None = None) -> bool:
+    """Whether no earlier rank of the tensor's mesh holds the same part as this one, or the one at `place`."""
+    return all(dim is not None or index == 0 for index, _, dim in _cuts(tensor, place))
+
+
+def _cuts(tensor: torch.Tensor, place: Mapping[str, int] | None) -> list[tuple[int, int, int | None]]:
+    """Per axis of the tensor's mesh, outer to inner: the rank's index, the axis' size, and the dim that it cuts."""
     if not isinstance(tensor, DTensor):
-        return True
-    mesh = tensor.device_mesh
-    return all(getattr(tensor.placements[axis], "dim", None) is not None or mesh.get_local_rank(axis) == 0
-               for axis in range(mesh.ndim))
+        return []
+    mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names or ()
+    return [(mesh.get_local_rank(axis) if place is None else place[names[axis]], mesh.size(axis),
+             getattr(tensor.placements[axis], "dim", None)) for axis in range(mesh.ndim)]
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

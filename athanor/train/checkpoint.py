@@ -199,7 +199,7 @@ def load(path: Path, stages: Stages, optimizer: Optimizer) -> Meta:
     tensors = read_json(path / "index.json")["tensors"]
     wanted = list(entries(stages, optimizer))
     shapes = {entry.key: list(entry.parameter.shape) for entry in wanted}
-    for others in stages.mesh.collect(shapes, stages.group) if stages.group is not None else ():
+    for others in stages.mesh.collect(shapes) if stages.group is not None else ():
         shapes |= others
     _check_same_model(path, tensors, shapes)
     files: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
@@ -9,7 +10,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from athanor.models.initialize import initialize
 from athanor.objectives.batch import Batch
 from athanor.objectives.find import load_objective
 from athanor.parallel.apply import Choices, compute_dtype, parallelize, storage_dtype
+from athanor.parallel.fully_shard import DataParallel
 from athanor.parallel.mesh import Mesh, leave, make_mesh
 from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
@@ -132,22 +134,35 @@ def describe_model(job: Job, blocks: range | None = None, is_first: bool = True,
 
 def build(job: Job, mesh: Mesh) -> Trainee:
     """This rank's stages of the model, with the weights that training begins with."""
+    stages, sharded = lay_out(job, mesh)
+    for part in stages.parts.values():
+        assert isinstance(part, Decoder)
+        part.to_empty(device=mesh.device)
+        if job.start is None:
+            initialize(part, job.settings.seed)
+        else:
+            load_weights(part, job.start)
+    return equip(job, stages, sharded)
+
+
+def lay_out(job: Job, mesh: Mesh) -> tuple[Stages, list[DataParallel]]:
+    """This rank's stages, their parameters sharded but still without memory."""
     settings, pipeline = job.settings, job.pipeline
     tensor_dims = load_architecture(job.recipe.model.architecture).TENSOR_DIMS
     choices = Choices(settings.recompute, settings.compile, settings.precision, keeps_whole=job.keeps_whole)
-    parts, sharded = {}, []
-    for number in pipeline.stages_of(mesh.coordinates["pp"]):
-        part = describe_model(job, pipeline.blocks[number], number == 0, number == len(pipeline.blocks) - 1)
-        sharded.append(parallelize(part, mesh, tensor_dims, choices))
-        part.to_empty(device=mesh.device)
-        if job.start is None:
-            initialize(part, settings.seed)
-        else:
-            load_weights(part, job.start)
-        parts[number] = part
-    stages = Stages(parts, pipeline, mesh)
+    last = len(pipeline.blocks) - 1
+    described = {number: describe_model(job, blocks, number == 0, number == last)
+                 for number, blocks in enumerate(pipeline.blocks)}
+    parts = {number: copy.deepcopy(described[number]) for number in pipeline.stages_of(mesh.coordinates["pp"])}
+    sharded = [parallelize(part, mesh, tensor_dims, choices) for part in parts.values()]
+    return Stages(parts, pipeline, mesh, described), [each for each in sharded if each is not None]
+
+
+def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
+    """What trains the stages: objective, optimizer and, where there is one, the pipeline's runner."""
+    settings, mesh = job.settings, stages.mesh
     optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay)
-    trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, [each for each in sharded if each])
+    trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded)
     if mesh.layout.pp > 1:
         tokens = settings.micro_batch_size * settings.seq_len
         dtype = compute_dtype(settings.precision) or storage_dtype(settings.precision)

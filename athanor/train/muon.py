@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from athanor.foundation.intervals import interval
 from athanor.parallel.stages import Stages
-from athanor.parallel.tensor import Box, box_of
+from athanor.parallel.tensor import Box, box_of, is_first_copy
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz step (Jordan et al. 2024)
 STEPS = 5
@@ -23,14 +23,15 @@ class Orthogonaliser:
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], stages: Stages) -> None:
-        mesh, owned = stages.mesh, stages.owned()
+        mesh = stages.mesh
         self.shapes = [tuple(parameter.shape) for parameter in parameters]
         self.group, self.world_size = mesh.stage, mesh.layout.world_size // mesh.layout.pp
-        self.rank, self.label = mesh.rank % self.world_size, f"stage:{mesh.coordinates['pp']}"
-        self.boxes: list[list[Box]] = [[box_of(parameter) for parameter in parameters]]  # [rank][matrix]
-        self.gives: list[list[bool]] = [[parameter in owned for parameter in parameters]]
-        if self.world_size > 1:
-            self.boxes, self.gives = mesh.collect(self.boxes[0], self.group), mesh.collect(self.gives[0], self.group)
+        first = mesh.rank - mesh.rank % self.world_size
+        self.rank, self.label = mesh.rank - first, f"stage:{mesh.coordinates['pp']}"
+        places = [mesh.place(first + r) for r in range(self.world_size)]
+        self.boxes = [[box_of(parameter, place) for parameter in parameters] for place in places]  # [rank][matrix]
+        self.gives = [[place["dp_replicate"] == 0 and is_first_copy(parameter, place) for parameter in parameters]
+                      for place in places]
         self.owned = share_out([math.prod(shape) * min(shape[-2:]) for shape in self.shapes], self.world_size)
 
     def __call__(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

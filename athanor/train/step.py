@@ -50,7 +50,6 @@ class Trainee:
     runner: Runner | None = None
     totals: Mapping[str, float] = field(default_factory=dict)
     tally: Tally | None = None
-    metric_names: list[str] | None = None
 
     def score(self, part: nn.Module, x: Tensor, batch: Batch) -> Tensor | Scored:
         """Run one stage on a batch whose columns are on the device: its hidden states, or what the last says of the targets."""
@@ -69,6 +68,21 @@ class Trainee:
         loss, found = self.objective.loss(scored, batch, self.totals)
         self.tally.add(loss, found)
         return loss
+
+    def report(self, is_asked_to_stop: bool) -> Tensor:
+        """This rank's share of a step's outcome, to be summed over all ranks; a NaN anywhere reaches every rank.
+
+        The squared norm of the gradient, the wish to stop, the loss, and each metric with its count.
+        """
+        tally, device = self.tally, self.mesh.device
+        assert tally is not None, "a step has begun"
+        zero = torch.zeros_like(tally.loss)
+        values = [value for name in self.objective.METRICS for value in tally.metrics.get(name, (zero, 0.0))]
+        sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in (tally.loss, *values)])
+        if not self.mesh.counts_tokens:
+            sums.zero_()
+        asked = torch.tensor([float(is_asked_to_stop)], dtype=torch.float64, device=device)
+        return torch.cat([self.optimizer.squared_norm().reshape(1), asked, sums])
 
 
 @dataclass(frozen=True)
@@ -109,23 +123,32 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
     The loss is the sum over all tokens of the global batch / their global count N, which is known before the first backward
     pass, so gradients are only ever added. A gradient that is not finite skips the update on all ranks.
     """
-    optimizer = trainee.optimizer
+    mesh, optimizer = trainee.mesh, trainee.optimizer
     with interval("input"):
-        trainee.totals, kept_tokens, keys_seen = global_counts(trainee.objective, batches, trainee.mesh)
-    trainee.tally = Tally(trainee.mesh.device)
-    if trainee.runner is not None:
-        run_pipeline(trainee.runner, batches, trainee.mesh)
-    else:
-        run_micro_batches(trainee, batches)
+        names, counts = count_rows(trainee.objective, batches, mesh)
+        *totals, kept_tokens, keys_seen = mesh.sum(counts).tolist()
+        trainee.totals = {name: max(total, 1e-9) for name, total in zip(names, totals, strict=True)}
+    run_batches(trainee, batches)
     with interval("optimizer"):
-        loss, norm, stop, means = _reduce(trainee, is_asked_to_stop)
+        squared, stop, loss, *sums = mesh.sum(trainee.report(is_asked_to_stop)).tolist()
+        norm = math.sqrt(squared) if squared >= 0 else math.nan
         is_finite = math.isfinite(norm) and math.isfinite(loss)
         if is_finite:
             if norm > gradient_clip:
                 optimizer.scale_gradients(gradient_clip / (norm + 1e-6))
             optimizer.step(learning_rate)
         optimizer.clear()
-    return Outcome(loss, norm, not is_finite, stop, kept_tokens, keys_seen, means)
+    means = {name: sums[2 * i] / max(sums[2 * i + 1], 1e-9) for i, name in enumerate(trainee.objective.METRICS)}
+    return Outcome(loss, norm, not is_finite, stop > 0, int(kept_tokens), int(keys_seen), means)
+
+
+def run_batches(trainee: Trainee, batches: Sequence[Batch]) -> None:
+    """Forward and backward over a step's micro-batches, which leaves gradients and a tally."""
+    trainee.tally = Tally(trainee.mesh.device)
+    if trainee.runner is not None:
+        run_pipeline(trainee.runner, batches, trainee.mesh)
+    else:
+        run_micro_batches(trainee, batches)
 
 
 def run_micro_batches(trainee: Trainee, batches: Sequence[Batch]) -> None:
@@ -147,32 +170,10 @@ def run_pipeline(runner: Runner, batches: Sequence[Batch], mesh: Mesh) -> None:
     runner.step(columns, constants)
 
 
-def global_counts(objective: Objective, batches: Sequence[Batch], mesh: Mesh) -> tuple[dict[str, float], int, int]:
-    """The denominators N over micro-batches and data ranks; tokens kept, and keys their queries see."""
+def count_rows(objective: Objective, batches: Sequence[Batch], mesh: Mesh) -> tuple[list[str], Tensor]:
+    """This rank's share of the denominators N, by name, then of the tokens kept and the keys that their queries see."""
     counts = [objective.count(batch) for batch in batches]
     names = sorted(counts[0])
     kept = [count_kept(batch) for batch in batches]
     values = [sum(count[name] for count in counts) for name in names] + [sum(pair[i] for pair in kept) for i in (0, 1)]
-    packed = torch.tensor(values, dtype=torch.float64, device=mesh.device)
-    if not mesh.counts_rows:
-        packed.zero_()
-    found = mesh.sum(packed).tolist()
-    return {name: max(total, 1e-9) for name, total in zip(names, found, strict=False)}, int(found[-2]), int(found[-1])
-
-
-def _reduce(trainee: Trainee, is_asked_to_stop: bool) -> tuple[float, float, bool, dict[str, float]]:
-    """Loss, gradient norm, wish to stop and metrics over all ranks, in one message; a NaN anywhere reaches every rank."""
-    mesh, tally = trainee.mesh, trainee.tally
-    assert tally is not None, "a step has begun"
-    if trainee.metric_names is None:  # only the last stage's ranks know them by themselves
-        trainee.metric_names = sorted(set().union(*mesh.collect(list(tally.metrics))))
-    zero = torch.zeros_like(tally.loss)
-    values = [value for name in trainee.metric_names for value in tally.metrics.get(name, (zero, 0.0))]
-    mine = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=mesh.device) for value in (tally.loss, *values)])
-    if not mesh.counts_tokens:
-        mine.zero_()
-    asked = torch.tensor([float(is_asked_to_stop)], dtype=torch.float64, device=mesh.device)
-    packed = torch.cat([trainee.optimizer.squared_norm().reshape(1), asked, mine])
-    squared, stop, loss, *sums = mesh.sum(packed).tolist()
-    means = {name: sums[2 * i] / max(sums[2 * i + 1], 1e-9) for i, name in enumerate(trainee.metric_names)}
-    return loss, math.sqrt(squared) if squared >= 0 else math.nan, stop > 0, means
+    return names, torch.tensor(values, dtype=torch.float64, device=mesh.device) * float(mesh.counts_rows)

@@ -71,6 +71,6 @@ def test_every_objective_keeps_the_contract(name: str) -> None:
 def test_an_unknown_objective_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"objective 'pretrian' is unknown; did you mean 'pretrain'\?"):
         load_objective("pretrian")
-    with pytest.raises(RecipeError, match=r"'json.decoder' lacks NEEDS, collate"):
+    with pytest.raises(RecipeError, match=r"'json.decoder' lacks NEEDS, METRICS, collate"):
         load_objective("json.decoder")
     assert all(hasattr(load_objective("athanor.objectives.zoo.sft"), member) for member in MEMBERS)

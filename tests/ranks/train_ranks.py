@@ -80,7 +80,7 @@ def one_rank_diverges(channel: Channel, run_folder: str, recipe: Any, stage: str
     objective = trainee.objective
 
     class Diverging:
-        collate, count, NEEDS = staticmethod(objective.collate), staticmethod(objective.count), ()
+        collate, count, NEEDS, METRICS = staticmethod(objective.collate), staticmethod(objective.count), (), objective.METRICS
 
         @staticmethod
         def loss(*arguments: Any) -> Any:

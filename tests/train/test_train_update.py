@@ -205,7 +205,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     model, _ = model_and_gradients(0)
     optimizer = Optimizer(Stages.alone(model), "muon", 0.1)
     for step in (2, 4, 6, 8):
-        checkpoint.save(tmp_path, checkpoint.Meta(step, 0, 0, step, 0, 1, {}, {}, {}), model, optimizer, ALONE)
+        checkpoint.save(tmp_path, checkpoint.Meta(step, 0, 0, step, 0, 1, {}, {}, {}), Stages.alone(model), optimizer)
     (tmp_path / ".step-00000010.building-0").mkdir()
     found = checkpoint.find_intact(tmp_path, lambda path, reason: None)
     assert found is not None and found.name == "step-00000008"

@@ -9,9 +9,10 @@ import torch
 
 from athanor.objectives.batch import Batch, collate
 
-__all__ = ["NEEDS", "collate", "count", "loss"]
+__all__ = ["METRICS", "NEEDS", "collate", "count", "loss"]
 
 NEEDS: tuple[str, ...] = ()
+METRICS = ("loss",)
 
 
 def count(batch: Batch) -> dict[str, float]:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from athanor.objectives.zoo.pretrain import NEEDS, collate, count, loss
+from athanor.objectives.zoo.pretrain import METRICS, NEEDS, collate, count, loss
 
-__all__ = ["NEEDS", "collate", "count", "loss"]
+__all__ = ["METRICS", "NEEDS", "collate", "count", "loss"]
