@@ -31,7 +31,7 @@ class Schedule:
 
 SCHEDULES = {
     "GPipe": Schedule("single"),
-    "1F1B": Schedule("single"),
+    "1F1B": Schedule("single", fills=True),
     "Interleaved1F1B": Schedule("looped", rounds=True),
     "LoopedBFS": Schedule("looped"),
     "InterleavedZeroBubble": Schedule("looped", splits_backward=True, rounds=True),

@@ -92,7 +92,10 @@ class Mesh:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add a small tensor over all ranks, in place; bitwise the same on every rank."""
         if self.devices is not None:
-            with interval("data_parallel" if self.layout.data_ranks > 1 else "tensor", group="world"):
+            layout = self.layout
+            account = ("data_parallel" if layout.data_ranks > 1 else "tensor" if layout.tp > 1 else
+                       "context" if layout.cp > 1 else "pipeline")
+            with interval(account, group="world"):
                 dist.all_reduce(values)
         return values
 

@@ -1,4 +1,4 @@
-"""Training with a delay put into one place, or with one kind of interval hidden."""
+"""Training with a delay put into one place once a step, or with one kind of interval hidden."""
 
 from __future__ import annotations
 
@@ -9,24 +9,73 @@ from collections.abc import Callable
 from typing import Any
 
 
-def train_with(channel: Callable[..., None], place: str, seconds: float, **arguments: Any) -> dict[str, Any]:
-    """`place`: 'nowhere', 'loader' or 'save' (every rank), 'one rank' (rank 1 computes longer), 'hide' (the optimizer's time)."""
-    from athanor.train import checkpoint, loop, step
+class OncePerStep:
+    """Makes functions sleep before they run, at their first call of each step."""
 
-    def delayed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.is_due = seconds, False
+
+    def delayed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            time.sleep(seconds)
+            if self.is_due:
+                self.is_due = False
+                time.sleep(self.seconds)
             return function(*args, **kwargs)
 
         return call
 
+    def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.is_due = True
+            return function(*args, **kwargs)
+
+        return call
+
+
+def train_with(channel: Callable[..., None], place: str, seconds: float, **arguments: Any) -> dict[str, Any]:
+    """`place`: 'nowhere'; 'loader', 'save', 'gather' (tensor parallelism), 'reduction' (of gradients), 'exchange' (of context
+    parallelism) on every rank; 'one rank' or 'stage' (rank 1 computes longer); 'link' (what rank 1 gets comes late);
+    'hide' (the optimizer's time is not recorded)."""
+    from athanor.models import collectives
+    from athanor.parallel import fully_shard, pipeline
+    from athanor.train import checkpoint, loop, step
+
+    once, is_second = OncePerStep(seconds), os.environ["RANK"] == "1"
     os.fsync = lambda descriptor: None  # how long the disk takes is not what is measured
+    loop.run_step = once.counted(loop.run_step)
     if place == "loader":
-        loop.fetch = delayed(loop.fetch)
+        fetch = loop.fetch
+
+        def late(*args: Any) -> Any:
+            time.sleep(seconds)
+            return fetch(*args)
+
+        loop.fetch = late
     elif place == "save":
-        checkpoint.save = delayed(checkpoint.save)
-    elif place == "one rank" and os.environ["RANK"] == "1":
-        step.to_device = delayed(step.to_device)
+        save = checkpoint.save
+
+        def slow(*args: Any) -> Any:
+            time.sleep(seconds)
+            return save(*args)
+
+        checkpoint.save = slow
+    elif place == "one rank" and is_second:
+        step.to_device = once.delayed(step.to_device)
+    elif place == "stage" and is_second:
+        step.Trainee.score = once.delayed(step.Trainee.score)
+    elif place == "link" and is_second:
+        pipeline.idle = once.delayed(pipeline.idle)
+    elif place in ("gather", "exchange"):
+        name = {"gather": "all_gather_into_tensor", "exchange": "all_to_all_single"}[place]
+
+        class Slow:
+            def __getattr__(self, asked: str) -> Any:
+                found = getattr(collectives_dist, asked)
+                return once.delayed(found) if asked == name else found
+
+        collectives_dist, collectives.dist = collectives.dist, Slow()
+    elif place == "reduction":
+        fully_shard._reduce_scatter = once.delayed(fully_shard._reduce_scatter)
     elif place == "hide":
         inner = step.interval
 

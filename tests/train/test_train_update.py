@@ -210,4 +210,4 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     found = checkpoint.find_intact(tmp_path, lambda path, reason: None)
     assert found is not None and found.name == "step-00000008"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000008"]
-    assert checkpoint.load(found, model, optimizer).step == 8 and optimizer.updates == 8
+    assert checkpoint.load(found, Stages.alone(model), optimizer).step == 8 and optimizer.updates == 8
