@@ -11,6 +11,7 @@ import numpy as np
 from athanor.foundation.errors import LayoutError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner
+KEPT_WHOLE_PARAMETERS = 100_000_000  # of a model whose weights and gradients every rank can afford to hold during a step
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Layout:
     def __str__(self) -> str:
         named = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != 1]
         return " ".join(named) or "one rank"
+
+
+def keeps_whole(layout: Layout, parameters: int) -> bool:
+    """Whether sharded weights and gradients are whole during a step, and travel once: in a pipeline, and where they are small."""
+    return layout.pp > 1 or parameters <= KEPT_WHOLE_PARAMETERS
 
 
 def resolve(layout: Layout, world_size: int) -> Layout:

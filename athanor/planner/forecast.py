@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from athanor.cluster.spec import ClusterSpec
-from athanor.foundation.layout import Layout
+from athanor.foundation.layout import Layout, keeps_whole
 from athanor.ledger.book import Book
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.coefficients import load, python_factor
@@ -137,8 +137,9 @@ class Forecaster:
             ends = 4.0 * shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) / layout.tp
             block = (4.0 * shape.parameters() / layout.tp - ends) / shape.num_hidden_layers
             wait = self.cluster.overhead_seconds["sharded_block"] * load()["step"]["sharded_block_factor"]
-            data = stage.num_microbatches * (
-                shape.num_hidden_layers * fully_shard_seconds(self.curves, block, reshard=True)
+            is_whole = keeps_whole(layout, shape.parameters())
+            data = (1 if is_whole else stage.num_microbatches) * (
+                shape.num_hidden_layers * fully_shard_seconds(self.curves, block, reshard=not is_whole)
                 + fully_shard_seconds(self.curves, ends, reshard=False) + wait * (shape.num_hidden_layers + 1))
             data += 2 * self.curves("all_reduce", 8.0)  # the global token count, and the gradient's norm
         if layout.tp > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from athanor.foundation.layout import Layout
+from athanor.foundation.layout import Layout, keeps_whole
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.operators import WIDTH_BYTES
 
@@ -13,8 +13,9 @@ def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int,
                 recompute: str = "none") -> dict[str, float]:
     """Bytes of one rank at the end of a forward pass, when activations and logits are alive together.
 
-    Parameters, gradients and both moments of AdamW are kept in fp32 (fp64 for fp64) and sharded over dp_shard x tp;
-    one block is gathered at a time. An eager block keeps, per token, 14 vectors of hidden size and 4 of the inner size.
+    Parameters, gradients and both moments of AdamW are kept in fp32 (fp64 for fp64) and sharded over dp_shard x tp; one
+    block is gathered at a time, or all weights and gradients are whole during a step. An eager block keeps, per token, 14
+    vectors of hidden size and 4 of the inner size.
     """
     width = WIDTH_BYTES[dtype]
     stored = 8 if dtype == "fp64" else 4
@@ -29,8 +30,11 @@ def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int,
         activations = tokens * width * (blocks * shape.hidden_size / layout.tp + kept)
     else:
         activations = tokens * width * blocks * kept
+    gathered = stored * (block + ends) / layout.tp
+    if keeps_whole(layout, parameters) and layout.data_ranks > 1:
+        gathered = 2 * stored * parameters / layout.tp / layout.pp
     return {"parameters": stored * parameters / shards, "gradients": stored * parameters / shards,
-            "optimizer": 2 * stored * parameters / shards, "gathered": stored * (block + ends) / layout.tp,
+            "optimizer": 2 * stored * parameters / shards, "gathered": gathered,
             "activations": activations, "logits": 2 * max(width, 4) * tokens * shape.vocab_size / layout.tp}
 
 

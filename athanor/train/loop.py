@@ -21,6 +21,7 @@ from athanor.data.text.tokenizer import FILES as TOKENIZER_FILES
 from athanor.foundation.errors import AthanorError, DiskError, UserError
 from athanor.foundation.events import log_event
 from athanor.foundation.intervals import activate, interval
+from athanor.foundation.layout import keeps_whole
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.run_folder import RunFolder, StageFolder, append_jsonl, folder_renamed_last, read_jsonl
 from athanor.ledger.attempts import roll_back
@@ -149,7 +150,8 @@ def lay_out(job: Job, mesh: Mesh) -> tuple[Stages, list[DataParallel]]:
     """This rank's stages, their parameters sharded but still without memory."""
     settings, pipeline = job.settings, job.pipeline
     tensor_dims = load_architecture(job.recipe.model.architecture).TENSOR_DIMS
-    choices = Choices(settings.recompute, settings.compile, settings.precision, keeps_whole=job.keeps_whole)
+    choices = Choices(settings.recompute, settings.compile, settings.precision,
+                      keeps_whole=keeps_whole(mesh.layout, job.shape.parameters()))
     last = len(pipeline.blocks) - 1
     described = {number: describe_model(job, blocks, number == 0, number == last)
                  for number, blocks in enumerate(pipeline.blocks)}

@@ -21,7 +21,6 @@ from athanor.models.shapes.decoder import DecoderShape
 from athanor.objectives.find import load_objective
 from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
 
-KEPT_WHOLE_PARAMETERS = 100_000_000  # of a model whose weights and gradients every rank can afford to hold during a step
 VOCABULARY_MULTIPLE = 64  # a new model's vocabulary is filled up to it, so that it can be cut into equal parts
 HEAD_WIDTH = 32
 
@@ -41,11 +40,6 @@ class Job:
     rows: Rows
     held_out: Rows
     hashes: dict[str, str]
-
-    @property
-    def keeps_whole(self) -> bool:
-        """Whether sharded weights and gradients are whole during a step: under a pipeline, and where they are small."""
-        return self.layout.pp > 1 or self.shape.parameters() <= KEPT_WHOLE_PARAMETERS
 
     @property
     def identity(self) -> dict[str, Any]:
