@@ -69,6 +69,8 @@ class Model(Section):
     architecture: str = Field("llama", description="a file in models/zoo, or package.module")
     hidden_size: int | None = Field(None, gt=0, description="width of the residual stream")
     intermediate_size: int | None = Field(None, gt=0, description="width of the feed-forward layer")
+    num_experts: int | None = Field(None, gt=0, description="experts in each block, of an architecture that mixes them")
+    num_experts_per_tok: int | None = Field(None, gt=0, description="experts that each token goes to")
     num_hidden_layers: int | None = Field(None, gt=0, description="decoder blocks")
     num_attention_heads: int | None = Field(None, gt=0, description="query heads")
     num_key_value_heads: int | None = Field(None, gt=0, description="key and value heads; equal to the query heads unless set")

@@ -117,6 +117,20 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(gradient, ctx.group, ctx.account), None, None
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, sent: list[int], received: list[int], account: str) -> Tensor:
+        ctx.arguments = group, received, sent, account
+        out = x.new_empty((sum(received), *x.shape[1:]))
+        with _waiting(account, group):
+            dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Exchange.apply(gradient, *ctx.arguments), None, None, None, None
+
+
 def gather(x: Tensor, group: Group, tokens: int) -> Tensor:
     """This rank's part of the tokens [t, H] -> all of them [tokens, H]; backward sums the ranks' gradients and scatters them."""
     return x if size(group) == 1 else _Gather.apply(x, group, tokens)
@@ -138,3 +152,11 @@ def replicated(x: Tensor, group: Group) -> Tensor:
 def all_to_all(x: Tensor, group: Group, account: str) -> Tensor:
     """Part i of dim 0 goes to rank i; part j of the result comes from rank j. Backward is the way back."""
     return x if size(group) == 1 else _AllToAll.apply(x, group, account)
+
+
+def exchange(x: Tensor, group: Group, sent: list[int], received: list[int], account: str = "expert") -> Tensor:
+    """The next sent[i] rows of x [sum of sent, ...] go to rank i; received[j] rows of the result come from rank j.
+
+    Backward is the way back. Any of the numbers may be 0.
+    """
+    return _Exchange.apply(x, group, sent, received, account)

@@ -7,6 +7,7 @@ Legend: T tokens, H hidden_size, V vocabulary, F intermediate_size (the last two
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from athanor.models.attention import attention
 from athanor.models.collectives import all_gather, gather, local, rank, replicated, scatter, size
 from athanor.models.context import Context, Rope, Scored
+from athanor.models.experts import Mixture
 from athanor.models.fused import rms_norm, rope_table, swiglu
 from athanor.models.loss import score
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.mixture import MixtureShape
 
 
 class Matrix(nn.Module):
@@ -69,6 +72,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU; gate and up run as one matmul."""
 
+    is_one_graph = True
+
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         self.gate_proj = Matrix(shape.intermediate_size, shape.hidden_size)
@@ -90,7 +95,12 @@ class Block(nn.Module):
         self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = Attention(shape, layer)
         self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
-        self.mlp = MLP(shape)
+        self.mlp = Mixture(shape) if isinstance(shape, MixtureShape) else MLP(shape)
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether the block compiles with fullgraph=True; to be asked after tensor parallelism and before fully_shard."""
+        return self.mlp.is_one_graph
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tp, tokens = context.groups.tp, context.tokens
@@ -101,12 +111,15 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Blocks `layers` of a decoder (all of them unless given); the first stage embeds, the last one has norm and head.
 
-    Only the root's forward touches embedding, final norm and head, so fully_shard takes them with the root.
+    Only the root's forward touches embedding, final norm and head, so fully_shard takes them with the root. `on_disk` says
+    which parameters go by other names in a folder (`huggingface.on_disk`).
     """
 
-    def __init__(self, shape: DecoderShape, layers: range | None = None, is_first: bool = True, is_last: bool = True) -> None:
+    def __init__(self, shape: DecoderShape, layers: range | None = None, is_first: bool = True, is_last: bool = True,
+                 on_disk: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.shape, self.is_first, self.is_last = shape, is_first, is_last
+        self.on_disk = on_disk or {}
         self.model = nn.Module()
         if is_first or (is_last and shape.tie_word_embeddings):
             self.model.embed_tokens = Matrix(shape.vocab_size, shape.hidden_size)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,9 +48,10 @@ def load_model(folder: Path, dtype: str = "float32") -> Decoder:
         raise ModelError(f"dtype '{dtype}' is unknown; {did_you_mean(dtype, DTYPES)}")
     shape = read_shape(folder)
     tensors = len(_files_of_tensors(folder))
-    if shape.num_hidden_layers > tensors:  # said before so many blocks are built
-        raise ModelError(f"{folder}: the weights do not fit config.json: num_hidden_layers = {shape.num_hidden_layers}, "
-                         f"but there are {tensors} tensors")
+    for key in ("num_hidden_layers", "num_experts"):
+        if getattr(shape, key, 0) > tensors:  # said before so many blocks are built, or names made
+            raise ModelError(f"{folder}: the weights do not fit config.json: {key} = {getattr(shape, key)}, "
+                             f"but there are {tensors} tensors")
     try:
         with torch.device("meta"):
             module: Decoder = load_architecture(read_json(folder / "config.json")["model_type"]).build(shape)
@@ -71,7 +73,25 @@ def load_weights(module: Decoder, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(_open(file)) for file in set(files.values())}
         for name, parameter in module.named_parameters():
-            fill(parameter, opened[files[name]].get_tensor(name))
+            parts = [opened[files[part]].get_tensor(part) for part in on_disk(module, name, parameter)]
+            fill(parameter, (parts[0] if len(parts) == 1 else torch.stack(parts)).view(parameter.shape))
+
+
+def on_disk(module: Decoder, name: str, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    """The tensors of a folder, with their shapes, that a parameter is made of: itself unless `module.on_disk` says otherwise.
+
+    That maps ends of names to those on disk; with {} in it each part of dim 0 is a tensor of its own.
+    """
+    shape = tuple(parameter.shape)
+    for end, written in module.on_disk.items():
+        if name.endswith(end):
+            written = name.removesuffix(end) + written
+            return {written.format(i): shape[1:] for i in range(shape[0])} if "{}" in written else {written: shape}
+    return {name: shape}
+
+
+def _all_on_disk(module: Decoder) -> dict[str, tuple[int, ...]]:
+    return {part: shape for name, p in module.named_parameters() for part, shape in on_disk(module, name, p).items()}
 
 
 def _check_tensors(module: Decoder, folder: Path) -> dict[str, Path]:
@@ -82,7 +102,7 @@ def _check_tensors(module: Decoder, folder: Path) -> dict[str, Path]:
         held = {file: set(part.keys()) for file, part in opened.items()}
         lost = [f"{name} is not in {file.name}" for name, file in files.items() if name not in held[file]]
         slices = {name: opened[file].get_slice(name) for name, file in files.items() if name in held[file]}
-        problems = lost + _problems(module, {name: tuple(p.shape) for name, p in module.named_parameters()},
+        problems = lost + _problems(module, _all_on_disk(module),
                                     {name: tuple(part.get_shape()) for name, part in slices.items()})
         problems += [f"{name} is of type {part.get_dtype()} and should be one of {', '.join(NAMES.values())}"
                      for name, part in slices.items() if part.get_dtype() not in NAMES.values()]
@@ -98,7 +118,7 @@ def _problems(module: Decoder, wanted: dict[str, tuple[int, ...]], found: dict[s
     whole = set(wanted)
     if not (module.is_first and module.is_last and len(module.blocks) == module.shape.num_hidden_layers):
         with torch.device("meta"):
-            whole = {name for name, _ in Decoder(module.shape).named_parameters()}
+            whole = set(_all_on_disk(Decoder(module.shape, on_disk=module.on_disk)))
     extra = {"lm_head.weight"} if module.shape.tie_word_embeddings else set()
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # a buffer that old folders hold
     return ([f"{name} is missing" for name in wanted if name not in found]
@@ -149,7 +169,7 @@ def save_model(module: Decoder, folder: Path, whole: Callable[[str], Tensor | No
     dtype = next(iter(parameters.values())).dtype
     with _writing(folder / "model.safetensors") if writes else contextlib.nullcontext() as file:
         if file is not None:
-            file.write(_header(parameters))
+            file.write(_header(module))
         for name, parameter in parameters.items():
             full = _full(parameter) if whole is None else whole(name)
             if file is not None:
@@ -177,13 +197,14 @@ def _writing(path: Path) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _header(parameters: Mapping[str, Tensor]) -> bytes:
+def _header(module: Decoder) -> bytes:
     """The head of a safetensors file: its length in 8 bytes, then JSON with each tensor's dtype, shape and place."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, parameter in parameters.items():
-        start, end = end, end + parameter.numel() * parameter.element_size()
-        entries[name] = {"dtype": NAMES[parameter.dtype], "shape": list(parameter.shape), "data_offsets": [start, end]}
+    for name, parameter in module.named_parameters():
+        for part, shape in on_disk(module, name, parameter).items():
+            start, end = end, end + math.prod(shape) * parameter.element_size()
+            entries[part] = {"dtype": NAMES[parameter.dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

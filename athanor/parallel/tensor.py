@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from athanor.foundation.errors import LayoutError, ModelError
+
+EXPERTS = ".experts."  # in the names of parameters whose dim 0 counts experts
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,34 @@ class Box:
         return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.offset, within.offset, self.shape, strict=True))
 
 
-def shard_parameters(module: nn.Module, tensor_dims: Mapping[str, int | None], mesh: DeviceMesh) -> None:
-    """Replace every parameter by a DTensor on the tensor-parallel mesh, cut along the dim its name says.
+def shard_parameters(module: nn.Module, tensor_dims: Mapping[str, int | None], tp: DeviceMesh | None,
+                     experts: DeviceMesh | None = None) -> None:
+    """Replace parameters by DTensors, cut along the dim their names say: experts on their mesh, all others on that of tp.
 
-    `tensor_dims` maps the end of a name, such as `q_proj.weight`, to a dim, or to None for a copy on each rank.
-    Raises ModelError for a name that it does not know, LayoutError for a dim that does not divide.
+    `tensor_dims` maps the end of a name, such as `q_proj.weight`, to a dim, or to None for a copy on each rank. `experts` is
+    the mesh with the axes ep and (with tensor parallelism) tp, on which stacked experts are cut along dim 0 and that dim;
+    None when experts are cut by tp alone. Raises ModelError for a name that `tensor_dims` does not know, LayoutError for a
+    dim that does not divide.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for path, owner in list(module.named_modules()):
         for leaf, parameter in list(owner.named_parameters(recurse=False)):
             name = f"{path}.{leaf}" if path else leaf
+            mesh = experts if experts is not None and EXPERTS in name else tp
+            if mesh is None:
+                continue
             if parameter not in made:  # tied parameters stay one
-                dim = tensor_dim(name, tensor_dims)
-                if dim is not None and parameter.shape[dim] % mesh.size():
-                    raise LayoutError(f"tp = {mesh.size()} does not divide dim {dim} of {name}, which is {parameter.shape[dim]}")
-                placement = Replicate() if dim is None else Shard(dim)
-                made[parameter] = nn.Parameter(distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None))
+                axes = (mesh.mesh_dim_names or ()) if mesh is experts else ("tp",)
+                dims = [0 if axis == "ep" else tensor_dim(name, tensor_dims) for axis in axes]
+                made[parameter] = nn.Parameter(_distribute(name, parameter.data, mesh, axes, dims))
             setattr(owner, leaf, made[parameter])
+
+
+def _distribute(name: str, full: torch.Tensor, mesh: DeviceMesh, axes: Sequence[str], dims: Sequence[int | None]) -> DTensor:
+    for number, (axis, dim) in enumerate(zip(axes, dims, strict=True)):
+        if dim is not None and full.shape[dim] % mesh.size(number):
+            raise LayoutError(f"{axis} = {mesh.size(number)} does not divide dim {dim} of {name}, which is {full.shape[dim]}")
+    return distribute_tensor(full, mesh, [Replicate() if dim is None else Shard(dim) for dim in dims], src_data_rank=None)
 
 
 def tensor_dim(name: str, tensor_dims: Mapping[str, int | None]) -> int | None:

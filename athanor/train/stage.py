@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from athanor.data.lineage import open_manifest
 from athanor.data.rows import Rows, open_rows
-from athanor.foundation.errors import ModelError, UserError
+from athanor.foundation.errors import ModelError, UserError, did_you_mean
 from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe, Stage, toml_value
@@ -18,6 +18,7 @@ from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, h
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, check_pipeline, cut
 from athanor.models.huggingface import read_shape
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.find import shape_class
 from athanor.objectives.find import load_objective
 from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
 
@@ -108,8 +109,14 @@ def fresh_shape(recipe: Recipe, manifest: dict[str, Any]) -> DecoderShape:
     given.setdefault("max_position_embeddings", max([256, *(stage.seq_len or 0 for stage in recipe.stage)]))
     given.setdefault("tie_word_embeddings", True)
     vocabulary = -(-manifest["vocab_size"] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return DecoderShape(vocab_size=vocabulary, bos_token_id=manifest["bos_id"], eos_token_id=manifest["eos_id"],
-                        pad_token_id=manifest["pad_id"], **given)
+    shape = shape_class(recipe.model.architecture)
+    sizes = [field.name for field in fields(shape)]
+    for key in given:
+        if key not in sizes:
+            raise ModelError(f"model.{key} is no size of the architecture '{recipe.model.architecture}'; "
+                             f"{did_you_mean(key, sizes)}")
+    return shape(vocab_size=vocabulary, bos_token_id=manifest["bos_id"], eos_token_id=manifest["eos_id"],
+                 pad_token_id=manifest["pad_id"], **given)
 
 
 def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, manifest: dict[str, Any], tokenizer: Path) -> None:
@@ -122,8 +129,8 @@ def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, manifest: dic
         raise ModelError(f"{own} is not the tokenizer that the data were built with ({tokenizer / 'tokenizer.json'}); "
                          f"build the data with data.tokenizer = \"{folder}\"")
     for key, value in recipe.model.model_dump(exclude={"architecture"}, exclude_none=True).items():
-        if recipe.origin(f"model.{key}") in ("recipe", "override") and getattr(shape, key) != value:
-            raise ModelError(f"model.{key} is {value}, but the model in {folder} has {getattr(shape, key)}")
+        if recipe.origin(f"model.{key}") in ("recipe", "override") and getattr(shape, key, None) != value:
+            raise ModelError(f"model.{key} is {value}, but the model in {folder} has {getattr(shape, key, None)}")
 
 
 def claim_folder(job: Job, is_fresh: bool) -> None:

@@ -11,7 +11,8 @@ import torch
 from athanor.models.decoder import Decoder
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.models.zoo.llama import build
+from athanor.models.shapes.mixtral import Shape
+from athanor.models.zoo import llama, mixtral
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +27,23 @@ def small(dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
     """A model of some thousand parameters with grouped queries and noticeable logits."""
     sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
              "num_key_value_heads": 2, "initializer_range": 0.1, "max_position_embeddings": 512, **changes}
-    module = build(DecoderShape(**sizes)).to(dtype)
+    module = llama.build(DecoderShape(**sizes)).to(dtype)
     initialize(module, 1)
     return module
+
+
+def mixture(dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
+    """A small model whose feed-forward layers are mixtures; its experts lie apart by more than rounding."""
+    sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "initializer_range": 0.1, "max_position_embeddings": 512, "num_experts": 8, **changes}
+    module = mixtral.build(Shape(**sizes)).to(dtype)
+    initialize(module, 1)
+    return module
+
+
+@pytest.fixture(name="mixture")
+def _mixture() -> Any:
+    return mixture
 
 
 @pytest.fixture(name="small")

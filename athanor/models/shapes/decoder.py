@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from athanor.foundation.errors import ModelError
-
-ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder under their Hugging Face keys. `num_key_value_heads` and `head_dim` 0 mean "as usual"."""
+    """Sizes of a decoder under their Hugging Face keys. `num_key_value_heads` and `head_dim` 0 mean "as usual".
+
+    An architecture's configuration: its MODEL_TYPE and ARCHITECTURE, KEYS where a field goes by another name there (None:
+    by none), and ONLY the values that are computed here.
+    """
+
+    MODEL_TYPE: ClassVar[str] = "llama"
+    ARCHITECTURE: ClassVar[str] = "LlamaForCausalLM"
+    KEYS: ClassVar[dict[str, str | None]] = {}
+    ONLY: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
 
     vocab_size: int
     hidden_size: int
@@ -62,16 +69,22 @@ class DecoderShape:
         """Width of all key heads together (and of all value heads)."""
         return self.num_key_value_heads * self.head_dim
 
+    def attention_parameters(self) -> int:
+        """Weights of one block's four projections around attention."""
+        return self.hidden_size * (2 * self.query_size + 2 * self.key_value_size)
+
     def block_matrix_parameters(self) -> int:
-        """Weights of one block's seven matrices: what each token is multiplied with."""
-        attention = self.hidden_size * (2 * self.query_size + 2 * self.key_value_size)
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        """Weights of one block's matrices that each token is multiplied with: all seven."""
+        return self.attention_parameters() + 3 * self.hidden_size * self.intermediate_size
+
+    def block_parameters(self) -> int:
+        """Exact number of parameters of one block."""
+        return self.block_matrix_parameters() + 2 * self.hidden_size
 
     def parameters(self) -> int:
         """Exact number of parameters; a tied head counts once."""
-        block = self.block_matrix_parameters() + 2 * self.hidden_size
         ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * block + ends + self.hidden_size
+        return self.num_hidden_layers * self.block_parameters() + ends + self.hidden_size
 
     def flops(self, tokens: float, mean_context: float) -> float:
         """Model FLOPs of forward and backward, attention causal, nothing recomputed.
@@ -94,12 +107,13 @@ class DecoderShape:
         return self.flops(tokens, seq_len)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], where: str = "config.json") -> DecoderShape:
-        """Read a Hugging Face Llama configuration. Raises ModelError for a missing key or a variant we do not compute."""
-        for key, only in ONLY.items():
+    def from_config(cls, config: dict[str, Any], where: str = "config.json") -> Self:
+        """Read a Hugging Face configuration. Raises ModelError for a missing key or a variant we do not compute."""
+        for key, only in cls.ONLY.items():
             if config.get(key, only) != only:
                 raise ModelError(f"{where}: {key} = {config[key]!r} is not supported; only {only!r} is")
-        values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        keys = cls._keys()
+        values = {name: config[key] for name, key in keys.items() if config.get(key) is not None}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ModelError(f"{where}: rope_scaling = {rope!r} is not a table; leave it out, or give null")
@@ -120,14 +134,20 @@ class DecoderShape:
             if isinstance(value, list) and f.name == "eos_token_id" and value:
                 values[f.name] = value[0]
             elif value is not None and not _fits(value, kind):
-                raise ModelError(f"{where}: {f.name} = {value!r} is not of type {kind}")
+                raise ModelError(f"{where}: {keys[f.name]} = {value!r} is not of type {kind}")
         return cls(**values)
 
     def to_config(self) -> dict[str, Any]:
-        """A config.json that transformers loads as LlamaForCausalLM."""
-        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, **ONLY, "rope_scaling": None,
-                "use_cache": True}
+        """A config.json that transformers loads as ARCHITECTURE."""
+        sizes = {key: getattr(self, name) for name, key in self._keys().items()}
+        return {"architectures": [self.ARCHITECTURE], "model_type": self.MODEL_TYPE, **sizes, **self.ONLY,
+                "rope_scaling": None, "use_cache": True}
+
+    @classmethod
+    def _keys(cls) -> dict[str, str]:
+        """The fields that a configuration holds, with their keys there."""
+        keys = {f.name: cls.KEYS.get(f.name, f.name) for f in fields(cls)}
+        return {name: key for name, key in keys.items() if key is not None}
 
 
 def _fits(value: object, kind: str) -> bool:

@@ -24,10 +24,17 @@ def check_architecture(name: str, where: str) -> None:
         raise ModelError(f"{where}: unknown architecture '{name}'; {did_you_mean(name, architectures())}")
 
 
+def shape_class(architecture: str) -> type[DecoderShape]:
+    """The arithmetic of an architecture: `shapes/<name>.py: Shape` where there is such a file, and the decoder's otherwise."""
+    if "." in architecture or not Path(__file__).with_name(f"{architecture}.py").exists():
+        return DecoderShape
+    found: type[DecoderShape] = importlib.import_module(f"athanor.models.shapes.{architecture}").Shape
+    return found
+
+
 def load_shape(source: Path | dict[str, Any]) -> DecoderShape:
     """The shape that a model folder, a config.json or its content describes.
 
-    The arithmetic is `shapes/<model_type>.py: Shape` where there is such a file, and the decoder's otherwise.
     Raises ModelError for an unknown model_type or a variant that is not supported.
     """
     where = "the configuration"
@@ -43,7 +50,4 @@ def load_shape(source: Path | dict[str, Any]) -> DecoderShape:
     if "." in kind:  # a folder from elsewhere must not choose what is imported; only a recipe names a package.module
         raise ModelError(f"{where}: unknown model_type '{kind}'; allowed: {', '.join(architectures())}")
     check_architecture(kind, f"{where}, model_type")
-    own = Path(__file__).with_name(f"{kind}.py")
-    shape = importlib.import_module(f"athanor.models.shapes.{kind}").Shape if own.exists() else DecoderShape
-    found: DecoderShape = shape.from_config(source, where)
-    return found
+    return shape_class(kind).from_config(source, where)

@@ -1,0 +1,193 @@
+"""A mixture of experts in place of the feed-forward layer: every token goes to its top experts, and none is dropped.
+
+Tokens are sorted by expert, so that each expert multiplies one contiguous run of rows. Under expert parallelism a rank holds
+a run of whole experts and rows travel there and back; under tensor parallelism every rank routes all tokens alike and holds
+a part of every expert, which leaves partial sums.
+Legend: T tokens, H hidden_size, E experts and F their width (this rank's part), K experts per token, N rows (token and expert).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from athanor.models.collectives import all_to_all, exchange, local, replicated, size
+from athanor.models.context import Context
+from athanor.models.fused import swiglu
+from athanor.models.shapes.mixture import MixtureShape
+
+GROUPED_ALIGNMENT_BYTES = 16  # of the rows that grouped_mm takes
+
+
+class Stacked(nn.Module):
+    """One matrix per expert in a single weight [E, rows, columns], not yet initialised."""
+
+    def __init__(self, experts: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, rows, columns))
+
+
+class Router(nn.Module):
+    """Which experts a token goes to, and with what weights."""
+
+    def __init__(self, shape: MixtureShape) -> None:
+        super().__init__()
+        self.top, self.is_normalised = shape.num_experts_per_tok, shape.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(shape.num_experts, shape.hidden_size))
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> gates [T, K] in fp32 or wider, experts [T, K].
+
+        A tensor-parallel rank sees a part of every expert, so its gradient of the weight is one of several summands.
+        """
+        logits = F.linear(x, replicated(local(self.weight), context.groups.tp))
+        gates, experts = logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).topk(self.top, -1)
+        return gates / gates.sum(-1, keepdim=True) if self.is_normalised else gates, experts
+
+
+class Experts(nn.Module):
+    """The SwiGLU layers of all experts (under expert parallelism: of this rank's)."""
+
+    def __init__(self, shape: MixtureShape) -> None:
+        super().__init__()
+        count, width, hidden = shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
+        self.gate_proj = Stacked(count, width, hidden)
+        self.up_proj = Stacked(count, width, hidden)
+        self.down_proj = Stacked(count, hidden, width)
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Rows [N, H] sorted by expert -> the experts' answers [N, H]; ends [E] int32, where each expert's rows end."""
+        gate_up = [multiply(rows, local(each.weight), ends) for each in (self.gate_proj, self.up_proj)]
+        return multiply(swiglu(torch.cat(gate_up, -1)), local(self.down_proj.weight), ends)
+
+
+class Mixture(nn.Module):
+    """A router and its experts: [T, H] -> [T, H], the sum of each token's experts weighted by their gates."""
+
+    def __init__(self, shape: MixtureShape) -> None:
+        super().__init__()
+        self.num_experts = shape.num_experts
+        self.gate = Router(shape)
+        self.experts = Experts(shape)
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether it compiles without a break: not where rows travel, whose counts the host must know.
+
+        To be asked before fully_shard, which cuts the experts for another reason.
+        """
+        return local(self.experts.gate_proj.weight).shape[0] == self.num_experts
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        gates, experts = self.gate(x, context)
+        chosen, order = experts.flatten().sort(stable=True)
+        back = inverse(order)
+        ends = torch.searchsorted(chosen, torch.arange(self.num_experts, device=x.device), right=True, out_int32=True)
+        rows = take_rows(x, order, back, gates.shape[1])
+        answers = self.experts(rows, ends) if size(context.groups.ep) == 1 else self.travel(rows, ends, context)
+        answers = take_rows(answers, back, order, 1).unflatten(0, gates.shape)
+        return (answers * gates.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    @torch.compiler.disable
+    def travel(self, rows: Tensor, ends: Tensor, context: Context) -> Tensor:
+        """Send each row to the rank that holds its expert, and bring the answers back. ends [all experts]."""
+        ep = context.groups.ep
+        counts = ends.diff(prepend=ends.new_zeros(1)).view(size(ep), -1)  # of each rank's experts
+        arriving = all_to_all(counts, ep, "expert")  # from each rank, for my experts
+        sent, received = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
+        rows = exchange(rows, ep, sent, received)
+        expert = torch.arange(counts.shape[1], device=rows.device).repeat(size(ep))
+        order = expert.repeat_interleave(arriving.flatten(), output_size=len(rows)).sort(stable=True).indices
+        back = inverse(order)
+        answers = self.experts(take_rows(rows, order, back, 1), arriving.sum(0).cumsum(0, dtype=torch.int32))
+        return exchange(take_rows(answers, back, order, 1), ep, received, sent)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order` [N]."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def take_rows(x: Tensor, order: Tensor, back: Tensor, copies: int) -> Tensor:
+    """Every row of x [N / copies, H] `copies` times, in a new order: row i is row order[i] of the copies. `back` undoes it."""
+    return _TakeRows.apply(x, order, back, copies)
+
+
+class _TakeRows(torch.autograd.Function):
+    """Both ways only read rows: nothing is added in an order that could change from run to run."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.copies = copies
+        return x[order if copies == 1 else order // copies]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (back,) = ctx.saved_tensors
+        rows = gradient[back]
+        return rows if ctx.copies == 1 else rows.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+
+
+def multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each expert's rows of x [N, H] times its matrix of weight [E, F, H], transposed: [N, F].
+
+    ends [E] int32: where each expert's rows end. torch's grouped kernels, which need not know them on the host, take bf16 in
+    rows of whole 16 bytes, and at least one; all else goes expert by expert. On a CPU both take the same time (measured), and
+    so does one multiplication by gate and up joined, for which weights would be copied.
+    """
+    is_aligned = not any(length * x.element_size() % GROUPED_ALIGNMENT_BYTES for length in weight.shape[1:])
+    if x.dtype == torch.bfloat16 and is_aligned and x.shape[0]:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    return multiply_by_loop(x, weight, ends)
+
+
+@torch.library.custom_op("athanor::multiply_by_loop", mutates_args=())
+def multiply_by_loop(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`multiply` expert by expert, in any dtype."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for matrix, rows in zip(weight, _runs(ends), strict=True):
+        torch.mm(x[rows], matrix.t(), out=out[rows])
+    return out
+
+
+@torch.library.custom_op("athanor::multiply_by_loop_backward", mutates_args=())
+def multiply_by_loop_backward(gradient: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight; zero for an expert without rows."""
+    to_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    to_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for matrix, to_matrix, rows in zip(weight, to_weight, _runs(ends), strict=True):
+        torch.mm(gradient[rows], matrix, out=to_x[rows])
+        torch.mm(gradient[rows].t(), x[rows], out=to_matrix)
+    return to_x, to_weight
+
+
+def _runs(ends: Tensor) -> list[slice]:
+    places = [0, *ends.tolist()]
+    return [slice(begin, end) for begin, end in pairwise(places)]
+
+
+@multiply_by_loop.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@multiply_by_loop_backward.register_fake
+def _(gradient: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return (torch.empty_like(x, memory_format=torch.contiguous_format),
+            torch.empty_like(weight, memory_format=torch.contiguous_format))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *multiply_by_loop_backward(gradient, *ctx.saved_tensors), None
+
+
+multiply_by_loop.register_autograd(_backward, setup_context=_keep)
