@@ -34,13 +34,11 @@ def parallelize(model: nn.Module, mesh: Mesh, tensor_dims: Mapping[str, int | No
     sharded, when something is. Raises LayoutError or ModelError for what cannot be laid out.
     """
     blocks = blocks_of(model)
-    tp = mesh.axis("tp")
-    if tp is not None:
-        tensor.shard_parameters(model, tensor_dims, tp)
+    tensor.shard_parameters(model, tensor_dims, mesh.axis("tp"), mesh.expert_axes())
     recompute.apply(blocks, choices.recompute, choices.is_compiled)
     if choices.is_compiled:
         for block in blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=getattr(block, "is_one_graph", True))
     if mesh.axis("shard") is None:
         return None
     return fully_shard.apply(model, blocks, mesh, compute_dtype(choices.precision), choices.keeps_whole)

@@ -74,6 +74,12 @@ class Mesh:
                 return mesh[name]
         return None
 
+    def expert_axes(self) -> DeviceMesh | None:
+        """The sub-mesh on which experts are cut, ep and (with tensor parallelism) tp; None without expert parallelism."""
+        if self.experts is None:
+            return None
+        return self.experts["ep", "tp"] if self.layout.tp > 1 else self.experts["ep"]
+
     def group(self, name: str) -> dist.ProcessGroup | None:
         """The process group of an axis; None when it has one rank only."""
         axis = self.axis(name)

@@ -14,6 +14,8 @@ KINDS = {
     "dense": [],
     "untied": ["model.tie_word_embeddings=false"],
     "muon": ["stage.pretrain.optimizer=muon"],
+    "mixture": ["model.architecture=mixtral", "model.num_experts=4", "model.num_experts_per_tok=2",
+                "model.num_hidden_layers=4", "stage.pretrain.optimizer=muon"],
 }
 # what is trained, and how it is laid out
 QUICK = [
@@ -21,7 +23,7 @@ QUICK = [
     ("dense", "pp=2"), ("untied", "pp=2 split=[5,3] recompute=every-2"), ("dense", "pp=2 pipeline_schedule=GPipe"),
     ("untied", "pp=2 pipeline_schedule=Interleaved1F1B"), ("dense", "pp=2 pipeline_schedule=LoopedBFS split=[1,3,2,2]"),
     ("untied", "pp=2 pipeline_schedule=InterleavedZeroBubble"), ("dense", "pp=2 pipeline_schedule=ZBVZeroBubble recompute=full"),
-    ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"),
+    ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"), ("mixture", "dp_shard=2 ep=2"),
 ]
 SLOW = [
     ("dense", "dp_shard=4"), ("dense", "dp_shard=3 global_batch_tokens=432"), ("muon", "dp_shard=2 tp=2 recompute=full"),
@@ -37,6 +39,10 @@ SLOW = [
     ("dense", "pp=2 dp_replicate=2 dp_shard=2 pipeline_schedule=InterleavedZeroBubble micro_batch_size=1"),
     ("dense", "pp=2 dp_shard=2 tp=2 pipeline_schedule=DualPipeV recompute=every-2 micro_batch_size=1"),
     ("muon", "dp_replicate=2 dp_shard=2 tp=2"), ("dense", "dp_replicate=2 cp=2 tp=2"), ("muon", "dp_shard=2 cp=2 tp=2"),
+    ("mixture", "tp=2"), ("mixture", "dp_shard=4 ep=2"), ("mixture", "cp=2 ep=2"), ("mixture", "dp_shard=2 ep=2 tp=2"),
+    ("mixture", "dp_replicate=2 dp_shard=2 ep=2 recompute=full"), ("mixture", "dp_shard=2 cp=2 ep=4"),
+    ("mixture", "pp=2 dp_shard=2 ep=2"), ("mixture", "pp=2 dp_shard=2 tp=2 ep=2 pipeline_schedule=ZBVZeroBubble"),
+    ("mixture", "pp=2 dp_shard=2 ep=2 pipeline_schedule=InterleavedZeroBubble"),
     ("untied", "pp=4 tp=2 pipeline_schedule=LoopedBFS"), ("dense", "pp=4 dp_shard=2 pipeline_schedule=ZBVZeroBubble"),
 ]
 
