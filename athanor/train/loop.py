@@ -37,8 +37,9 @@ from athanor.parallel.mesh import Mesh, leave, make_mesh
 from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
+from athanor.train.groups import check_groups
 from athanor.train.meter import Meter
-from athanor.train.optimizer import Optimizer
+from athanor.train.optimizer import STATE_DTYPES, Optimizer
 from athanor.train.schedule import learning_rate
 from athanor.train.stage import Job, claim_folder, is_finished, resolve
 from athanor.train.step import Outcome, Trainee, run_step
@@ -163,7 +164,9 @@ def lay_out(job: Job, mesh: Mesh) -> tuple[Stages, list[DataParallel]]:
 def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
     """What trains the stages: objective, optimizer and, where there is one, the pipeline's runner."""
     settings, mesh = job.settings, stages.mesh
-    optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay)
+    check_groups(stages.tensors, settings.groups or (), settings.stage)
+    optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay, groups=settings.groups or (),
+                          state_dtype=STATE_DTYPES[settings.optimizer_state_dtype])
     trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded)
     if mesh.layout.pp > 1:
         tokens = settings.micro_batch_size * settings.seq_len
@@ -217,14 +220,14 @@ def run_loop(run: Run) -> None:
     while progress.step < settings.steps and not progress.is_asked_to_stop:
         begin = time.perf_counter()
         with interval("input"):
-            batches = fetch(job, run.mesh, run.trainee, progress.step)
+            batches = fetch(job, run.mesh, run.trainee, progress.samples)
         fetched = time.perf_counter()
         rate = learning_rate(progress.step + 1, settings.steps, settings.learning_rate, settings.warmup_steps,
                              settings.learning_rate_schedule)
         outcome = run_step(run.trainee, batches, rate, settings.gradient_clip, progress.wants_to_stop)
         end = time.perf_counter()
         progress.step += 1
-        progress.samples += settings.rows_per_step
+        progress.samples += settings.rows_of_step(progress.samples)
         progress.tokens += outcome.kept_tokens
         progress.is_asked_to_stop = outcome.is_asked_to_stop
         is_last = progress.step == settings.steps
@@ -246,11 +249,11 @@ def run_loop(run: Run) -> None:
                 f"stopped after step {progress.step}, as asked" if progress.step < settings.steps else "the model is complete")
 
 
-def fetch(job: Job, mesh: Mesh, trainee: Trainee, step: int) -> list[Batch]:
-    """This rank's micro-batches of a step: its contiguous part of the step's rows, whatever the layout."""
+def fetch(job: Job, mesh: Mesh, trainee: Trainee, samples: int) -> list[Batch]:
+    """This rank's micro-batches of the step after `samples` rows: its contiguous part of the step's, whatever the layout."""
     settings = job.settings
-    mine = settings.rows_per_step // job.layout.data_ranks
-    rows = job.rows.take(step * settings.rows_per_step + mesh.data_rank * mine, mine)
+    mine = settings.rows_of_step(samples) // job.layout.data_ranks
+    rows = job.rows.take(samples + mesh.data_rank * mine, mine)
     size = settings.micro_batch_size
     return [trainee.objective.collate(rows[i:i + size], settings.seq_len) for i in range(0, mine, size)]
 

@@ -57,6 +57,6 @@ def read_ramp(given: list[int], rows: int, unit: int, data_shards: int | None, k
     for name, divisor in (("micro_batch_size x data ranks", unit), ("data_shards", data_shards or 1)):
         bad = [rung for rung in ramp.rungs if rung % divisor]
         if bad:
-            raise LayoutError(f"{key} = {given} leads over {', '.join(map(str, bad[:4]))} rows, which {name} = {divisor} does not "
-                              f"divide; start and increment must be multiples of {divisor}")
+            raise LayoutError(f"{key} = {given} leads over {', '.join(map(str, bad[:4]))} rows, which {name} = {divisor} does "
+                              f"not divide; start and increment must be multiples of {divisor}")
     return ramp

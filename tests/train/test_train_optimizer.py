@@ -105,7 +105,8 @@ def test_a_step_passes_its_bound_on() -> None:
     norms, seen = [], []
     for clip in (1e9, 0.01):
         _, optimizer = make("adamw")
-        outcome = run_step(Trainee(optimizer.stages, optimizer.stages.mesh, load_objective("pretrain"), optimizer), [batch], 0.1, clip)
+        trainee = Trainee(optimizer.stages, optimizer.stages.mesh, load_objective("pretrain"), optimizer)
+        outcome = run_step(trainee, [batch], 0.1, clip)
         norms.append(outcome.grad_norm)
         seen.append(optimizer.pieces[-1].slots["exp_avg"])
     assert norms[0] == norms[1] > 0.02
