@@ -38,6 +38,7 @@ from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
 from athanor.train.groups import check_groups
+from athanor.train.masters import Masters
 from athanor.train.meter import Meter
 from athanor.train.optimizer import STATE_DTYPES, Optimizer
 from athanor.train.schedule import learning_rate
@@ -99,7 +100,8 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "wants_to_stop", True))
     try:
         job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
-        mesh = make_mesh(job.layout, device_type, is_mixed=compute_dtype(job.settings.precision) is not None)
+        is_mixed = compute_dtype(job.settings.precision) is not None and not keeps_masters(job)
+        mesh = make_mesh(job.layout, device_type, is_mixed)
         _claim(job, mesh, is_fresh)
         if not is_finished(job):
             trainee = build(job, mesh)
@@ -134,6 +136,11 @@ def describe_model(job: Job, blocks: range | None = None, is_first: bool = True,
     return model.to(storage_dtype(job.settings.precision))  # type: ignore[no-any-return]
 
 
+def keeps_masters(job: Job) -> bool:
+    """Whether mixed precision keeps exact weights in the optimizer, since no rank shares its part with another."""
+    return job.layout.world_size == job.layout.tp
+
+
 def build(job: Job, mesh: Mesh) -> Trainee:
     """This rank's stages of the model, with the weights that training begins with."""
     stages, sharded = lay_out(job, mesh)
@@ -165,8 +172,11 @@ def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
     """What trains the stages: objective, optimizer and, where there is one, the pipeline's runner."""
     settings, mesh = job.settings, stages.mesh
     check_groups(stages.tensors, settings.groups or (), settings.stage)
+    dtype, masters = compute_dtype(settings.precision), None
+    if dtype is not None and keeps_masters(job):
+        masters = Masters((p for _, p in stages.named_parameters()), dtype, is_accumulated=settings.num_microbatches > 1)
     optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay, groups=settings.groups or (),
-                          state_dtype=STATE_DTYPES[settings.optimizer_state_dtype])
+                          state_dtype=STATE_DTYPES[settings.optimizer_state_dtype], masters=masters)
     trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded)
     if mesh.layout.pp > 1:
         tokens = settings.micro_batch_size * settings.seq_len
@@ -322,7 +332,7 @@ def save(run: Run) -> None:
 def publish(run: Run) -> None:
     """Write model/: weights and shape as Hugging Face keeps them, with the tokenizer and its chat template."""
     job, bring = run.job, run.trainee.stages.whole
-    with whole("checkpoint", run.meter):
+    with whole("checkpoint", run.meter), run.trainee.optimizer.exact():
         if run.mesh.rank != 0:
             save_model(describe_model(job), job.folder.model, bring)  # gathers with the others, and writes nothing
         else:
