@@ -93,8 +93,10 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
     """Rank function: train one stage of a recipe (its plan already in it) in a run folder.
 
     `launched`: when starting the ranks began, on the host's monotonic clock; `peak_flops`: of one device, in the compute
-    dtype, for MFU and the ledger, None when unknown. `channel` gets {"step", "steps", "loss", "tokens_per_second"} of each
-    step from rank 0. Returns {"run", "step", "steps", "is_asked_to_stop", "loss", "grad_norm", "tokens_per_second"}.
+    dtype, for MFU and the ledger, None when unknown. `channel` gets of each step, from rank 0, {"step", "steps", "loss",
+    "grad_norm", "learning_rate", "tokens_per_second", "mfu", "validation_loss", "accounts"}, the last being device-seconds of
+    this attempt until the ranks last compared notes.
+    Returns {"run", "step", "steps", "is_asked_to_stop", "loss", "grad_norm", "tokens_per_second"}.
     """
     progress = Progress()
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "wants_to_stop", True))
@@ -294,7 +296,8 @@ def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, f
                    "input_seconds": times[1] - times[0], "tokens_per_second": tokens / seconds,
                    "mfu": meter.mfu(flops, seconds), "skipped": outcome.is_skipped, "time": time.time()}
             append_jsonl(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
-            run.channel(step=progress.step, steps=job.settings.steps, loss=row["loss"], tokens_per_second=tokens / seconds)
+            shown = {key: row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")}
+            run.channel(**shown, steps=job.settings.steps, validation_loss=checked, accounts=dict(meter.accounts))
     meter.end_step(tokens=tokens, flops=flops, flops_full=flops_full)
     progress.skipped_steps = progress.skipped_steps + 1 if outcome.is_skipped else 0
     if outcome.is_skipped:
