@@ -10,14 +10,11 @@ import pytest
 import torch
 
 from athanor.foundation.errors import RecipeError
-from athanor.foundation.layout import Layout
-from athanor.foundation.schedules import Pipeline
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.zoo.llama import build
 from athanor.objectives.batch import collate
 from athanor.objectives.find import load_objective
-from athanor.parallel.mesh import Mesh
 from athanor.parallel.stages import Stages
 from athanor.train import optimizer as optimizer_module
 from athanor.train.groups import Group, check_groups
@@ -29,16 +26,12 @@ SHAPE = DecoderShape(vocab_size=64, hidden_size=16, intermediate_size=24, num_hi
 NAMES = [name for name, _ in build(SHAPE).named_parameters()]
 
 
-def alone(model: Any) -> Stages:
-    return Stages({0: model}, Pipeline("", (range(SHAPE.num_hidden_layers),), (0,)), Mesh(Layout(), torch.device("cpu"), 0))
-
-
 def make(kind: str = "muon", dtype: torch.dtype = torch.float32, copies: torch.dtype | None = None,
          **choices: Any) -> tuple[Any, Optimizer]:
     model = build(SHAPE).to(dtype)
     initialize(model, 3)
     masters = None if copies is None else Masters(model.parameters(), copies, is_accumulated=True)
-    return model, Optimizer(alone(model), kind, 0.1, masters=masters, **choices)
+    return model, Optimizer(Stages.alone(model), kind, 0.1, masters=masters, **choices)
 
 
 def give_gradients(optimizer: Optimizer, seed: int, scale: float = 1.0) -> None:
