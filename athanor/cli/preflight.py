@@ -19,7 +19,10 @@ def refuse_early(recipe: Recipe) -> None:
     from athanor.evaluate.find import check_name
     from athanor.models.shapes.find import check_architecture, load_shape
     from athanor.objectives.find import check_objective
+    from athanor.report.board import find_writer
 
+    if recipe.metrics.tensorboard is not None:
+        find_writer()
     check_architecture(recipe.model.architecture, "model.architecture")
     for task in recipe.evaluate.tasks:
         check_name("tasks", task)
@@ -56,7 +59,8 @@ def plan_inputs(recipe: Recipe, run: RunFolder, sources: dict[str, Any]) -> dict
     """By hash: the recipe, the measured cluster, the sources' sizes and the plan that is to be followed."""
     given = read_plan(Path(recipe.plan.file)) if recipe.plan.file != "auto" else {}
     cluster = run.cluster if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
-    return {"recipe": hash_value(recipe.model_dump(exclude={"serve"})), "cluster": hash_file(cluster) if cluster.exists() else "",
+    return {"recipe": hash_value(recipe.model_dump(exclude={"serve", "metrics"})),
+            "cluster": hash_file(cluster) if cluster.exists() else "",
             "sources": hash_value(sources), "given": hash_value(given)}
 
 

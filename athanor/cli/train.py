@@ -16,10 +16,12 @@ import click
 
 from athanor.cli.chain import locked
 from athanor.foundation.events import EXIT_REQUEUE
-from athanor.foundation.progress import Bar, say
+from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_count
+from athanor.report.board import Board
+from athanor.report.live import View, format_loss
 
 
 @click.command()
@@ -49,13 +51,9 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Pa
     if as_json and result["rank"] == 0:
         click.echo(json.dumps(result))
     elif result["rank"] == 0:
-        loss = _format_loss(result["loss"][-1]) if result["loss"] else "not recorded"
+        loss = format_loss(result["loss"][-1]) if result["loss"] else "not recorded"
         say(f"{stage}: {result['steps']} steps, loss {loss}, {format_count(result['tokens_per_second'])} "
             f"tokens/s; the model is in {run.stage(stage).model}")
-
-
-def _format_loss(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.3f}"
 
 
 def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False) -> dict[str, Any]:
@@ -68,12 +66,13 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
     machine = describe_machine(recipe, run, stage)
     arguments: dict[str, Any] = {"run_folder": str(run.root), "recipe": recipe, "stage": stage, "launched": time.perf_counter(),
                                  "is_fresh": is_fresh, **machine["arguments"]}
-    with Bar(stage, 1.0) as bar:
+    board = None if recipe.metrics.tensorboard is None else Board(Path(recipe.metrics.tensorboard) / recipe.name / stage)
+    with View(stage) as view, board or contextlib.nullcontext():
 
         def show(message: dict[str, Any]) -> None:
-            speed = format_count(message["tokens_per_second"])
-            note = f"step {message['step']}, loss {_format_loss(message['loss'])}, {speed} tokens/s"
-            bar.advance(message["step"] / message["steps"] - bar.done, note)
+            view.show(message)
+            if board is not None:
+                board.add(message)
 
         if launched_from_outside():
             from athanor.train.loop import train_stage

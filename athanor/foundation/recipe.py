@@ -91,8 +91,14 @@ class Parallel(Section):
     ep: int | None = Field(None, ge=1, description="expert-parallel ranks")
     pipeline_schedule: str | None = Field(None, description="a schedule of torch.distributed.pipelining, such as 1F1B")
     num_microbatches: int | None = Field(None, ge=1, description="micro-batches per pipeline step")
-    recompute: str | None = Field(None, description="none, full, or every k-th block as 'every-k'")
+    recompute: str | None = Field(None, description="none, full, selective (all but matmuls and attention), or 'every-k' blocks")
     split: list[int] | None = Field(None, description="decoder blocks of each pipeline stage")
+
+
+class ParameterGroup(Section):
+    pattern: str = Field(min_length=1, description="names of parameters, as a shell's pattern; the first group that fits counts")
+    learning_rate_factor: float = Field(1.0, ge=0, description="their learning rate as a multiple of the stage's")
+    weight_decay: float | None = Field(None, ge=0, description="their decoupled weight decay; the stage's rule when left out")
 
 
 class Stage(Section):
@@ -106,6 +112,8 @@ class Stage(Section):
     tokens: float | None = Field(None, gt=0, description="tokens to train on; an alternative to steps")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per rank and forward pass")
     global_batch_tokens: int | None = Field(None, ge=1, description="tokens of one optimizer step, over all ranks")
+    batch_ramp: list[int] | None = Field(None, min_length=3, max_length=3, description=(
+        "[rows to start with, rows to add, samples until the global batch]; warm-up still counts steps"))
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
     learning_rate_schedule: Literal["cosine", "linear", "wsd", "constant"] | None = Field(
         None, description="shape of the decay after warm-up")
@@ -113,6 +121,8 @@ class Stage(Section):
     weight_decay: float | None = Field(None, ge=0, description="decoupled weight decay of matrices")
     gradient_clip: float | None = Field(None, gt=0, description="largest global gradient norm")
     optimizer: Literal["adamw", "muon"] | None = Field(None, description="the update rule")
+    optimizer_state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of moments; fp32 is that of the weights")
+    group: list[ParameterGroup] = Field([], description="parameters that learn otherwise than the rest")
     precision: Precision | None = Field(None, description="dtype of the computation; weights stay in fp32 (fp64 for fp64)")
     compile: bool | None = Field(None, description="whether each block is compiled")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints")
@@ -131,6 +141,10 @@ class Serve(Section):
     api_key: str | None = Field(None, description="required as a bearer token when set")
 
 
+class Metrics(Section):
+    tensorboard: str | None = Field(None, description="folder for TensorBoard's event files, below it <run>/<stage>")
+
+
 class Recipe(Section):
     """The whole file. `origins` maps dotted keys to 'override', 'recipe' or 'plan'; what is missing there is a default."""
 
@@ -143,6 +157,7 @@ class Recipe(Section):
     model: Model = Field(default_factory=Model, description="which model")
     parallel: Parallel = Field(default_factory=Parallel, description="laid out how")
     stage: list[Stage] = Field(min_length=1, description="training stages, in order")
+    metrics: Metrics = Field(default_factory=Metrics, description="shown where")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="measured by what")
     serve: Serve = Field(default_factory=Serve, description="served where")
 
@@ -233,7 +248,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items() if v is not None) + " }"
     return repr(value)
 
 

@@ -70,6 +70,12 @@ class DataParallel:
             self.model.set_reshard_after_backward(is_last_micro_batch)
             self.model.set_is_last_backward(is_last_micro_batch)
 
+    def rest(self) -> None:
+        """Give up weights that forward passes without a backward one left gathered, so that the parameters are shards again."""
+        for module in self.model.modules():  # type: ignore[attr-defined]
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
 
 class Replicas:
     """Keeps the replicas' gradients equal: sums them over `dp_replicate` in the last micro-batch's backward pass.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -9,7 +11,6 @@ from rich.text import Text
 from athanor.foundation.progress import console as people
 from athanor.foundation.units import format_seconds, format_share
 from athanor.ledger.accounts import BY_NAME
-from athanor.ledger.book import Book
 from athanor.ledger.reconcile import Line, Reconciliation
 from athanor.report.figures import signed_percent
 
@@ -28,24 +29,25 @@ def ledger(found: Reconciliation, width: int = 100) -> RenderableType:
     longest = max(sum(s for s in book.accounts.values() if s > 0) for book in found.books.values()) or 1.0
     head = Text(found.name, style="bold")
     head.append(f"  wall-clock {_wall(found)}", style="not bold")
-    bars = [Text.assemble(f"{kind:>8} ", bar(book, longest, bar_width), f" {format_seconds(book.wall_seconds)}")
+    bars = [Text.assemble(f"{kind:>8} ", bar(book.accounts, longest, bar_width), f" {format_seconds(book.wall_seconds)}")
             for kind, book in found.books.items()]
     return Group(head, *bars, _table(found, width), *_figures(found))
 
 
-def bar(book: Book, longest: float, width: int) -> Text:
-    """A book as one bar of blocks; `longest` device-seconds are `width` characters, and rounding never adds up."""
+def bar(accounts: Mapping[str, float], longest: float, width: int) -> Text:
+    """Device-seconds as one bar of blocks; `longest` of them are `width` characters, and rounding never adds up."""
     text, at, used = Text(), 0.0, 0
-    for name, account in BY_NAME.items():
-        at += max(0.0, book.accounts.get(name, 0.0))
+    for name in BY_NAME:
+        at += max(0.0, accounts.get(name, 0.0))
         until = round(width * at / longest)
-        text.append("█" * (until - used), style=_style(name, account.colour))
+        text.append("█" * (until - used), style=style_of(name))
         used = until
     return text
 
 
-def _style(name: str, colour: str) -> str:
-    return "default" if name == "unattributed" else colour  # ink: dark on light terminals, light on dark ones
+def style_of(account: str) -> str:
+    """The hue of an account; what is unattributed has the terminal's ink, dark on light and light on dark."""
+    return "default" if account == "unattributed" else BY_NAME[account].colour
 
 
 def _wall(found: Reconciliation) -> str:
@@ -65,7 +67,7 @@ def _table(found: Reconciliation, width: int) -> Table:
     if width >= 100:
         table.add_column("", style="dim", no_wrap=True)
     for line in found.lines:
-        name = Text("■ ", style=_style(line.account.name, line.account.colour)).append(line.account.name, style="default")
+        name = Text("■ ", style=style_of(line.account.name)).append(line.account.name, style="default")
         table.add_row(name, *_cells(line), *([line.account.meaning] if width >= 100 else []))
     paid = [f"{book.device_seconds:,.1f}" if book else "–" for book in (found.forecast, found.actual)]
     table.add_row(Text("  paid", style="bold"), *paid, format_share(1.0), signed_percent(found.paid_error))

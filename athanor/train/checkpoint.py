@@ -22,7 +22,7 @@ from athanor.foundation.errors import CheckpointError, DiskError, UserError
 from athanor.foundation.run_folder import disk_errors, hash_file, read_json, sweep, write_json
 from athanor.parallel.mesh import Mesh
 from athanor.parallel.stages import Stages
-from athanor.parallel.tensor import Box, box_of, local
+from athanor.parallel.tensor import Box, box_of
 from athanor.train.optimizer import Optimizer
 
 FORMAT = 1
@@ -57,8 +57,8 @@ class Entry:
 
 def entries(stages: Stages, optimizer: Optimizer) -> Iterator[Entry]:
     """Weights of this rank's stages under their Hugging Face names, then optimizer state."""
-    for name, parameter in stages.named_parameters():
-        yield Entry(name, parameter, local(parameter.detach()))
+    for name, parameter, shard in optimizer.weights():
+        yield Entry(name, parameter, shard)
     for key, parameter, shard in optimizer.state():
         yield Entry(key, parameter, shard)
 

@@ -37,8 +37,10 @@ from athanor.parallel.mesh import Mesh, leave, make_mesh
 from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
+from athanor.train.groups import check_groups
+from athanor.train.masters import Masters
 from athanor.train.meter import Meter
-from athanor.train.optimizer import Optimizer
+from athanor.train.optimizer import STATE_DTYPES, Optimizer
 from athanor.train.schedule import learning_rate
 from athanor.train.stage import Job, claim_folder, is_finished, resolve
 from athanor.train.step import Outcome, Trainee, run_step
@@ -91,14 +93,17 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
     """Rank function: train one stage of a recipe (its plan already in it) in a run folder.
 
     `launched`: when starting the ranks began, on the host's monotonic clock; `peak_flops`: of one device, in the compute
-    dtype, for MFU and the ledger, None when unknown. `channel` gets {"step", "steps", "loss", "tokens_per_second"} of each
-    step from rank 0. Returns {"run", "step", "steps", "is_asked_to_stop", "loss", "grad_norm", "tokens_per_second"}.
+    dtype, for MFU and the ledger, None when unknown. `channel` gets of each step, from rank 0, {"step", "steps", "loss",
+    "grad_norm", "learning_rate", "tokens_per_second", "mfu", "validation_loss", "accounts"}, the last being device-seconds of
+    this attempt until the ranks last compared notes.
+    Returns {"run", "step", "steps", "is_asked_to_stop", "loss", "grad_norm", "tokens_per_second"}.
     """
     progress = Progress()
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "wants_to_stop", True))
     try:
         job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
-        mesh = make_mesh(job.layout, device_type, is_mixed=compute_dtype(job.settings.precision) is not None)
+        is_mixed = compute_dtype(job.settings.precision) is not None and not keeps_masters(job)
+        mesh = make_mesh(job.layout, device_type, is_mixed)
         _claim(job, mesh, is_fresh)
         if not is_finished(job):
             trainee = build(job, mesh)
@@ -133,6 +138,11 @@ def describe_model(job: Job, blocks: range | None = None, is_first: bool = True,
     return model.to(storage_dtype(job.settings.precision))  # type: ignore[no-any-return]
 
 
+def keeps_masters(job: Job) -> bool:
+    """Whether mixed precision keeps exact weights in the optimizer, since no rank shares its part with another."""
+    return job.layout.world_size == job.layout.tp
+
+
 def build(job: Job, mesh: Mesh) -> Trainee:
     """This rank's stages of the model, with the weights that training begins with."""
     stages, sharded = lay_out(job, mesh)
@@ -163,7 +173,12 @@ def lay_out(job: Job, mesh: Mesh) -> tuple[Stages, list[DataParallel]]:
 def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
     """What trains the stages: objective, optimizer and, where there is one, the pipeline's runner."""
     settings, mesh = job.settings, stages.mesh
-    optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay)
+    check_groups(stages.tensors, settings.groups or (), settings.stage)
+    dtype, masters = compute_dtype(settings.precision), None
+    if dtype is not None and keeps_masters(job):
+        masters = Masters((p for _, p in stages.named_parameters()), dtype, is_accumulated=settings.num_microbatches > 1)
+    optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay, groups=settings.groups or (),
+                          state_dtype=STATE_DTYPES[settings.optimizer_state_dtype], masters=masters)
     trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded)
     if mesh.layout.pp > 1:
         tokens = settings.micro_batch_size * settings.seq_len
@@ -217,14 +232,14 @@ def run_loop(run: Run) -> None:
     while progress.step < settings.steps and not progress.is_asked_to_stop:
         begin = time.perf_counter()
         with interval("input"):
-            batches = fetch(job, run.mesh, run.trainee, progress.step)
+            batches = fetch(job, run.mesh, run.trainee, progress.samples)
         fetched = time.perf_counter()
         rate = learning_rate(progress.step + 1, settings.steps, settings.learning_rate, settings.warmup_steps,
                              settings.learning_rate_schedule)
         outcome = run_step(run.trainee, batches, rate, settings.gradient_clip, progress.wants_to_stop)
         end = time.perf_counter()
         progress.step += 1
-        progress.samples += settings.rows_per_step
+        progress.samples += settings.rows_of_step(progress.samples)
         progress.tokens += outcome.kept_tokens
         progress.is_asked_to_stop = outcome.is_asked_to_stop
         is_last = progress.step == settings.steps
@@ -246,11 +261,11 @@ def run_loop(run: Run) -> None:
                 f"stopped after step {progress.step}, as asked" if progress.step < settings.steps else "the model is complete")
 
 
-def fetch(job: Job, mesh: Mesh, trainee: Trainee, step: int) -> list[Batch]:
-    """This rank's micro-batches of a step: its contiguous part of the step's rows, whatever the layout."""
+def fetch(job: Job, mesh: Mesh, trainee: Trainee, samples: int) -> list[Batch]:
+    """This rank's micro-batches of the step after `samples` rows: its contiguous part of the step's, whatever the layout."""
     settings = job.settings
-    mine = settings.rows_per_step // job.layout.data_ranks
-    rows = job.rows.take(step * settings.rows_per_step + mesh.data_rank * mine, mine)
+    mine = settings.rows_of_step(samples) // job.layout.data_ranks
+    rows = job.rows.take(samples + mesh.data_rank * mine, mine)
     size = settings.micro_batch_size
     return [trainee.objective.collate(rows[i:i + size], settings.seq_len) for i in range(0, mine, size)]
 
@@ -281,7 +296,8 @@ def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, f
                    "input_seconds": times[1] - times[0], "tokens_per_second": tokens / seconds,
                    "mfu": meter.mfu(flops, seconds), "skipped": outcome.is_skipped, "time": time.time()}
             append_jsonl(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
-            run.channel(step=progress.step, steps=job.settings.steps, loss=row["loss"], tokens_per_second=tokens / seconds)
+            shown = {key: row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")}
+            run.channel(**shown, steps=job.settings.steps, validation_loss=checked, accounts=dict(meter.accounts))
     meter.end_step(tokens=tokens, flops=flops, flops_full=flops_full)
     progress.skipped_steps = progress.skipped_steps + 1 if outcome.is_skipped else 0
     if outcome.is_skipped:
@@ -319,7 +335,7 @@ def save(run: Run) -> None:
 def publish(run: Run) -> None:
     """Write model/: weights and shape as Hugging Face keeps them, with the tokenizer and its chat template."""
     job, bring = run.job, run.trainee.stages.whole
-    with whole("checkpoint", run.meter):
+    with whole("checkpoint", run.meter), run.trainee.optimizer.exact():
         if run.mesh.rank != 0:
             save_model(describe_model(job), job.folder.model, bring)  # gathers with the others, and writes nothing
         else:

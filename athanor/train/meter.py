@@ -42,6 +42,7 @@ class Meter:
         self.tokens = self.flops = self.flops_full = 0.0
         self.exchange_every: int | None = None
         self.first_step_end = 0.0
+        self.accounts: dict[str, float] = {}  # of this attempt until the last exchange, on rank 0
 
     def end_step(self, *, tokens: float, flops: float, flops_full: float) -> None:
         """Count a finished step: tokens, model FLOPs with causal and with full-square attention, over all ranks.
@@ -82,6 +83,8 @@ class Meter:
                 gathered = [(mine, wall)]
             if self.rank == 0:
                 accounts = attribute([window for window, _ in gathered], self.peers)
+                for name, seconds in accounts.items():
+                    self.accounts[name] = self.accounts.get(name, 0.0) + seconds
                 append_jsonl(self.file, {
                     "attempt": self.attempt, "time": time.time(), "first_step": self.first_step, "last_step": self.step,
                     "wall_seconds": wall, "device_seconds": sum(w for _, w in gathered), "tokens": self.tokens,

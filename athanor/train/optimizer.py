@@ -1,8 +1,12 @@
-"""Updates: AdamW, and Muon for the blocks' matrices, both on the shards that a rank holds; and the global gradient norm."""
+"""Updates: AdamW, and Muon for the blocks' matrices, both on the shards that a rank holds; and the global gradient norm.
+
+Nothing here waits for the device: clipping, and skipping a step whose gradient is not finite, are decided there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,23 +14,37 @@ from torch import nn
 
 from athanor.parallel.stages import Stages
 from athanor.parallel.tensor import local
+from athanor.train.groups import Group, group_of
+from athanor.train.masters import Masters
 from athanor.train.muon import Orthogonaliser
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 MUON_MOMENTUM = 0.95
+CHUNK = 1 << 24  # elements that are updated at a time, which bounds what is widened to fp32
+STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: that of the weights
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A parameter as the update sees it: its name, the parameter, and this rank's part of it."""
+    """A parameter as the update sees it: its name, the parameter, this rank's part of the weights, and how it learns.
+
+    `slots` are the state of its update rule, by name. `masters` keep the weights when the parameter is a copy of them.
+    """
 
     name: str
     parameter: nn.Parameter
     shard: torch.Tensor
+    slots: dict[str, torch.Tensor]
+    rate_factor: float
+    weight_decay: float
+    masters: Masters | None
 
     @property
     def gradient(self) -> torch.Tensor | None:
+        """This rank's part of the gradient, maybe in a narrower dtype than the weights."""
+        if self.masters is not None:
+            return self.masters.gradient(self.parameter)
         return None if self.parameter.grad is None else local(self.parameter.grad)
 
 
@@ -44,26 +62,35 @@ class Optimizer:
     """One update rule per parameter, by name. `kind` is `adamw`, or `muon` (AdamW for what is no block's matrix).
 
     State has one tensor per slot and parameter, of the shape of its shard: exp_avg and exp_avg_sq (AdamW),
-    momentum (Muon). `updates` counts the steps that were not skipped.
+    momentum (Muon), kept in `state_dtype` (None: that of the weights), computed with in that of the weights. With `masters`
+    those are what is updated, and the model gets copies of them.
     """
 
-    def __init__(self, stages: Stages, kind: str, weight_decay: float) -> None:
-        self.device, self.weight_decay, self.updates = stages.mesh.device, weight_decay, 0
+    def __init__(self, stages: Stages, kind: str, weight_decay: float, *, groups: Sequence[Group] = (),
+                 state_dtype: torch.dtype | None = None, masters: Masters | None = None) -> None:
+        self.stages, self.device, self.masters = stages, stages.mesh.device, masters
         self.owned = stages.owned()
-        self.pieces = [Piece(name, p, local(p.detach())) for name, p in stages.named_parameters() if p.requires_grad]
-        self.muon = [piece for piece in self.pieces if kind == "muon" and is_block_matrix(piece.name, piece.parameter)]
-        names = {piece.name for piece in self.muon}
-        self.adamw = [piece for piece in self.pieces if piece.name not in names]
-        self.momentum = {piece.name: torch.zeros_like(piece.shard) for piece in self.muon}
+        self.adamw: list[Piece] = []
+        self.muon: list[Piece] = []
+        for name, parameter in stages.named_parameters():
+            if parameter.requires_grad:
+                is_muon = kind == "muon" and is_block_matrix(name, parameter)
+                shard, group = self._weight(parameter), group_of(name, groups) or Group("*")
+                decay = group.weight_decay
+                if decay is None:
+                    decay = weight_decay if is_decayed(name, parameter) else 0.0
+                slots = {slot: torch.zeros_like(shard, dtype=state_dtype, memory_format=torch.contiguous_format)
+                         for slot in (("momentum",) if is_muon else ("exp_avg", "exp_avg_sq"))}
+                piece = Piece(name, parameter, shard, slots, group.learning_rate_factor, decay, masters)
+                (self.muon if is_muon else self.adamw).append(piece)
+        self.pieces = [*self.adamw, *self.muon]
         self.orthogonaliser = Orthogonaliser([piece.parameter for piece in self.muon], stages) if self.muon else None
-        groups = [{"params": [p.shard for p in self.adamw if is_decayed(p.name, p.parameter) == decayed],
-                   "weight_decay": weight_decay if decayed else 0.0} for decayed in (True, False)]
-        self.inner = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=BETAS, eps=EPSILON,
-                                       fused=True)
-        for piece in self.adamw:
-            self.inner.state[piece.shard] = {"step": torch.zeros((), dtype=torch.float32, device=piece.shard.device),
-                                             "exp_avg": torch.zeros_like(piece.shard),
-                                             "exp_avg_sq": torch.zeros_like(piece.shard)}
+        self.counted = torch.zeros((), dtype=torch.float32, device=self.device)
+
+    @property
+    def updates(self) -> int:
+        """Steps that were not skipped; asking waits for the device."""
+        return int(self.counted)
 
     def squared_norm(self) -> torch.Tensor:
         """The sum of squares of this rank's part of the gradient, in fp64; each part is counted on one rank only."""
@@ -71,51 +98,109 @@ class Optimizer:
         held = [gradient for gradient in mine if gradient is not None and gradient.numel()]
         if not held:
             return torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack(torch._foreach_norm(held)).double().square().sum()
+        wide = torch.promote_types(held[0].dtype, torch.float32)
+        return torch.stack(torch._foreach_norm(held, 2, wide)).double().square().sum()
 
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply every gradient, in place."""
-        torch._foreach_mul_([g for piece in self.pieces if (g := piece.gradient) is not None], factor)
+    @torch.no_grad()
+    def step(self, learning_rate: float, squared_norm: torch.Tensor, loss: torch.Tensor, clip: float) -> torch.Tensor:
+        """Update the weights from their gradients, clipped to a global norm of `clip`; gradients may be overwritten.
 
-    def step(self, learning_rate: float) -> None:
-        """Update the weights from their gradients."""
-        self.updates += 1
-        for piece in self.adamw:
-            piece.shard.grad = piece.gradient
-        for group in self.inner.param_groups:
-            group["lr"] = learning_rate
-        self.inner.step()
+        `squared_norm` and `loss` are scalars over all ranks. When one of them is not finite, weights and state keep their
+        bits and the step does not count. Returns whether it was made, as a scalar on the device.
+        """
+        norm = squared_norm.sqrt()
+        is_made = norm.isfinite() & loss.isfinite()
+        factor = torch.where(norm > clip, clip / (norm + 1e-6), 1.0)
+        self._step_adamw(learning_rate, factor, is_made)
         if self.orthogonaliser is not None:
-            self._step_muon(learning_rate, self.orthogonaliser)
+            self._step_muon(learning_rate, factor, is_made, self.orthogonaliser)
+        self.counted.add_(is_made)
+        if self.masters is not None:
+            self.masters.publish()
+        return is_made
 
     def clear(self) -> None:
         """Forget the gradients."""
+        if self.masters is not None:
+            self.masters.sums.clear()
         for piece in self.pieces:
-            piece.parameter.grad = piece.shard.grad = None
+            piece.parameter.grad = None
+
+    def weights(self) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+        """Each weight as (name, the parameter that lays it out, this rank's part of its exact values)."""
+        for name, parameter in self.stages.named_parameters():
+            yield name, parameter, self._weight(parameter)
 
     def state(self) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
         """Each slot as (key, the parameter it belongs to, the shard)."""
-        for piece in self.adamw:
-            for slot in ("exp_avg", "exp_avg_sq"):
-                yield f"optimizer.{piece.name}.{slot}", piece.parameter, self.inner.state[piece.shard][slot]
-        for piece in self.muon:
-            yield f"optimizer.{piece.name}.momentum", piece.parameter, self.momentum[piece.name]
+        for piece in self.pieces:
+            for slot, tensor in piece.slots.items():
+                yield f"optimizer.{piece.name}.{slot}", piece.parameter, tensor
 
     def set_updates(self, updates: int) -> None:
-        """Go on as after this many updates."""
-        self.updates = updates
-        for piece in self.adamw:
-            self.inner.state[piece.shard]["step"].fill_(updates)
+        """Go on as after this many updates, with what `weights` and `state` were filled with."""
+        self.counted.fill_(updates)
+        if self.masters is not None:
+            self.masters.publish()
 
-    @torch.no_grad()
-    def _step_muon(self, learning_rate: float, orthogonaliser: Orthogonaliser) -> None:
+    def exact(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts the model's parameters are the weights that are updated, not copies of them."""
+        return contextlib.nullcontext() if self.masters is None else self.masters.in_place()
+
+    def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        if self.masters is not None and parameter in self.masters.exact:
+            return local(self.masters.exact[parameter])
+        return local(parameter.detach())
+
+    def _step_adamw(self, learning_rate: float, factor: torch.Tensor, is_made: torch.Tensor) -> None:
+        """AdamW by torch's fused kernel, in the dtype of the weights; it does nothing where found_inf is 1."""
+        step, is_skipped = self.counted + 1, (~is_made).float()
+        for rate, decay in sorted({(piece.rate_factor, piece.weight_decay) for piece in self.adamw}):
+            alike = [piece for piece in self.adamw if (piece.rate_factor, piece.weight_decay) == (rate, decay)]
+            for chunk in self._chunks(alike):
+                weights, gradients, *moments = map(list, zip(*chunk, strict=True))
+                wide = weights[0].dtype
+                gradients = [gradient.to(wide) for gradient in gradients]
+                torch._foreach_mul_(gradients, factor.to(wide))
+                first, second = ([moment.to(wide) for moment in kept] for kept in moments)
+                torch._fused_adamw_(
+                    weights, gradients, first, second, [], [step] * len(weights), lr=learning_rate * rate, beta1=BETAS[0],
+                    beta2=BETAS[1], weight_decay=decay, eps=EPSILON, amsgrad=False, maximize=False, found_inf=is_skipped)
+                for kept, found in zip(moments, (first, second), strict=True):
+                    if kept[0].dtype != wide:
+                        torch._foreach_copy_(kept, found)
+
+    def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+        """Flat (weight, gradient, exp_avg, exp_avg_sq) of about CHUNK elements together; what has no gradient is left out."""
+        chunk: list[tuple[torch.Tensor, ...]] = []
+        elements = 0
+        for piece in pieces:
+            gradient = piece.gradient
+            if gradient is None or not gradient.numel():
+                continue
+            flat = (piece.shard.view(-1), gradient.reshape(-1), *(slot.view(-1) for slot in piece.slots.values()))
+            for part in zip(*(tensor.split(CHUNK) for tensor in flat), strict=True):
+                if chunk and elements + part[0].numel() > CHUNK:
+                    yield chunk
+                    chunk, elements = [], 0
+                chunk.append(part)
+                elements += part[0].numel()
+        if chunk:
+            yield chunk
+
+    def _step_muon(self, learning_rate: float, factor: torch.Tensor, is_made: torch.Tensor,
+                   orthogonaliser: Orthogonaliser) -> None:
         """Orthogonalised momentum (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025)."""
         wanted = []
         for piece in self.muon:
-            gradient, momentum = piece.gradient, self.momentum[piece.name]
+            gradient, kept = piece.gradient, piece.slots["momentum"]
             assert gradient is not None, f"{piece.name} has no gradient"
-            momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
-            wanted.append(gradient.lerp(momentum, MUON_MOMENTUM))
+            gradient = gradient.to(piece.shard.dtype) * factor
+            momentum = kept.to(gradient.dtype).lerp(gradient, 1 - MUON_MOMENTUM)
+            kept.copy_(torch.where(is_made, momentum, kept))
+            wanted.append(gradient.lerp_(momentum, MUON_MOMENTUM))
         for piece, update in zip(self.muon, orthogonaliser(wanted), strict=True):
-            rate = 0.2 * max(piece.parameter.shape[-2:]) ** 0.5
-            piece.shard.mul_(1 - learning_rate * self.weight_decay).add_(update, alpha=-learning_rate * rate)
+            rate = learning_rate * piece.rate_factor
+            scale = 0.2 * max(piece.parameter.shape[-2:]) ** 0.5
+            moved = piece.shard.mul(1 - rate * piece.weight_decay).add_(update, alpha=-rate * scale)
+            piece.shard.copy_(torch.where(is_made, moved, piece.shard))

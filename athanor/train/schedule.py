@@ -14,8 +14,10 @@ COSINE_FLOOR = 0.1  # of the peak
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, schedule: str) -> float:
     """The rate of step `step` (the first is 1) of `steps`.
 
-    It rises linearly over `warmup_steps`, reaching `peak` at their last. Then `linear` falls to 0 and `cosine` to a tenth
-    of the peak at the last step; `wsd` stays, and falls linearly to 0 over the last fifth; `constant` stays.
+    It rises linearly over `warmup_steps` (steps, however many rows they have), reaching `peak` at their last. Then `linear`
+    falls towards 0 and `cosine` along half a wave to a tenth of the peak, which the last step has; `wsd` stays, and falls
+    towards 0 over the last fifth; `constant` stays. What falls towards 0 would be there one step after the last, so that no
+    step is wasted.
     """
     if schedule not in SCHEDULES:
         raise RecipeError(f"learning_rate_schedule '{schedule}' is unknown; {did_you_mean(schedule, SCHEDULES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import AXES, Layout, check_batch, check_model
 from athanor.foundation.recipe import Recipe, Stage
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.train.groups import Group
+from athanor.train.ramp import Ramp, read_ramp
 from athanor.train.schedule import SCHEDULES
 
 DEFAULT_BATCH_TOKENS = 4096  # small steps: the fewer the tokens, the more steps matter
@@ -36,6 +39,9 @@ class Settings:
     weight_decay: float
     gradient_clip: float
     optimizer: str
+    optimizer_state_dtype: str
+    groups: tuple[Group, ...] | None
+    ramp: Ramp | None
     precision: str
     compile: bool
     recompute: str
@@ -44,7 +50,12 @@ class Settings:
 
     @property
     def rows_per_step(self) -> int:
+        """Rows of a step, once the batch has grown to its full size."""
         return self.global_batch_tokens // self.seq_len
+
+    def rows_of_step(self, samples: int) -> int:
+        """Rows of the step that follows `samples` samples."""
+        return self.rows_per_step if self.ramp is None else self.ramp.rows_of_step(samples)
 
 
 # keys that may change between two attempts of a stage: they alter how it is computed, not what
@@ -75,11 +86,22 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     micro_batch_size, batch_tokens = _batch(stage, seq_len, layout.data_ranks)
     rows, num_microbatches = check_batch(global_batch_tokens=batch_tokens, seq_len=seq_len, micro_batch_size=micro_batch_size,
                                          data_ranks=layout.data_ranks, tp=layout.tp)
-    data_shards = stage.data_shards or rows // micro_batch_size
+    ramp = None
+    if stage.batch_ramp is not None:
+        ramp = read_ramp(stage.batch_ramp, rows, rows // num_microbatches, stage.data_shards, f"stage.{stage.name}.batch_ramp")
+        if layout.pp > 1:
+            raise LayoutError(f"stage.{stage.name}.batch_ramp changes the number of micro-batches, which pp = {layout.pp} does "
+                              "not allow; leave one of them out")
+    data_shards = stage.data_shards or (math.gcd(*ramp.rungs) if ramp else rows) // micro_batch_size
     if rows % data_shards or data_shards % layout.data_ranks:
         raise LayoutError(f"data_shards = {data_shards} must divide the {rows} rows of a step and be a multiple of the "
                           f"{layout.data_ranks} data ranks")
-    steps = stage.steps or (max(1, round(stage.tokens / batch_tokens)) if stage.tokens else None)
+    steps, tokens = stage.steps, stage.tokens
+    if ramp and steps and recipe.origin(f"stage.{stage.name}.steps") == "plan":
+        tokens = float(steps * batch_tokens)  # a plan counts steps of the full batch
+        steps = None
+    if steps is None and tokens:
+        steps = ramp.steps(tokens / seq_len) if ramp else max(1, round(tokens / batch_tokens))
     if steps is None:
         raise UserError(f"stage.{stage.name} has neither steps nor tokens; give one, or make a plan from a budget first "
                         "(athanor plan)")
@@ -94,7 +116,9 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
         learning_rate=stage.learning_rate or default_learning_rate(optimizer, shape.hidden_size, stage.start_from is not None),
         learning_rate_schedule=stage.learning_rate_schedule or SCHEDULES[1], warmup_steps=warmup,
         weight_decay=0.1 if stage.weight_decay is None else stage.weight_decay, gradient_clip=stage.gradient_clip or 1.0,
-        optimizer=optimizer, precision=stage.precision or "fp32", compile=bool(stage.compile),
+        optimizer=optimizer, optimizer_state_dtype=stage.optimizer_state_dtype,
+        groups=tuple(Group(**group.model_dump()) for group in stage.group) or None, ramp=ramp,
+        precision=stage.precision or "fp32", compile=bool(stage.compile),
         recompute=recipe.parallel.recompute or "none",
         checkpoint_every=stage.checkpoint_every or max(1, -(-steps // 4)),
         evaluate_every=stage.evaluate_every or max(1, -(-steps // 8)))

@@ -130,16 +130,13 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
         trainee.totals = {name: max(total, 1e-9) for name, total in zip(names, totals, strict=True)}
     run_batches(trainee, batches)
     with interval("optimizer"):
-        squared, stop, loss, *sums = mesh.sum(trainee.report(is_asked_to_stop)).tolist()
-        norm = math.sqrt(squared) if squared >= 0 else math.nan
-        is_finite = math.isfinite(norm) and math.isfinite(loss)
-        if is_finite:
-            if norm > gradient_clip:
-                optimizer.scale_gradients(gradient_clip / (norm + 1e-6))
-            optimizer.step(learning_rate)
+        sums = mesh.sum(trainee.report(is_asked_to_stop))
+        is_made = optimizer.step(learning_rate, sums[0], sums[2], gradient_clip)
         optimizer.clear()
-    means = {name: sums[2 * i] / max(sums[2 * i + 1], 1e-9) for i, name in enumerate(trainee.objective.METRICS)}
-    return Outcome(loss, norm, not is_finite, stop > 0, int(kept_tokens), int(keys_seen), means)
+        squared, stop, loss, *parts = sums.tolist()
+    norm = math.sqrt(squared) if squared >= 0 else math.nan
+    means = {name: parts[2 * i] / max(parts[2 * i + 1], 1e-9) for i, name in enumerate(trainee.objective.METRICS)}
+    return Outcome(loss, norm, not bool(is_made), stop > 0, int(kept_tokens), int(keys_seen), means)
 
 
 def run_batches(trainee: Trainee, batches: Sequence[Batch]) -> None:

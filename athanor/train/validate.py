@@ -57,6 +57,8 @@ def validate(trainee: Trainee, rows: Rows, seq_len: int, micro_batch_size: int) 
             _, found = objective.loss(scored, columns, dict.fromkeys(objective.count(batch), 1.0))
             summed, count = found["loss"]
             sums += torch.stack([summed.double(), torch.full_like(summed, count, dtype=torch.float64)])
+    for sharded in trainee.sharded:
+        sharded.rest()
     if not mesh.counts_tokens:
         sums.zero_()
     loss, count = mesh.sum(sums).tolist()
@@ -83,10 +85,11 @@ class Sampler:
     def __call__(self, step: int) -> list[dict[str, Any]]:
         """Rows for samples.jsonl on rank 0 (greedy, so that they can be compared over steps); every rank must call."""
         targets = dict(self.copy.named_parameters()) if self.copy is not None else {}
-        for name in self.trainee.stages.tensors:
-            gathered = self.trainee.stages.whole(name)
-            if gathered is not None:
-                targets[name].copy_(gathered)
+        with self.trainee.optimizer.exact():
+            for name in self.trainee.stages.tensors:
+                gathered = self.trainee.stages.whole(name)
+                if gathered is not None:
+                    targets[name].copy_(gathered)
         if self.copy is None:
             return []
         self.engine.load_weights(str(step))

@@ -100,3 +100,11 @@ def one_rank_diverges(channel: Channel, run_folder: str, recipe: Any, stage: str
     leave()
     return {"skipped": [bad.is_skipped, good.is_skipped], "kept": kept, "updates": trainee.optimizer.updates,
             "moved": not all(map(torch.equal, before, weights()))}
+
+
+def train_sharded(channel: Channel, **arguments: Any) -> dict[str, Any]:
+    """Train in mixed precision as if there were others to share the weights with: through fully_shard."""
+    from athanor.train import loop
+
+    loop.keeps_masters = lambda job: False
+    return loop.train_stage(channel, **arguments)

@@ -44,7 +44,7 @@ def test_a_bar_has_the_accounts_in_order_and_their_hues() -> None:
     book = Book("actual", 1, "CPU", None, 100, 100)
     for name, seconds in (("startup", 25.0), ("useful", 50.0), ("skew", 0.1), ("kernel", 24.9)):
         book.add(name, seconds)
-    text = bar(book, 200.0, 40)
+    text = bar(book.accounts, 200.0, 40)
     assert text.plain == "█" * 20
     assert [(span.end - span.start, span.style) for span in text.spans if span.end > span.start] == [
         (10, BY_NAME["useful"].colour), (5, BY_NAME["kernel"].colour), (5, BY_NAME["startup"].colour)]
