@@ -21,28 +21,36 @@ Compute = Callable[[nn.Module, Tensor, dict[str, Any]], Any]
 
 
 class Runner:
-    """Runs training steps of `num_microbatches` through the stages of all pipeline ranks.
+    """Runs training steps through the stages of all pipeline ranks.
 
-    `hidden` is the shape [t, H] and the dtype of what stages hand on. `compute` returns the micro-batch's loss on the last
-    stage; gradients are summed over micro-batches.
+    `hidden` is the shape [t, H] and the dtype of what stages hand on, `tokens` how many ids a micro-batch has on this rank.
+    `compute` returns the micro-batch's loss on the last stage; gradients are summed over micro-batches.
     """
 
-    def __init__(self, stages: Stages, num_microbatches: int, hidden: Tensor, tokens: int, compute: Compute) -> None:
-        self.stages, self.hidden, self.device = stages, hidden, stages.mesh.device
-        pipeline, count = stages.pipeline, len(stages.pipeline.blocks)
-        hidden = hidden.requires_grad_()  # or no gradient is sent back
-        ids, loss = torch.empty(tokens, dtype=torch.int64, device="meta"), hidden.new_empty(())
-        made = [_Stage(part, number, count, self.device, input_args=ids if number == 0 else hidden,
-                       output_args=loss if number == count - 1 else hidden, group=stages.group)
-                for number, part in stages.parts.items()]
-        self.made, links = made, _Links(stages)
-        for stage in made:
-            stage.compute, stage.links = compute, links
-        schedule = get_schedule_class(pipeline.schedule)
-        is_single = not issubclass(schedule, PipelineScheduleMulti)
-        assert is_single == (find_schedule(pipeline.schedule).placement == "single"), "the table names the placement"
-        self.schedule = schedule(made[0] if is_single else made, n_microbatches=num_microbatches,  # type: ignore[arg-type]
-                                 loss_fn=lambda output, target: output, scale_grads=False)
+    def __init__(self, stages: Stages, hidden: Tensor, tokens: int, compute: Compute) -> None:
+        self.stages, self.device, self.tokens, self.compute = stages, stages.mesh.device, tokens, compute
+        self.hidden = hidden.requires_grad_()  # or no gradient is sent back
+        self.links = _Links(stages)
+        self.schedules: dict[int, tuple[Any, list[_Stage]]] = {}
+
+    def schedule(self, num_microbatches: int) -> tuple[Any, list[_Stage]]:
+        """torch's schedule for that many micro-batches, and its stages."""
+        if num_microbatches not in self.schedules:
+            pipeline, last = self.stages.pipeline, len(self.stages.pipeline.blocks) - 1
+            ids, loss = torch.empty(self.tokens, dtype=torch.int64, device="meta"), self.hidden.new_empty(())
+            made = []
+            for number, part in self.stages.parts.items():
+                stage = _Stage(part, number, last + 1, self.device, input_args=ids if number == 0 else self.hidden,
+                               output_args=loss if number == last else self.hidden, group=self.stages.group)
+                stage.compute, stage.links = self.compute, self.links
+                made.append(stage)
+            kind = get_schedule_class(pipeline.schedule)
+            is_single = not issubclass(kind, PipelineScheduleMulti)
+            assert is_single == (find_schedule(pipeline.schedule).placement == "single"), "the table names the placement"
+            schedule = kind(made[0] if is_single else made, n_microbatches=num_microbatches,  # type: ignore[arg-type]
+                            loss_fn=lambda output, target: output, scale_grads=False)
+            self.schedules[num_microbatches] = schedule, made
+        return self.schedules[num_microbatches]
 
     def step(self, columns: Columns, constants: Mapping[str, Any]) -> None:
         """Forward and backward over all micro-batches, whose columns are stacked on dim 0, each with the same length.
@@ -51,11 +59,12 @@ class Runner:
         """
         given = dict(columns)
         tokens = given.pop("tokens")
-        for stage in self.made:
+        schedule, made = self.schedule(len(tokens) // self.tokens)
+        for stage in made:
             stage.constants = constants
         with interval("bubble"):  # what is neither computed nor sent is waited
-            self.schedule.step(*((tokens,) if self.stages.is_first else ()), return_outputs=False,
-                               target=given["positions"] if self.stages.is_last else None, **given)
+            schedule.step(*((tokens,) if self.stages.is_first else ()), return_outputs=False,
+                          target=given["positions"] if self.stages.is_last else None, **given)
         self.stages.tie()
 
     @torch.no_grad()

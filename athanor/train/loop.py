@@ -184,7 +184,7 @@ def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
         tokens = settings.micro_batch_size * settings.seq_len
         dtype = compute_dtype(settings.precision) or storage_dtype(settings.precision)
         hidden = torch.empty(-(-tokens // mesh.layout.cp // mesh.layout.tp), job.shape.hidden_size, dtype=dtype, device="meta")
-        trainee.runner = Runner(stages, settings.num_microbatches, hidden, tokens // mesh.layout.cp, trainee.compute)
+        trainee.runner = Runner(stages, hidden, tokens // mesh.layout.cp, trainee.compute)
     return trainee
 
 

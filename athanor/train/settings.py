@@ -57,6 +57,12 @@ class Settings:
         """Rows of the step that follows `samples` samples."""
         return self.rows_per_step if self.ramp is None else self.ramp.rows_of_step(samples)
 
+    @property
+    def micro_batch_counts(self) -> list[int]:
+        """Every number of micro-batches that a rank may have in a step."""
+        rungs = [self.rows_per_step] if self.ramp is None else self.ramp.rungs
+        return [rows * self.num_microbatches // self.rows_per_step for rows in rungs]
+
 
 # keys that may change between two attempts of a stage: they alter how it is computed, not what
 INCIDENTAL = ("micro_batch_size", "num_microbatches", "data_shards", "compile", "recompute", "checkpoint_every", "evaluate_every")
@@ -89,9 +95,6 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     ramp = None
     if stage.batch_ramp is not None:
         ramp = read_ramp(stage.batch_ramp, rows, rows // num_microbatches, stage.data_shards, f"stage.{stage.name}.batch_ramp")
-        if layout.pp > 1:
-            raise LayoutError(f"stage.{stage.name}.batch_ramp changes the number of micro-batches, which pp = {layout.pp} does "
-                              "not allow; leave one of them out")
     data_shards = stage.data_shards or (math.gcd(*ramp.rungs) if ramp else rows) // micro_batch_size
     if rows % data_shards or data_shards % layout.data_ranks:
         raise LayoutError(f"data_shards = {data_shards} must divide the {rows} rows of a step and be a multiple of the "

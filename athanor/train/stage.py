@@ -74,8 +74,8 @@ def make_pipeline(recipe: Recipe, layout: Layout, settings: Settings, shape: Dec
         return Pipeline("", (range(shape.num_hidden_layers),), (0,))
     schedule = recipe.parallel.pipeline_schedule or DEFAULT_SCHEDULE
     pipeline = cut(layout.pp, schedule, shape.block_costs(settings.seq_len / 2), recipe.parallel.split)
-    check_pipeline(layout, schedule, stages=len(pipeline.blocks), num_microbatches=settings.num_microbatches,
-                   is_compiled=settings.compile)
+    for count in settings.micro_batch_counts:
+        check_pipeline(layout, schedule, stages=len(pipeline.blocks), num_microbatches=count, is_compiled=settings.compile)
     return pipeline
 
 

@@ -67,3 +67,37 @@ def test_layouts_train_the_same(in_layout: Callable[..., list[Result]], alone: C
             np.testing.assert_allclose(gradient, wanted["gradients"][name], rtol=0, atol=1e-9, err_msg=name)
             np.testing.assert_allclose(found["weights"][name], wanted["weights"][name], rtol=0, atol=1e-9, err_msg=name)
     assert {name for found in ranks for name in found["gradients"]} == set(wanted["gradients"]), "every parameter has a place"
+
+
+# the same in the dtypes that models are trained in: what is laid out, and how far the first step may be from one process in fp32
+ROUGH = [
+    ("dense", "precision=fp32 dp_shard=2", 1e-6), ("dense", "precision=fp32 tp=2", 1e-6), ("untied", "precision=fp32 pp=2", 1e-6),
+    ("dense", "precision=fp32 cp=2", 1e-6), ("mixture", "precision=fp32 dp_shard=2 ep=2", 1e-6),
+    ("dense", "precision=fp32 pp=2 dp_shard=2 pipeline_schedule=Interleaved1F1B", 1e-6),
+    ("dense", "precision=fp32 dp_shard=2 compile=true", 1e-6), ("untied", "precision=fp32 pp=2 compile=true", 1e-6),
+    ("dense", "precision=fp32 pp=2 pipeline_schedule=GPipe compile=true recompute=full", 1e-6),
+    ("dense", "precision=fp32 pp=2 pipeline_schedule=Interleaved1F1B compile=true", 1e-6),
+    ("dense", "precision=fp32 pp=2 pipeline_schedule=LoopedBFS compile=true", 1e-6),
+    ("dense", "precision=fp32 tp=2 compile=true", 1e-6), ("dense", "precision=bf16", 3e-2),
+    ("dense", "precision=bf16 dp_shard=2", 3e-2),
+    ("untied", "precision=bf16 tp=2", 3e-2), ("dense", "precision=bf16 pp=2 pipeline_schedule=ZBVZeroBubble", 3e-2),
+    ("dense", "precision=bf16 pp=2 dp_shard=2", 3e-2), ("mixture", "precision=bf16 dp_shard=2 ep=2", 3e-2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "layout", "tolerance"), ROUGH)
+def test_coarser_dtypes_and_compiled_blocks_stay_close(in_layout: Callable[..., list[Result]], alone: Callable[..., Result],
+                                                       kind: str, layout: str, tolerance: float) -> None:
+    wanted = alone(*KINDS[kind], "stage.pretrain.precision=fp32")
+    for found in in_layout(*KINDS[kind], *overrides(layout)):
+        np.testing.assert_allclose(found["loss"][0], wanted["loss"][0], rtol=tolerance)
+        np.testing.assert_allclose(found["grad_norm"][0], wanted["grad_norm"][0], rtol=3 * tolerance)
+        np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=30 * tolerance)
+
+
+def test_a_growing_batch_goes_through_a_pipeline(in_layout: Callable[..., list[Result]], alone: Callable[..., Result]) -> None:
+    ramp = "stage.pretrain.batch_ramp=[8,4,24]"
+    wanted, found = alone(ramp), in_layout(ramp, "parallel.pp=2", "stage.pretrain.micro_batch_size=1")[0]
+    assert wanted["tokens"][0] < wanted["tokens"][-1]
+    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=0, atol=1e-11)

@@ -51,24 +51,27 @@ def train(channel: Callable[..., None], recipe: Any, steps: int = STEPS) -> dict
     from athanor.parallel.apply import compute_dtype
     from athanor.parallel.mesh import leave, make_mesh
     from athanor.parallel.tensor import full
-    from athanor.train.loop import build, fetch
+    from athanor.train.loop import build, fetch, keeps_masters
     from athanor.train.step import run_step
 
     job = make_job(recipe, int(os.environ["WORLD_SIZE"]))
-    mesh = make_mesh(job.layout, "cpu", is_mixed=compute_dtype(job.settings.precision) is not None)
+    is_mixed = compute_dtype(job.settings.precision) is not None and not keeps_masters(job)
+    mesh = make_mesh(job.layout, "cpu", is_mixed)
     trainee = build(job, mesh)
-    outcomes, gradients = [], {}
-    clear = trainee.optimizer.clear
+    outcomes, gradients, samples = [], {}, 0
+    update = trainee.optimizer.step
 
-    def look() -> None:
+    def look(*arguments: Any) -> Any:
         if not gradients:
-            gradients.update({name: full(p.grad).double().clone().numpy() for name, p in trainee.stages.named_parameters()})
-        clear()
+            gradients.update({name: full(p.grad).double().clone().numpy() for name, p in trainee.stages.named_parameters()
+                              if p.grad is not None})
+        return update(*arguments)
 
-    trainee.optimizer.clear = look
+    trainee.optimizer.step = look
     for step in range(steps):
         rate = job.settings.learning_rate * (step + 1) / steps
-        outcomes.append(run_step(trainee, fetch(job, mesh, trainee, step), rate, job.settings.gradient_clip))
+        outcomes.append(run_step(trainee, fetch(job, mesh, trainee, samples), rate, job.settings.gradient_clip))
+        samples += job.settings.rows_of_step(samples)
     weights = {name: full(p).detach().double().clone().numpy() for name, p in trainee.stages.named_parameters()}
     leave()
     return {"loss": [each.loss for each in outcomes], "grad_norm": [each.grad_norm for each in outcomes],
