@@ -81,7 +81,7 @@ def test_a_published_configuration_is_counted_as_published(mixture: Build) -> No
                                "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
                                "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "sliding_window": None})
     assert shape.rope_theta == 1e6  # what transformers takes when a Mixtral's configuration says nothing
-    assert shape.parameters() == 46_702_792_704  # the index of mistralai/Mixtral-8x7B-v0.1: 93,405,585,408 bytes of bf16
+    assert shape.parameters() == 46_702_792_704  # 93.4 GB of bf16, the size of its published files
     module = mixture()
     small = module.shape
     assert small.parameters() == sum(p.numel() for p in module.parameters())
