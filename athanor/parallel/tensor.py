@@ -44,6 +44,7 @@ def shard_parameters(module: nn.Module, tensor_dims: Mapping[str, int | None], t
     None when experts are cut by tp alone. Raises ModelError for a name that `tensor_dims` does not know, LayoutError for a
     dim that does not divide.
     """
+    assert tp is None or experts is None or "tp" in (experts.mesh_dim_names or ()), "experts are cut by tp as well"
     made: dict[nn.Parameter, nn.Parameter] = {}
     for path, owner in list(module.named_modules()):
         for leaf, parameter in list(owner.named_parameters(recurse=False)):

@@ -121,6 +121,9 @@ def fresh_shape(recipe: Recipe, manifest: dict[str, Any]) -> DecoderShape:
 
 def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, manifest: dict[str, Any], tokenizer: Path) -> None:
     """Refuse to go on from a model that speaks another vocabulary, or another one than [model] describes."""
+    if type(shape) is not shape_class(recipe.model.architecture):
+        raise ModelError(f"model.architecture is '{recipe.model.architecture}', but the model in {folder} is a "
+                         f"'{shape.MODEL_TYPE}'; set model.architecture = \"{shape.MODEL_TYPE}\"")
     if shape.vocab_size < manifest["vocab_size"]:
         raise ModelError(f"{folder} has {shape.vocab_size} tokens in its vocabulary, the data's tokenizer "
                          f"{manifest['vocab_size']}; build the data with data.tokenizer = \"{folder}\"")

@@ -62,3 +62,8 @@ def test_boxes_are_what_a_rank_holds(degrees: dict[str, int], tmp_path: Path) ->
             filled[place] += 1
         assert (filled >= 1).all()
         assert ".experts." not in name or (filled == 1).all(), "no two ranks hold the same part of an expert"
+
+
+def test_experts_that_cannot_be_shared_out_are_refused(tmp_path: Path) -> None:
+    for said in ranks("refuse", {"ep": 2}, tmp_path, changes={"num_experts": 5}):
+        assert said == "ep = 2 does not divide dim 0 of model.layers.0.mlp.experts.gate_proj.weight, which is 5"

@@ -20,10 +20,11 @@ from athanor.models import experts as experts_module
 from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
 from athanor.models.experts import multiply, multiply_by_loop
-from athanor.models.huggingface import load_model, logits, save_model
+from athanor.models.huggingface import load_model, load_weights, logits, save_model
 from athanor.models.initialize import initialize
 from athanor.models.shapes.mixtral import Shape
 from athanor.models.shapes.mixture import MixtureShape
+from athanor.models.zoo import mixtral
 
 Build = Callable[..., Decoder]
 SIZES = [{}, {"num_experts": 5, "num_experts_per_tok": 3, "tie_word_embeddings": True}, {"num_experts_per_tok": 1},
@@ -81,7 +82,7 @@ def test_a_published_configuration_is_counted_as_published(mixture: Build) -> No
                                "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
                                "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "sliding_window": None})
     assert shape.rope_theta == 1e6  # what transformers takes when a Mixtral's configuration says nothing
-    assert shape.parameters() == 46_702_792_704  # the index of mistralai/Mixtral-8x7B-v0.1: 93,405,585,408 bytes of bf16
+    assert shape.parameters() == 46_702_792_704  # 93.4 GB of bf16, the size of its published files
     module = mixture()
     small = module.shape
     assert small.parameters() == sum(p.numel() for p in module.parameters())
@@ -180,6 +181,18 @@ def test_the_engine_answers_with_the_logits_of_the_packed_pass(mixture: Build, t
             assert token == whole[place].argmax() and logp == pytest.approx(whole[place, token].item(), abs=1e-9)
     together = generate(module, [prompt, prompt[:3]], Sampling(8))
     assert together == [generate(module, [each], Sampling(8))[0] for each in (prompt, prompt[:3])]
+
+
+def test_stages_of_a_pipeline_read_their_own_experts(mixture: Build, tmp_path: Path) -> None:
+    whole = mixture()
+    save_model(whole, tmp_path)
+    parts = [mixtral.build(whole.shape, layers, is_first=layers.start == 0, is_last=layers.start == 1)
+             for layers in (range(1), range(1, 2))]
+    for part in parts:
+        load_weights(part, tmp_path)
+        assert all(torch.equal(whole.state_dict()[name], weight) for name, weight in part.state_dict().items())
+    ids, context = batch(20)[0], Packed.of([20])
+    assert torch.equal(parts[1](parts[0](ids, context), context), whole(ids, context))
 
 
 def test_folders_that_do_not_fit_are_refused_by_their_names_on_disk(mixture: Build, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ SIZES = {**models_ranks.SIZES, "intermediate_size": 24, "num_experts": 8, "initi
 PARTS = [[5, 16], [1, 11]]  # the documents of each expert-parallel rank
 
 
-def build() -> Any:
+def build(**changes: Any) -> Any:
     """The test model in fp64, not initialised."""
     import torch
 
     from athanor.models.shapes.mixtral import Shape
     from athanor.models.zoo import mixtral
 
-    return mixtral.build(Shape(**SIZES)).to(torch.float64)
+    return mixtral.build(Shape(**{**SIZES, **changes})).to(torch.float64)
 
 
 def starve(model: Any) -> None:
@@ -118,3 +118,21 @@ def look_at_shards(channel: Callable[..., None], degrees: dict[str, int], folder
     again = {name: full(p).detach().clone().numpy() for name, p in model.named_parameters()}
     dist.destroy_process_group()
     return {"boxes": boxes, "whole": whole, "again": again}
+
+
+def refuse(channel: Callable[..., None], degrees: dict[str, int], changes: dict[str, int]) -> str:
+    """What is said about a model whose experts cannot be shared out."""
+    import torch.distributed as dist
+
+    from athanor.foundation.errors import LayoutError
+    from athanor.models.zoo.mixtral import TENSOR_DIMS
+    from athanor.parallel.tensor import shard_parameters
+
+    mesh = _mesh(degrees)
+    try:
+        shard_parameters(build(**changes), TENSOR_DIMS, None, mesh)
+    except LayoutError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return "nothing"

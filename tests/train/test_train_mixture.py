@@ -19,7 +19,8 @@ Train = Callable[..., dict[str, Any]]
 MIXTURE = ("model.architecture=mixtral", "model.num_experts=4", "model.intermediate_size=24", "stage.pretrain.steps=3")
 
 
-def test_a_recipe_trains_a_mixture_in_any_layout(train: Train, run_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_a_recipe_trains_a_mixture_in_any_layout(train: Train, recipe_file: Path, run_folder: Path, data_folder: Path,
+                                                 tmp_path: Path) -> None:
     wanted = train(run_folder, *MIXTURE)
     config = json.loads((run_folder / "pretrain" / "model" / "config.json").read_text())
     assert config["model_type"] == "mixtral" and config["num_local_experts"] == 4 and config["num_experts_per_tok"] == 2
@@ -31,6 +32,8 @@ def test_a_recipe_trains_a_mixture_in_any_layout(train: Train, run_folder: Path,
         found = train(other, *MIXTURE, *layout)
         np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=0, atol=1e-11)
         np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=0, atol=1e-11)
+    with pytest.raises(ModelError, match=r"model\.architecture is 'llama', but the model in .* is a 'mixtral'"):
+        resolve(RunFolder(run_folder), load_recipe(recipe_file), "chat", 1)
     goes_on = train(run_folder, *MIXTURE, "stage.chat.steps=1", stage="chat")
     assert np.isfinite(goes_on["loss"]).all() and len(goes_on["loss"]) == 1
 
