@@ -14,12 +14,12 @@ from athanor.foundation.run_folder import RunFolder, hash_file, hash_value
 
 def refuse_early(recipe: Recipe) -> None:
     """Whatever the recipe names must exist; told before anything is measured, built or trained."""
+    from athanor.cli.board import find_writer
     from athanor.cluster.spec import read_cluster
     from athanor.data.rows import read_conversations
     from athanor.evaluate.find import check_name
     from athanor.models.shapes.find import check_architecture, load_shape
     from athanor.objectives.find import check_objective
-    from athanor.report.board import find_writer
 
     if recipe.metrics.tensorboard is not None:
         find_writer()

@@ -14,14 +14,14 @@ from typing import Any
 
 import click
 
+from athanor.cli.board import Board
 from athanor.cli.chain import locked
+from athanor.cli.live import View, format_loss
 from athanor.foundation.events import EXIT_REQUEUE
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_count
-from athanor.report.board import Board
-from athanor.report.live import View, format_loss
 
 
 @click.command()

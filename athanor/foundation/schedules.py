@@ -89,7 +89,8 @@ def cut(pp: int, schedule: str, costs: Sequence[float], split: Sequence[int] | N
     return Pipeline(schedule, blocks, ranks)
 
 
-def check_pipeline(layout: Layout, schedule: str, *, stages: int, num_microbatches: int, is_compiled: bool) -> None:
+def check_pipeline(layout: Layout, schedule: str, *, stages: int, num_microbatches: int, is_compiled: bool,
+                   recompute: str = "none") -> None:
     """Refuse what does not go with a schedule. Raises LayoutError with the numbers and what would work."""
     row = find_schedule(schedule)
     if layout.pp == 1:
@@ -98,6 +99,9 @@ def check_pipeline(layout: Layout, schedule: str, *, stages: int, num_microbatch
     if row.splits_backward and is_compiled:
         raise LayoutError(f"{schedule} splits the backward pass, which gives wrong gradients in compiled blocks; set compile = "
                           f"false, or use one of {plain}")
+    if row.splits_backward and recompute == "selective":
+        raise LayoutError(f"{schedule} splits the backward pass, and what selective recomputation keeps can be used once only; "
+                          f"set recompute = full, or use one of {plain}")
     if row.fills and num_microbatches < stages:
         raise LayoutError(f"{schedule} needs at least as many micro-batches as its {stages} stages, but there are "
                           f"{num_microbatches}; make micro_batch_size smaller or the batch larger")

@@ -75,7 +75,8 @@ def make_pipeline(recipe: Recipe, layout: Layout, settings: Settings, shape: Dec
     schedule = recipe.parallel.pipeline_schedule or DEFAULT_SCHEDULE
     pipeline = cut(layout.pp, schedule, shape.block_costs(settings.seq_len / 2), recipe.parallel.split)
     for count in settings.micro_batch_counts:
-        check_pipeline(layout, schedule, stages=len(pipeline.blocks), num_microbatches=count, is_compiled=settings.compile)
+        check_pipeline(layout, schedule, stages=len(pipeline.blocks), num_microbatches=count, is_compiled=settings.compile,
+                       recompute=settings.recompute)
     return pipeline
 
 

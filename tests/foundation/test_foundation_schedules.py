@@ -60,6 +60,15 @@ def test_pairs_that_do_not_go_together(schedule: str, micro_batches: int, is_com
         check_pipeline(Layout(pp=2), schedule, stages=4, num_microbatches=micro_batches, is_compiled=is_compiled)
 
 
+def test_what_is_kept_selectively_is_used_once() -> None:
+    for schedule, row in SCHEDULES.items():
+        if row.splits_backward:
+            with pytest.raises(LayoutError, match=f"{schedule} splits the backward pass, and what selective recomputation keeps"):
+                check_pipeline(Layout(pp=2), schedule, stages=4, num_microbatches=4, is_compiled=False, recompute="selective")
+        else:
+            check_pipeline(Layout(pp=2), schedule, stages=4, num_microbatches=4, is_compiled=False, recompute="selective")
+
+
 @pytest.mark.parametrize("schedule", [name for name, row in SCHEDULES.items() if not row.splits_backward])
 def test_schedules_with_a_whole_backward_pass_may_be_compiled(schedule: str) -> None:
     check_pipeline(Layout(pp=2), schedule, stages=4, num_microbatches=4, is_compiled=True)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from athanor.cli import live
+from athanor.cli.board import Board, find_writer
+from athanor.cli.live import View, flow, sparkline
 from athanor.foundation.errors import RecipeError
 from athanor.ledger.accounts import BY_NAME
-from athanor.report import live
-from athanor.report.board import Board, find_writer
-from athanor.report.live import View, flow, sparkline
 
 ACCOUNTS = {"useful": 40.0, "kernel": 30.0, "input": 20.0, "skew": 6.0, "unattributed": 4.0}
 
