@@ -165,7 +165,8 @@ class Scored(NamedTuple):
 
     weighted_sum: sum over tokens of weight x (-log-probability), a scalar (without weights every weight is 1);
     logp, logsumexp [T]: log-probability of each target and the logarithm of the softmax's denominator, in fp32 or wider;
-    entropy, score [T]: of models and objectives that have them. A tuple, so that fully_shard finds the tensors in it.
+    entropy, score [T]: of models and objectives that have them; z_sum: what the context's z_loss has added to weighted_sum,
+    where it has. A tuple, so that fully_shard finds the tensors in it.
     """
 
     weighted_sum: Tensor
@@ -173,3 +174,4 @@ class Scored(NamedTuple):
     logsumexp: Tensor
     entropy: Tensor | None = None
     score: Tensor | None = None
+    z_sum: Tensor | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from athanor.models.attention import attention
 from athanor.models.collectives import all_gather, gather, local, rank, replicated, scatter, size
-from athanor.models.context import Context, Rope, Scored
+from athanor.models.context import Context, Packed, Rope, Scored
 from athanor.models.experts import Mixture
 from athanor.models.fused import rms_norm, rope_table, swiglu
 from athanor.models.loss import score
@@ -153,7 +153,8 @@ class Decoder(nn.Module):
         hidden = gather(self.model.norm(hidden, context), tp, context.tokens)  # type: ignore[operator]
         head: Any = self.model.embed_tokens if self.shape.tie_word_embeddings else self.lm_head
         if targets is not None:
-            return score(hidden, local(head.weight), targets, weights, tp)
+            z_loss = context.z_loss if isinstance(context, Packed) else 0.0
+            return score(hidden, local(head.weight), targets, weights, tp, z_loss)
         if context.wanted is not None:
             hidden = hidden[context.wanted]
         logits = F.linear(hidden, local(head.weight))

@@ -46,9 +46,12 @@ def shard(model: Any, mesh: Any) -> None:
 
 
 def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
-    """Loss and the full gradients of one forward and backward pass, as numpy."""
+    """Loss (with a z-loss) and the full gradients of one forward and backward pass, as numpy."""
+    from dataclasses import replace
+
     from torch.distributed.tensor import DTensor
 
+    context = replace(context, z_loss=0.1)
     data = batch(len(context.positions))
     model.zero_grad()
     if weighted:
@@ -93,6 +96,8 @@ def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool)
 def context_parallel(channel: Callable[..., None], lengths: list[int], is_compiled: bool = False,
                      **changes: int) -> dict[str, Any]:
     """Each rank holds its part of the tokens; losses and gradients add up."""
+    from dataclasses import replace
+
     import torch.distributed as dist
 
     from athanor.foundation.intervals import Recorder, activate
@@ -106,7 +111,7 @@ def context_parallel(channel: Callable[..., None], lengths: list[int], is_compil
     if is_compiled:
         for block in model.blocks.values():
             block.compile(backend="aot_eager", fullgraph=True)
-    context = Packed.of(lengths, groups=Groups(cp=dist.group.WORLD))
+    context = replace(Packed.of(lengths, groups=Groups(cp=dist.group.WORLD)), z_loss=0.1)
     mine = slice(rank * total // ranks, (rank + 1) * total // ranks)
     data = {name: column[mine] for name, column in batch(total).items()}
     recorder = Recorder()
