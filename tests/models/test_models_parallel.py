@@ -56,6 +56,7 @@ def test_context_parallel_ranks_compute_what_one_rank_does(count: int, lengths: 
         assert found["intervals"] == ["context"] * 2 * exchanges  # of two blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "kv_heads"), [(2, 2), (3, 1)])
 def test_compiled_blocks_exchange_the_same(count: int, kv_heads: int, tmp_path: Path) -> None:
     lengths = [5, 16, 1, 8]
