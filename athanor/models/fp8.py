@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from athanor.foundation.errors import ModelError
 from athanor.models.collectives import local
@@ -27,14 +27,18 @@ def convert(model: Decoder) -> None:
     Raises ModelError for a matrix of which a dim is no multiple of 16.
     """
     for number, block in model.blocks.items():
-        for name, parameter in block.named_parameters():
-            shape = local(parameter).shape
-            if len(shape) == 2 and any(size % ALIGNMENT for size in shape):
-                raise ModelError(f"precision fp8 needs matrices whose dims are multiples of {ALIGNMENT}, but {name} of block "
-                                 f"{number} is {' x '.join(map(str, shape))} on each rank; train in bf16, or choose other sizes")
-        for part in block.modules():
+        for path, part in block.named_modules():
             if hasattr(part, "linear"):
+                _check(part, f"block {number}'s {path}")
                 part.linear = linear  # type: ignore[assignment]
+
+
+def _check(module: nn.Module, where: str) -> None:
+    for name, parameter in module.named_parameters():
+        shape = local(parameter).shape
+        if any(size % ALIGNMENT for size in shape):
+            raise ModelError(f"precision fp8 needs matrices whose dims are multiples of {ALIGNMENT}, but {name} of {where} is "
+                             f"{' x '.join(map(str, shape))} on each rank; train in bf16, or choose other sizes")
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -99,5 +99,5 @@ def test_compiled_blocks_multiply_alike(small: Build) -> None:
 
 
 def test_matrices_of_odd_sizes_are_refused(small: Build) -> None:
-    with pytest.raises(ModelError, match=r"multiples of 16, but mlp.gate_proj.weight of block 0 is 90 x 64"):
+    with pytest.raises(ModelError, match=r"multiples of 16, but gate_proj.weight of block 0's mlp is 90 x 64"):
         convert(small(intermediate_size=90))
