@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     if given.dry:
         torch.set_num_threads(1)
-    for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577", "RANK": "0", "WORLD_SIZE": "1"}.items():
+    for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(key, value)
     given.out.mkdir(parents=True, exist_ok=True)
     problems = 0

@@ -10,35 +10,37 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from athanor.foundation.errors import ModelError
-from athanor.models.collectives import local
 from athanor.models.decoder import Decoder
+from athanor.models.shapes.decoder import DecoderShape
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 ALIGNMENT = 16  # what accelerators ask of both dims of a matrix in 8 bits
 SMALLEST = 1e-12  # of a tensor's largest entry, so that a tensor of zeros has a scale
 
 
-def convert(model: Decoder) -> None:
-    """Let the blocks multiply in fp8 from now on, in place; parameters may be on the meta device, or this rank's parts.
+def convert(model: Decoder, tp: int = 1) -> None:
+    """Let the blocks multiply in fp8 from now on, in place, on `tp` tensor-parallel ranks; at any time before the first pass.
 
-    Raises ModelError for a matrix of which a dim is no multiple of 16.
+    Raises ModelError for sizes that the products do not take.
     """
-    for number, block in model.blocks.items():
-        for path, part in block.named_modules():
+    check(model.shape, tp)
+    for block in model.blocks.values():
+        for part in block.modules():
             if hasattr(part, "linear"):
-                _check(part, f"block {number}'s {path}")
                 part.linear = linear  # type: ignore[assignment]
 
 
-def _check(module: nn.Module, where: str) -> None:
-    for name, parameter in module.named_parameters():
-        shape = local(parameter).shape
-        if any(size % ALIGNMENT for size in shape):
-            raise ModelError(f"precision fp8 needs matrices whose dims are multiples of {ALIGNMENT}, but {name} of {where} is "
-                             f"{' x '.join(map(str, shape))} on each rank; train in bf16, or choose other sizes")
+def check(shape: DecoderShape, tp: int = 1) -> None:
+    """Refuse a shape whose matrices have a dim that is no multiple of 16 on each of `tp` ranks. Raises ModelError."""
+    for name, size in (("hidden_size", shape.hidden_size), ("num_attention_heads x head_dim / tp", shape.query_size // tp),
+                       ("num_key_value_heads x head_dim / tp", shape.key_value_size // tp),
+                       ("intermediate_size / tp", shape.intermediate_size // tp)):
+        if size % ALIGNMENT:
+            raise ModelError(f"precision fp8 needs matrices whose dims are multiples of {ALIGNMENT} on each rank, but {name} "
+                             f"is {size}; train in bf16, or choose other sizes")
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

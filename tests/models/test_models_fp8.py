@@ -11,7 +11,7 @@ from torch import Tensor
 from athanor.foundation.errors import ModelError
 from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
-from athanor.models.fp8 import BACKWARD, FORWARD, convert, linear, quantise
+from athanor.models.fp8 import BACKWARD, FORWARD, check, convert, linear, quantise
 
 Build = Callable[..., Decoder]
 # half the distance between neighbours is 2^-4 of a number in e4m3 (3 bits), 2^-3 in e5m2 (2 bits); uniform in between, the
@@ -99,5 +99,8 @@ def test_compiled_blocks_multiply_alike(small: Build) -> None:
 
 
 def test_matrices_of_odd_sizes_are_refused(small: Build) -> None:
-    with pytest.raises(ModelError, match=r"multiples of 16, but gate_proj.weight of block 0's mlp is 90 x 64"):
+    with pytest.raises(ModelError, match=r"multiples of 16 on each rank, but intermediate_size / tp is 90;"):
         convert(small(intermediate_size=90))
+    check(small().shape, tp=2)
+    with pytest.raises(ModelError, match=r"num_key_value_heads x head_dim / tp is 8;"):
+        check(small().shape, tp=4)
