@@ -138,7 +138,7 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
         sums = mesh.sum(trainee.report(is_asked_to_stop))
         is_made = optimizer.step(learning_rate, sums[0], sums[2], gradient_clip)
         optimizer.clear()
-        squared, stop, loss, *parts = sums.tolist()
+        squared, stop, _, *parts = sums.tolist()
     norm = math.sqrt(squared) if squared >= 0 else math.nan
     means = {name: parts[2 * i] / max(parts[2 * i + 1], 1e-9) for i, name in enumerate(trainee.objective.METRICS)}
     return Outcome(means["loss"], norm, not bool(is_made), stop > 0, int(kept_tokens), int(keys_seen), means)
