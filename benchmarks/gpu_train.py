@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.layout import Layout
-from athanor.foundation.recipe import Stage, load_recipe
+from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder
 from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
@@ -107,6 +108,7 @@ def layer_times(bench: Bench) -> list[dict[str, Any]]:
         found.append({"precision": precision, "is_compiled": is_compiled, "layer_seconds": layer, "of_layers": seconds,
                       "flops_per_second": flops / 8 / layer if layer > 0 else None, "kernels": kernels_of(bench, step)})
         del model, step
+        _forget(bench)
     return found
 
 
@@ -122,14 +124,14 @@ class Rows:
                 for number in range(first, first + count)]
 
 
-def make_job(bench: Bench, shape: DecoderShape, precision: str, seq_len: int, micro_batches: int) -> Job:
+def make_job(bench: Bench, shape: DecoderShape, precision: str, seq_len: int, micro_batches: int, recompute: str) -> Job:
     """A stage of the real trainer on one rank, with made-up rows."""
-    stage: dict[str, Any] = {"seq_len": seq_len, "micro_batch_size": bench.tokens // seq_len, "steps": 1000,
+    stage: dict[str, Any] = {"optimizer_state_dtype": "bf16", "seq_len": seq_len, "steps": 1000,
+                             "micro_batch_size": bench.tokens // seq_len,
                              "global_batch_tokens": bench.tokens * micro_batches, "optimizer": "adamw",
                              "precision": precision, "compile": not bench.is_dry}
-    if "optimizer_state_dtype" in Stage.model_fields:
-        stage["optimizer_state_dtype"] = "bf16"
-    lines = ['name = "gpu"', "[[data.source]]", 'name = "synthetic"', 'kind = "text"', 'path = "none"', "[[stage]]",
+    lines = ['name = "gpu"', "[[data.source]]", 'name = "synthetic"', 'kind = "text"', 'path = "none"', "[parallel]",
+             f'recompute = "{recompute}"', "[[stage]]",
              'name = "pretrain"', *(f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
                                     for key, value in stage.items())]
     with tempfile.TemporaryDirectory() as folder:
@@ -145,9 +147,7 @@ def make_job(bench: Bench, shape: DecoderShape, precision: str, seq_len: int, mi
 
 def build(job: Job, device_type: str) -> Trainee:
     """What the trainer builds, but for weights drawn on the device."""
-    is_mixed = loop.compute_dtype(job.settings.precision) is not None
-    if hasattr(loop, "keeps_masters"):
-        is_mixed = is_mixed and not loop.keeps_masters(job)
+    is_mixed = loop.compute_dtype(job.settings.precision) is not None and not loop.keeps_masters(job)
     mesh = make_mesh(job.layout, device_type, is_mixed)
     stages, sharded = loop.lay_out(job, mesh)
     for part in stages.parts.values():
@@ -156,30 +156,33 @@ def build(job: Job, device_type: str) -> Trainee:
     return loop.equip(job, stages, sharded)
 
 
-def predicted_bytes(shape: DecoderShape, tokens: int, state_bytes: int) -> dict[str, float]:
-    """Memory of training in bf16 with exact weights beside, several micro-batches a step, nothing recomputed.
+def predicted_bytes(shape: DecoderShape, tokens: int, recompute: str) -> dict[str, float]:
+    """Memory of training in bf16 with exact weights beside, moments in bf16 and gradients added up in fp32.
 
-    A compiled block keeps, per token, about 9 vectors of hidden size (two residuals, two normed, queries, keys and values
-    turned and not, attention's output) and 3 of the inner size (gate, up, their product), in bf16.
+    A compiled block keeps, per token in bf16, its input, the middle of its residual stream and both normed (H each), queries,
+    keys and values as made and as turned, attention's output, gate, up and their product; `selective` only what products and
+    attention make; a recomputed block its input, and one block at a time the rest.
     """
-    parameters = float(shape.parameters())
-    vectors = 2 * (4 * shape.hidden_size + 2 * shape.query_size + 4 * shape.key_value_size + shape.query_size
-                   + 3 * shape.intermediate_size)
-    return {"exact weights": 4 * parameters, "copies": 2 * parameters, "gradients": 4 * parameters,
-            "optimizer": 2 * state_bytes * parameters, "activations": float(shape.num_hidden_layers * tokens * vectors),
-            "head": 2 * 4.0 * shape.vocab_size * shape.hidden_size + 8.0 * 2048 * shape.vocab_size}
+    parameters, layers = float(shape.parameters()), shape.num_hidden_layers
+    projected = shape.query_size + 2 * shape.key_value_size
+    whole = 4 * shape.hidden_size + 2 * projected + shape.query_size + 3 * shape.intermediate_size
+    made = 2 * shape.hidden_size + projected + shape.query_size + 2 * shape.intermediate_size + shape.hidden_size
+    kept = {"none": layers * whole, "selective": layers * made + whole,
+            "every-2": layers // 2 * (whole + shape.hidden_size) + whole, "full": layers * shape.hidden_size + whole}[recompute]
+    return {"exact weights": 4 * parameters, "copies": 2 * parameters, "gradients": 4 * parameters, "optimizer": 4 * parameters,
+            "activations": 2.0 * kept * tokens, "head": 8.0 * shape.vocab_size * (shape.hidden_size + 2048)}
 
 
-def fitting(bench: Bench, shape: DecoderShape, state_bytes: int) -> DecoderShape:
-    """The shape with as many of its layers as the card's memory is predicted to hold."""
+def choices(bench: Bench, shape: DecoderShape) -> list[tuple[DecoderShape, str]]:
+    """Ways to train a shape, best first: those with what the card is predicted to hold, and at last with fewer layers."""
     if bench.is_dry:
-        return shape
-    room = 0.94 * torch.cuda.get_device_properties(0).total_memory
-    for layers in range(shape.num_hidden_layers, 0, -1):
-        part = replace(shape, num_hidden_layers=layers)
-        if sum(predicted_bytes(part, bench.tokens, state_bytes).values()) <= room:
-            return part
-    return replace(shape, num_hidden_layers=1)
+        return [(shape, "selective")]
+    room = 0.97 * torch.cuda.get_device_properties(0).total_memory
+    found = [(shape, policy) for policy in ("none", "selective", "every-2", "full")
+             if sum(predicted_bytes(shape, bench.tokens, policy).values()) <= room]
+    parts = (replace(shape, num_hidden_layers=layers) for layers in range(shape.num_hidden_layers - 1, 0, -1))
+    fewer = [part for part in parts if sum(predicted_bytes(part, bench.tokens, "none").values()) <= 0.9 * room]
+    return found + [(part, "none") for part in fewer[:1]]
 
 
 def cases(bench: Bench) -> Iterator[tuple[str, str, int, int, float]]:
@@ -197,24 +200,31 @@ def train(bench: Bench, sustained_flops: float | None) -> list[dict[str, Any]]:
     """Tokens per second and MFU of whole optimizer steps through the trainer, with memory predicted and used."""
     found = []
     for model, precision, seq_len, micro_batches, seconds in cases(bench):
-        state_bytes = 2 if "optimizer_state_dtype" in Stage.model_fields else 4
-        shape = fitting(bench, bench.shapes[model], state_bytes)
-        row: dict[str, Any] = {"model": model, "layers": shape.num_hidden_layers,
-                               "of_layers": bench.shapes[model].num_hidden_layers, "precision": precision,
-                               "seq_len": seq_len, "micro_batches": micro_batches,
-                               "predicted_bytes": predicted_bytes(shape, bench.tokens, state_bytes)}
-        try:
-            job = make_job(bench, shape, precision, seq_len, micro_batches)
-            row |= _train_one(bench, job, sustained_flops, seconds)
-        except (LayoutError, torch.OutOfMemoryError) as error:
-            row["refused"] = str(error).splitlines()[0]
-        finally:
-            leave()
-        found.append(row)
-        if not bench.is_dry:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        for shape, recompute in choices(bench, bench.shapes[model]):
+            row: dict[str, Any] = {"model": model, "layers": shape.num_hidden_layers,
+                                   "of_layers": bench.shapes[model].num_hidden_layers, "precision": precision,
+                                   "seq_len": seq_len, "micro_batches": micro_batches, "recompute": recompute,
+                                   "predicted_bytes": predicted_bytes(shape, bench.tokens, recompute)}
+            found.append(row)
+            try:
+                job = make_job(bench, shape, precision, seq_len, micro_batches, recompute)
+                row |= _train_one(bench, job, sustained_flops, seconds)
+            except (LayoutError, torch.OutOfMemoryError) as error:
+                row["refused"] = str(error).splitlines()[0]
+            finally:
+                leave()
+            _forget(bench)
+            if "out of memory" not in row.get("refused", ""):
+                break
     return found
+
+
+def _forget(bench: Bench) -> None:
+    """Give back the memory of the model before."""
+    gc.collect()
+    if not bench.is_dry:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _train_one(bench: Bench, job: Job, sustained_flops: float | None, seconds: float) -> dict[str, Any]:
@@ -300,8 +310,7 @@ def peers(bench: Bench) -> list[dict[str, Any]]:
                           "mfu_causal": shape.flops(bench.tokens, (bench.tokens + 1) / 2) / middle / PEAK_FLOPS,
                           "turns": times, "first_loss": values[name]})
         del ours, theirs, losses, modules, steps
-        if not bench.is_dry:
-            torch.cuda.empty_cache()
+        _forget(bench)
     return found
 
 
