@@ -120,6 +120,7 @@ class Stage(Section):
     warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up")
     weight_decay: float | None = Field(None, ge=0, description="decoupled weight decay of matrices")
     gradient_clip: float | None = Field(None, gt=0, description="largest global gradient norm")
+    z_loss: float | None = Field(None, ge=0, le=1, description="coefficient of the squared logsumexp in the loss; 0 unless set")
     optimizer: Literal["adamw", "muon"] | None = Field(None, description="the update rule")
     optimizer_state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of moments; fp32 is that of the weights")
     group: list[ParameterGroup] = Field([], description="parameters that learn otherwise than the rest")

@@ -1,27 +1,30 @@
 """Causal attention, and the only place that looks at the kind of context.
 
-Packed on a CPU: one operator that turns queries and keys and runs torch's flash kernel over runs of equally long documents
-(no mask, nothing beyond the document). Packed on an accelerator: variable-length attention. Paged: keys and values are
-read from the cache's pages.
+Packed on a CPU: operators over documents (`cpu_attention.py`). Packed on an accelerator: torch's fused kernels, without a
+mask where every document is as long as the others, else variable-length attention. Paged: keys and values are read from the
+cache's pages. Under context parallelism ranks exchange heads where they can share them, else they gather keys and values.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from itertools import groupby
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
-from athanor.models.collectives import all_to_all, size
+from athanor.models.collectives import all_to_all, gather, rank, size
 from athanor.models.context import Context, Packed, Paged
+from athanor.models.cpu_attention import of_documents, packed_attention, part_attention, pieces, runs
 from athanor.models.fused import rotate
 
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-QUERY_BLOCK, MOST_BLOCKS = 128, 8
+# cuDNN's is the fastest for heads of 128 on Hopper; it must see no mask, and flash attention is what remains without it
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+# torch 2.11's kernel shares key heads between query heads without being told
+SHARES_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def attention(qkv: Tensor, context: Context, layer: int, heads: int, kv_heads: int) -> Tensor:
@@ -34,6 +37,8 @@ def attention(qkv: Tensor, context: Context, layer: int, heads: int, kv_heads: i
     ranks = size(context.groups.cp)
     if ranks == 1:
         return _packed(qkv, context, heads, kv_heads).flatten(1)
+    if heads % ranks or kv_heads % ranks:
+        return _gathered(qkv, context, heads, kv_heads).flatten(1)
     # Ulysses: every rank takes the whole T for a part of the heads, and gives its tokens back (arXiv:2309.14509)
     parts = torch.cat([part.unflatten(1, (ranks, -1)) for part in qkv.split([heads, kv_heads, kv_heads], 1)], 2)
     whole = all_to_all(parts.transpose(0, 1), context.groups.cp, "context").flatten(0, 1)
@@ -42,143 +47,109 @@ def attention(qkv: Tensor, context: Context, layer: int, heads: int, kv_heads: i
     return back.transpose(0, 1).flatten(1)
 
 
+def choose(device_type: str, dtype: torch.dtype, is_even: bool) -> str:
+    """How to attend within documents: `operator` (CPU), `even` or `ragged` (fused kernels), or `pieces` (any device and dtype).
+
+    Nothing but `operator` and `pieces` may ask the device how long documents are.
+    """
+    if device_type == "cpu":
+        return "operator"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "pieces"
+    return "even" if is_even else "ragged"
+
+
 def _packed(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
     """[T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim]."""
     assert context.rope is not None, "the model fills rope before its first block"
-    if qkv.device.type == "cpu":
+    way = choose(qkv.device.type, qkv.dtype, context.is_even)
+    if way == "operator":
         out, _, _ = packed_attention(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
         return out
-    turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope.table), qkv[:, heads + kv_heads:]], 1)
-    if qkv.dtype not in (torch.bfloat16, torch.float16):
-        return attend_by_runs(turned, context.cu_seqlens, heads, kv_heads)
-    from torch.nn.attention.varlen import varlen_attn
-
-    query, key, value = turned.split([heads, kv_heads, kv_heads], 1)
-    found = varlen_attn(query, key, value, context.cu_seqlens, context.cu_seqlens, context.max_length, context.max_length,
-                        window_size=(-1, 0), enable_gqa=heads != kv_heads)
-    assert isinstance(found, Tensor)
-    return found
+    turned, value = qkv.split([heads + kv_heads, kv_heads], 1)
+    query, key = rotate(turned, context.rope.table).split([heads, kv_heads], 1)
+    if way == "pieces":
+        return attend_by_runs(query, key, value, context.cu_seqlens)
+    if way == "even":
+        return attend_evenly(query, key, value, context.max_length)
+    ends, longest = context.cu_seqlens, context.max_length
+    return _varlen(query, key, value, (ends, ends), (longest, longest))
 
 
-def attend_by_runs(turned: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """The same from differentiable pieces of torch, for dtypes that accelerators' variable-length kernels do not take."""
+def attend_evenly(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
+    """Attention within documents of `length` tokens each, by a fused kernel and without a mask. All [T, heads, head_dim]."""
+    count = query.shape[0] // length
+    query, key, value = (of_documents(part, count) for part in (query, key, value))
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def attend_by_runs(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The same for any documents from differentiable pieces of torch, for dtypes that accelerators' kernels do not take."""
     outs, found = [], runs(cu_seqlens)
-    for part, (count, _) in zip(turned.split([count * length for count, length in found]), found, strict=True):
-        query, key, value = _of_documents(part, count).split([heads, kv_heads, kv_heads], 1)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads != kv_heads)
+    sizes = [count * length for count, length in found]
+    for (count, _), *parts in zip(found, *(x.split(sizes) for x in (query, key, value)), strict=True):
+        q, k, v = (of_documents(part, count) for part in parts)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
 
 
-def runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """(documents, tokens of each) of neighbouring documents of one length; the padding of cu_seqlens is left out."""
-    lengths = [length for length in cu_seqlens.diff().tolist() if length]
-    return [(len(list(same)), length) for length, same in groupby(lengths)]
+def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: tuple[Tensor, Tensor], longest: tuple[int, int]) -> Tensor:
+    """Variable-length attention: `ends` and `longest` of queries and of keys; a document's last query sees its last key."""
+    shared = SHARES_HEADS if query.shape[1] != key.shape[1] else {}
+    found = varlen_attn(query, key, value, *ends, *longest, window_size=(-1, 0), **shared)
+    assert isinstance(found, Tensor)
+    return found
 
 
-def query_blocks(length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Beginnings and ends of the queries that are taken together, each with the keys up to its end.
+def _gathered(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
+    """Context parallelism for any number of heads: this rank's queries attend to the keys of all ranks.
 
-    The kernel skips keys beyond the diagonal only in whole blocks of 512, so that short documents would cost a full square.
-    In half precision a single call is faster (measured), and the sums over blocks would be rounded.
+    [t, heads + 2 kv_heads, head_dim] -> [t, heads, head_dim]. Only keys and values travel, before attention forward and
+    after it backward.
     """
-    count = min(max(1, round(length / QUERY_BLOCK)), MOST_BLOCKS) if dtype.itemsize >= 4 else 1
-    step = -(-length // count)
-    return [(begin, min(begin + step, length)) for begin in range(0, length, step)]
+    assert context.rope is not None, "the model fills rope before its first block"
+    cp, tokens = context.groups.cp, qkv.shape[0]
+    begin, total = rank(cp) * tokens, size(cp) * tokens
+    turned, value = qkv.split([heads + kv_heads, kv_heads], 1)
+    query, key = rotate(turned, context.rope.table[begin:begin + tokens]).split([heads, kv_heads], 1)
+    both = gather(torch.cat([key, value], 1), cp, total, "context")
+    way = choose(qkv.device.type, qkv.dtype, is_even=False)
+    if way == "operator":
+        out, _ = part_attention(query, both, context.cu_seqlens, begin)
+        return out
+    if way == "pieces":
+        return attend_by_pieces(query, both, context.cu_seqlens, begin)
+    *ends, is_seen = part_ends(context.cu_seqlens, begin, tokens, total)
+    key, value = torch.where(is_seen[:, None, None], both, 0).split(kv_heads, 1)  # the kernel leaves other gradients unset
+    return _varlen(query, key, value, (ends[0], ends[1]), (min(tokens, context.max_length), context.max_length))
 
 
-@lru_cache(maxsize=64)
-def causal_mask(begin: int, end: int, dtype: torch.dtype) -> Tensor | None:
-    """[end - begin, end], to be added to the scores of queries begin..end; None where the kernel's own causal mask fits."""
-    return torch.full((end - begin, end), float("-inf"), dtype=dtype).triu_(begin + 1) if begin else None
+def part_ends(cu_seqlens: Tensor, begin: int, tokens: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where documents begin among the queries begin..begin + tokens and among all keys, of which they see only `is_seen`.
+
+    Computed on the device. Documents that no query belongs to get the length 0; of the first one, the keys before `begin`
+    count too.
+    """
+    end = begin + tokens
+    first = cu_seqlens.masked_fill(cu_seqlens > begin, 0).amax()
+    place = torch.arange(total, device=cu_seqlens.device)
+    keys = cu_seqlens.clamp(max=end).maximum(first)
+    return cu_seqlens.clamp(begin, end) - begin, keys, (place >= first) & (place < end)
 
 
-@torch.library.custom_op("athanor::packed_attention", mutates_args=(), device_types="cpu")
-def packed_attention(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int,
-                     kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention within documents: (out [T, heads, head_dim], turned qkv, logsumexp of the scores, block by block)."""
-    turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    rotate(qkv[:, :heads + kv_heads], rope, out=turned[:, :heads + kv_heads])
-    turned[:, heads + kv_heads:] = qkv[:, heads + kv_heads:]
-    out = qkv.new_empty(qkv.shape[0], heads, qkv.shape[2])
-    sums, start = [], 0
-    for count, length in runs(cu_seqlens):
-        query, key, value = _documents(turned, start, count, length, heads, kv_heads)
-        into = _of_documents(out[start:start + count * length], count)
-        for begin, end in query_blocks(length, qkv.dtype):
-            found, logsumexp = flash(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], 0.0, begin == 0,
-                                     attn_mask=causal_mask(begin, end, qkv.dtype))
-            into[:, :, begin:end] = found
-            sums.append(logsumexp.flatten())
-        start += count * length
-    return out, turned, torch.cat(sums)
-
-
-@torch.library.custom_op("athanor::packed_attention_backward", mutates_args=(), device_types="cpu")
-def packed_attention_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
-                              heads: int, kv_heads: int) -> Tensor:
-    """The gradient of qkv [T, heads + 2 kv_heads, head_dim]."""
-    result, start = torch.empty_like(turned), 0
-    for count, length in runs(cu_seqlens):
-        query, key, value = _documents(turned, start, count, length, heads, kv_heads)
-        to_query, to_key, to_value = _documents(result, start, count, length, heads, kv_heads)
-        tokens = slice(start, start + count * length)
-        flowing, outs = _of_documents(gradient[tokens], count), _of_documents(out[tokens], count)
-        for begin, end in reversed(query_blocks(length, turned.dtype)):
-            first = (start + count * begin) * heads
-            logsumexp = sums[first:first + count * (end - begin) * heads].view(count, heads, end - begin)
-            parts = flash_backward(flowing[:, :, begin:end], query[:, :, begin:end], key[:, :, :end], value[:, :, :end],
-                                   outs[:, :, begin:end], logsumexp, 0.0, begin == 0,
-                                   attn_mask=causal_mask(begin, end, turned.dtype))
-            to_query[:, :, begin:end] = parts[0]
-            for part, target in zip(parts[1:], (to_key, to_value), strict=True):
-                if end == length:
-                    target.copy_(part)
-                else:
-                    target[:, :, :end] += part
-        start = tokens.stop
-    rotate(result[:, :heads + kv_heads], rope, backwards=True, out=result[:, :heads + kv_heads])
-    return result
-
-
-def _of_documents(x: Tensor, count: int) -> Tensor:
-    """[tokens, heads, head_dim] -> [documents, heads, tokens, head_dim], without a copy."""
-    return x.unflatten(0, (count, -1)).transpose(1, 2)
-
-
-def _documents(qkv: Tensor, start: int, count: int, length: int, heads: int, kv_heads: int) -> list[Tensor]:
-    """Queries, keys and values of one run as views [documents, heads, tokens, head_dim]."""
-    run = _of_documents(qkv[start:start + count * length], count)
-    return list(run.split([heads, kv_heads, kv_heads], 1))
-
-
-@packed_attention.register_fake
-def _(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    tokens, _, head_dim = qkv.shape
-    return (qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(qkv.shape), qkv.new_empty(tokens * heads, dtype=wide))
-
-
-@packed_attention_backward.register_fake
-def _(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor, heads: int,
-      kv_heads: int) -> Tensor:
-    return torch.empty_like(turned)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, rope, cu_seqlens, ctx.heads, ctx.kv_heads = inputs
-    out, turned, sums = output
-    ctx.mark_non_differentiable(turned, sums)
-    ctx.save_for_backward(turned, rope, cu_seqlens, out, sums)
-
-
-def _differentiate(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
-    turned, rope, cu_seqlens, out, sums = ctx.saved_tensors
-    found = packed_attention_backward(gradient, turned, rope, cu_seqlens, out, sums, ctx.heads, ctx.kv_heads)
-    return found, None, None, None, None
-
-
-packed_attention.register_autograd(_differentiate, setup_context=_save)
+def attend_by_pieces(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int) -> Tensor:
+    """Queries begin.. [t, heads, head_dim] on all keys beside values [T, 2 kv_heads, head_dim]; as `attend_by_runs`."""
+    outs = []
+    for piece in pieces(cu_seqlens, begin, query.shape[0]):
+        key, value = both[piece.keys].transpose(0, 1).chunk(2)
+        mask = torch.ones(piece.last - piece.first, piece.last, dtype=torch.bool, device=query.device).tril_(piece.first)
+        out = F.scaled_dot_product_attention(query[piece.queries].transpose(0, 1), key, value, attn_mask=mask,
+                                             enable_gqa=query.shape[1] != key.shape[0])
+        outs.append(out.transpose(0, 1))
+    return torch.cat(outs)
 
 
 def _paged(qkv: Tensor, context: Paged, layer: int, heads: int, kv_heads: int) -> Tensor:

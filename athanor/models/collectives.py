@@ -66,13 +66,13 @@ def all_reduce(x: Tensor, group: Group, is_max: bool = False, account: str = "te
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, tokens: int) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)[:tokens]
+    def forward(ctx: Any, x: Tensor, group: Group, tokens: int, account: str) -> Tensor:
+        ctx.group, ctx.account = group, account
+        return all_gather(x, group, account)[:tokens]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return reduce_scatter(_padded(gradient, ctx.group), ctx.group), None, None
+        return reduce_scatter(_padded(gradient, ctx.group), ctx.group, ctx.account), None, None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -131,9 +131,9 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(gradient, *ctx.arguments), None, None, None, None
 
 
-def gather(x: Tensor, group: Group, tokens: int) -> Tensor:
-    """This rank's part of the tokens [t, H] -> all of them [tokens, H]; backward sums the ranks' gradients and scatters them."""
-    return x if size(group) == 1 else _Gather.apply(x, group, tokens)
+def gather(x: Tensor, group: Group, tokens: int, account: str = "tensor") -> Tensor:
+    """This rank's part of the tokens [t, ...] -> all of them [tokens, ...]; backward sums the ranks' gradients and scatters."""
+    return x if size(group) == 1 else _Gather.apply(x, group, tokens, account)
 
 
 def scatter(x: Tensor, group: Group) -> Tensor:

@@ -40,7 +40,9 @@ class Packed:
     positions [T] restart at 0 with each document; cu_seqlens [K] int32 are the documents' starts and T, padded with T to a
     fixed length; no document is longer than max_length. Under context parallelism the tokens are this rank's contiguous
     part of T, while positions and cu_seqlens are those of the whole T. `wanted` are the indices whose logits are returned
-    when there are no targets (None: all). `rope` is filled by the model, once per forward pass.
+    when there are no targets (None: all). `is_even`: every document has max_length tokens, so that kernels need not look at
+    cu_seqlens. `z_loss` is the coefficient of the squared logsumexp in the loss. `rope` is filled by the model, once per
+    forward pass.
     """
 
     positions: Tensor
@@ -49,6 +51,8 @@ class Packed:
     groups: Groups = field(default_factory=Groups)
     wanted: Tensor | None = None
     rope: Rope | None = None
+    is_even: bool = False
+    z_loss: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -61,7 +65,7 @@ class Packed:
         """The context of whole documents of these lengths."""
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-        return cls(positions, ends, max(lengths), groups or Groups(), wanted)
+        return cls(positions, ends, max(lengths), groups or Groups(), wanted, is_even=len(set(lengths)) == 1)
 
     def prepared(self, owner: torch.nn.Module, make: Callable[[], Tensor]) -> Tensor:
         """A weight in the form it is multiplied in: made anew in every pass, since training changes weights."""
@@ -161,7 +165,8 @@ class Scored(NamedTuple):
 
     weighted_sum: sum over tokens of weight x (-log-probability), a scalar (without weights every weight is 1);
     logp, logsumexp [T]: log-probability of each target and the logarithm of the softmax's denominator, in fp32 or wider;
-    entropy, score [T]: of models and objectives that have them. A tuple, so that fully_shard finds the tensors in it.
+    entropy, score [T]: of models and objectives that have them; z_sum: what the context's z_loss has added to weighted_sum,
+    where it has. A tuple, so that fully_shard finds the tensors in it.
     """
 
     weighted_sum: Tensor
@@ -169,3 +174,4 @@ class Scored(NamedTuple):
     logsumexp: Tensor
     entropy: Tensor | None = None
     score: Tensor | None = None
+    z_sum: Tensor | None = None

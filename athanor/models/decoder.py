@@ -7,7 +7,7 @@ Legend: T tokens, H hidden_size, V vocabulary, F intermediate_size (the last two
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from athanor.models.attention import attention
 from athanor.models.collectives import all_gather, gather, local, rank, replicated, scatter, size
-from athanor.models.context import Context, Rope, Scored
+from athanor.models.context import Context, Packed, Rope, Scored
 from athanor.models.experts import Mixture
 from athanor.models.fused import rms_norm, rope_table, swiglu
 from athanor.models.loss import score
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.mixture import MixtureShape
+
+Linear = Callable[[Tensor, Tensor], Tensor]  # how a block multiplies by its matrices; `fp8.convert` sets another
 
 
 class Matrix(nn.Module):
@@ -50,16 +52,17 @@ class Attention(nn.Module):
     def __init__(self, shape: DecoderShape, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, shape.head_dim
+        self.linear: Linear = F.linear
         self.q_proj = Matrix(shape.query_size, shape.hidden_size)
         self.k_proj = Matrix(shape.key_value_size, shape.hidden_size)
         self.v_proj = Matrix(shape.key_value_size, shape.hidden_size)
         self.o_proj = Matrix(shape.hidden_size, shape.query_size)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        qkv = F.linear(x, context.prepared(self, self.fuse)).unflatten(1, (-1, self.head_dim))
+        qkv = self.linear(x, context.prepared(self, self.fuse)).unflatten(1, (-1, self.head_dim))
         kv_heads = local(self.k_proj.weight).shape[0] // self.head_dim
         heads = qkv.shape[1] - 2 * kv_heads
-        return F.linear(attention(qkv, context, self.layer, heads, kv_heads), local(self.o_proj.weight))
+        return self.linear(attention(qkv, context, self.layer, heads, kv_heads), local(self.o_proj.weight))
 
     def fuse(self) -> Tensor:
         """One weight for queries, keys and values, with the two channels of a rotary pair side by side in q and k."""
@@ -76,12 +79,13 @@ class MLP(nn.Module):
 
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
+        self.linear: Linear = F.linear
         self.gate_proj = Matrix(shape.intermediate_size, shape.hidden_size)
         self.up_proj = Matrix(shape.intermediate_size, shape.hidden_size)
         self.down_proj = Matrix(shape.hidden_size, shape.intermediate_size)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return F.linear(swiglu(F.linear(x, context.prepared(self, self.fuse))), local(self.down_proj.weight))
+        return self.linear(swiglu(self.linear(x, context.prepared(self, self.fuse))), local(self.down_proj.weight))
 
     def fuse(self) -> Tensor:
         return torch.cat([local(self.gate_proj.weight), local(self.up_proj.weight)])
@@ -153,7 +157,8 @@ class Decoder(nn.Module):
         hidden = gather(self.model.norm(hidden, context), tp, context.tokens)  # type: ignore[operator]
         head: Any = self.model.embed_tokens if self.shape.tie_word_embeddings else self.lm_head
         if targets is not None:
-            return score(hidden, local(head.weight), targets, weights, tp)
+            z_loss = context.z_loss if isinstance(context, Packed) else 0.0
+            return score(hidden, local(head.weight), targets, weights, tp, z_loss)
         if context.wanted is not None:
             hidden = hidden[context.wanted]
         logits = F.linear(hidden, local(head.weight))

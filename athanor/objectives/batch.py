@@ -16,7 +16,8 @@ def collate(rows: Sequence[Row], seq_len: int) -> Batch:
     """Put rows of `seq_len` tokens one after another: T = rows x seq_len.
 
     Columns: tokens, targets, positions (from 0 in each document) int64 [T], weight float32 [T]; cu_seqlens int32 [K] holds
-    each document's offset and then T, as often as it takes to fill K, which depends on T alone; max_length is `seq_len`.
+    each document's offset and then T, as often as it takes to fill K, which depends on T alone; max_length is `seq_len`, and
+    is_even says that every row is one document of that length.
     """
     total = len(rows) * seq_len
     starts = np.concatenate([row["starts"].astype(np.int64) + index * seq_len for index, row in enumerate(rows)])
@@ -28,7 +29,7 @@ def collate(rows: Sequence[Row], seq_len: int) -> Batch:
     return {"tokens": np.concatenate([row["tokens"][:-1] for row in rows]).astype(np.int64),
             "targets": np.concatenate([row["tokens"][1:] for row in rows]).astype(np.int64),
             "weight": np.concatenate([row["weight"] for row in rows]).astype(np.float32),
-            "positions": positions, "cu_seqlens": cu_seqlens, "max_length": seq_len}
+            "positions": positions, "cu_seqlens": cu_seqlens, "max_length": seq_len, "is_even": len(starts) == len(rows)}
 
 
 def most_documents(rows: int, seq_len: int) -> int:

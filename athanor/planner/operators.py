@@ -13,7 +13,7 @@ from athanor.foundation.errors import UserError, did_you_mean
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.coefficients import load
 
-QUERY_BLOCK, MOST_BLOCKS = 128, 8  # queries taken together on a CPU (models/attention.py)
+QUERY_BLOCK, MOST_BLOCKS = 128, 8  # queries taken together on a CPU (models/cpu_attention.py)
 LOGITS_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of a chunk of logits in fp32 (models/loss.py)
 WIDTH_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 1}
 
@@ -125,7 +125,7 @@ class Work:
 def block_work(rates: Rates, shape: DecoderShape, rows: int, seq_len: int, document_tokens: float, tp: int) -> Work:
     """One decoder block over `rows` rows of `seq_len` tokens in documents of `document_tokens`.
 
-    Counts of passes follow `models/fused.py` and `models/attention.py`.
+    Counts of passes follow `models/fused.py` and `models/cpu_attention.py`.
     """
     work, constants, tokens = Work(), load()["step"], float(rows * seq_len)
     hidden, inner = shape.hidden_size, shape.intermediate_size / tp

@@ -179,7 +179,7 @@ def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
         masters = Masters((p for _, p in stages.named_parameters()), dtype, is_accumulated=settings.num_microbatches > 1)
     optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay, groups=settings.groups or (),
                           state_dtype=STATE_DTYPES[settings.optimizer_state_dtype], masters=masters)
-    trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded)
+    trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded, z_loss=settings.z_loss)
     if mesh.layout.pp > 1:
         tokens = settings.micro_batch_size * settings.seq_len
         dtype = compute_dtype(settings.precision) or storage_dtype(settings.precision)

@@ -38,6 +38,7 @@ class Settings:
     warmup_steps: int
     weight_decay: float
     gradient_clip: float
+    z_loss: float
     optimizer: str
     optimizer_state_dtype: str
     groups: tuple[Group, ...] | None
@@ -119,6 +120,7 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
         learning_rate=stage.learning_rate or default_learning_rate(optimizer, shape.hidden_size, stage.start_from is not None),
         learning_rate_schedule=stage.learning_rate_schedule or SCHEDULES[1], warmup_steps=warmup,
         weight_decay=0.1 if stage.weight_decay is None else stage.weight_decay, gradient_clip=stage.gradient_clip or 1.0,
+        z_loss=stage.z_loss or 0.0,
         optimizer=optimizer, optimizer_state_dtype=stage.optimizer_state_dtype,
         groups=tuple(Group(**group.model_dump()) for group in stage.group) or None, ramp=ramp,
         precision=stage.precision or "fp32", compile=bool(stage.compile),

@@ -50,11 +50,13 @@ class Trainee:
     runner: Runner | None = None
     totals: Mapping[str, float] = field(default_factory=dict)
     tally: Tally | None = None
+    z_loss: float = 0.0
 
     def score(self, part: nn.Module, x: Tensor, batch: Batch) -> Tensor | Scored:
         """Run one stage on a batch whose columns are on the device: its hidden states, or what the last says of the targets."""
         groups = Groups(tp=self.mesh.group("tp"), cp=self.mesh.group("cp"), ep=self.mesh.group("ep"))
-        context = Packed(batch["positions"], batch["cu_seqlens"], batch["max_length"], groups)
+        context = Packed(batch["positions"], batch["cu_seqlens"], batch["max_length"], groups, is_even=batch["is_even"],
+                         z_loss=self.z_loss)
         if not part.is_last:
             return part(x, context)  # type: ignore[no-any-return]
         return part(x, context, batch["targets"], batch["weight"])  # type: ignore[no-any-return]
@@ -87,7 +89,7 @@ class Trainee:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did: loss and gradient norm before clipping, over all ranks; tokens kept and the keys they saw.
+    """What a step did: loss (without z-loss) and gradient norm before clipping, over all ranks; tokens kept, keys they saw.
 
     `metrics` are means; a skipped step left the weights as they were. `is_asked_to_stop` when any rank was.
     """
@@ -112,7 +114,10 @@ def to_device(batch: Batch, mesh: Mesh) -> Batch:
         if parts > 1 and key not in OF_ALL_TOKENS:
             size = len(value) // parts
             value = value[part * size:(part + 1) * size]
-        out[key] = torch.from_numpy(value).to(mesh.device)
+        column = torch.from_numpy(value)
+        if mesh.device.type == "cuda":
+            column = column.pin_memory()  # or the copy would wait for all that the device still has to do
+        out[key] = column.to(mesh.device, non_blocking=True)
     return out
 
 
@@ -133,10 +138,10 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
         sums = mesh.sum(trainee.report(is_asked_to_stop))
         is_made = optimizer.step(learning_rate, sums[0], sums[2], gradient_clip)
         optimizer.clear()
-        squared, stop, loss, *parts = sums.tolist()
+        squared, stop, _, *parts = sums.tolist()
     norm = math.sqrt(squared) if squared >= 0 else math.nan
     means = {name: parts[2 * i] / max(parts[2 * i + 1], 1e-9) for i, name in enumerate(trainee.objective.METRICS)}
-    return Outcome(loss, norm, not bool(is_made), stop > 0, int(kept_tokens), int(keys_seen), means)
+    return Outcome(means["loss"], norm, not bool(is_made), stop > 0, int(kept_tokens), int(keys_seen), means)
 
 
 def run_batches(trainee: Trainee, batches: Sequence[Batch]) -> None:
@@ -164,6 +169,7 @@ def run_pipeline(runner: Runner, batches: Sequence[Batch], mesh: Mesh) -> None:
         parts = [to_device(batch, mesh) for batch in batches]
         columns = {key: torch.cat([part[key] for part in parts]) for key in COLUMNS}
     constants = {key: value for key, value in parts[0].items() if key not in COLUMNS}
+    constants["is_even"] = all(batch["is_even"] for batch in batches)
     runner.step(columns, constants)
 
 

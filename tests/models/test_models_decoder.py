@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from athanor.models import loss as loss_module
-from athanor.models.attention import attend_by_runs, packed_attention
+from athanor.models.attention import attend_by_runs
 from athanor.models.context import Packed
+from athanor.models.cpu_attention import packed_attention
 from athanor.models.decoder import Decoder
 from athanor.models.fused import rms_norm, rope_table, swiglu
 from athanor.models.huggingface import save_model
@@ -87,7 +88,7 @@ def test_the_operator_is_attention_of_plain_torch(lengths: list[int]) -> None:
     cos, sin = rope.unbind(-1)
     even, odd = qkv[:, :6, 0::2], qkv[:, :6, 1::2]
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
-    expected = attend_by_runs(torch.cat([turned, qkv[:, 6:]], 1), context.cu_seqlens, 4, 2)
+    expected = attend_by_runs(turned[:, :4], turned[:, 4:], qkv[:, 6:], context.cu_seqlens)
     (wanted,) = torch.autograd.grad(expected, qkv, flowing)
     assert (out - expected).abs().max() <= 1e-12 and (found - wanted).abs().max() <= 1e-12
 

@@ -14,8 +14,8 @@ from athanor.models.context import Packed
 from athanor.models.initialize import initialize
 
 
-def alone(is_tied: bool, weighted: bool, lengths: list[int] = models_ranks.LENGTHS) -> tuple[Any, dict[str, Any]]:
-    model = models_ranks.build(is_tied)
+def alone(is_tied: bool, weighted: bool, lengths: list[int] = models_ranks.LENGTHS, **changes: int) -> tuple[Any, Any]:
+    model = models_ranks.build(is_tied, **changes)
     initialize(model, 7)
     return model, models_ranks.results(model, Packed.of(lengths), weighted)
 
@@ -42,9 +42,27 @@ def test_tensor_parallel_ranks_compute_what_one_rank_does(is_tied: bool, weighte
         assert found["intervals"] == [("tensor", "tensor-0")]
 
 
-def test_context_parallel_ranks_compute_what_one_rank_does(tmp_path: Path) -> None:
-    _, wanted = alone(False, True, models_ranks.EVEN_LENGTHS)
-    for found in ranks("context_parallel", {}, 2, tmp_path):
+@pytest.mark.parametrize(("count", "lengths", "kv_heads"), [
+    (2, [5, 16, 1, 10], 2), (2, [5, 16, 1, 10], 1), (2, [32], 1), (2, [6, 10, 3, 13], 1),
+    (3, [5, 16, 1, 11], 2), (3, [33], 4), (3, [4, 7, 11, 11], 2), (3, [2, 29, 2], 4)])
+def test_context_parallel_ranks_compute_what_one_rank_does(count: int, lengths: list[int], kv_heads: int,
+                                                           tmp_path: Path) -> None:
+    _, wanted = alone(False, True, lengths, num_key_value_heads=kv_heads)
+    arguments = {"lengths": lengths, "num_key_value_heads": kv_heads}
+    for found in ranks("context_parallel", arguments, count, tmp_path):
+        assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-12)
+        assert close(found["gradients"], wanted["gradients"])
+        exchanges = 4 if kv_heads % count == 0 else 2  # heads go forth and back, keys and values go once; and backward
+        assert found["intervals"] == ["context"] * 2 * exchanges  # of two blocks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "kv_heads"), [(2, 2), (3, 1)])
+def test_compiled_blocks_exchange_the_same(count: int, kv_heads: int, tmp_path: Path) -> None:
+    lengths = [5, 16, 1, 8]
+    _, wanted = alone(False, True, lengths, num_key_value_heads=kv_heads)
+    arguments = {"lengths": lengths, "num_key_value_heads": kv_heads, "is_compiled": True}
+    for found in ranks("context_parallel", arguments, count, tmp_path):
         assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-12)
         assert close(found["gradients"], wanted["gradients"])
 

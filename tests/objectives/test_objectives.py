@@ -31,8 +31,13 @@ def test_columns_stand_side_by_side_and_positions_begin_anew() -> None:
     assert batch["targets"].tolist() == [*range(11, 19), *range(21, 29)]
     assert batch["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 0, 1, 2]
     assert batch["cu_seqlens"][:6].tolist() == [0, 3, 8, 9, 13, 16] and set(batch["cu_seqlens"][6:].tolist()) == {16}
-    assert {key: value.dtype.name for key, value in batch.items() if key != "max_length"} == {
+    assert {key: value.dtype.name for key, value in batch.items() if isinstance(value, np.ndarray)} == {
         "tokens": "int64", "targets": "int64", "weight": "float32", "positions": "int64", "cu_seqlens": "int32"}
+
+
+def test_rows_of_one_document_each_are_even() -> None:
+    assert not collate(ROWS, SEQ_LEN)["is_even"] and not collate([empty_row(SEQ_LEN), ROWS[0]], SEQ_LEN)["is_even"]
+    assert collate([empty_row(SEQ_LEN)] * 2, SEQ_LEN)["is_even"]
 
 
 def test_the_form_of_a_batch_depends_on_its_size_alone() -> None:

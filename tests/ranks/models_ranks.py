@@ -8,7 +8,6 @@ from typing import Any
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
 LENGTHS = [5, 16, 1, 11]  # 33 tokens, which two ranks cannot share evenly
-EVEN_LENGTHS = [5, 16, 1, 10]
 
 
 def batch(count: int = sum(LENGTHS)) -> dict[str, Any]:
@@ -21,14 +20,14 @@ def batch(count: int = sum(LENGTHS)) -> dict[str, Any]:
     return {"tokens": tokens, "targets": targets, "weights": weights}
 
 
-def build(is_tied: bool) -> Any:
+def build(is_tied: bool, **changes: int) -> Any:
     """The test model in fp64, not initialised."""
     import torch
 
     from athanor.models.shapes.decoder import DecoderShape
     from athanor.models.zoo.llama import build as build_llama
 
-    return build_llama(DecoderShape(**SIZES, tie_word_embeddings=is_tied)).to(torch.float64)
+    return build_llama(DecoderShape(**{**SIZES, **changes}, tie_word_embeddings=is_tied)).to(torch.float64)
 
 
 def shard(model: Any, mesh: Any) -> None:
@@ -47,9 +46,12 @@ def shard(model: Any, mesh: Any) -> None:
 
 
 def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
-    """Loss and the full gradients of one forward and backward pass, as numpy."""
+    """Loss (with a z-loss) and the full gradients of one forward and backward pass, as numpy."""
+    from dataclasses import replace
+
     from torch.distributed.tensor import DTensor
 
+    context = replace(context, z_loss=0.1)
     data = batch(len(context.positions))
     model.zero_grad()
     if weighted:
@@ -91,28 +93,39 @@ def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool)
     return found
 
 
-def context_parallel(channel: Callable[..., None]) -> dict[str, Any]:
-    """Each rank holds half of the tokens; losses and gradients add up."""
+def context_parallel(channel: Callable[..., None], lengths: list[int], is_compiled: bool = False,
+                     **changes: int) -> dict[str, Any]:
+    """Each rank holds its part of the tokens; losses and gradients add up."""
+    from dataclasses import replace
+
     import torch.distributed as dist
 
+    from athanor.foundation.intervals import Recorder, activate
     from athanor.models.context import Groups, Packed
     from athanor.models.initialize import initialize
 
     dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    model = build(False)
+    rank, ranks, total = dist.get_rank(), dist.get_world_size(), sum(lengths)
+    model = build(False, **changes)
     initialize(model, 7)
-    context = Packed.of(EVEN_LENGTHS, groups=Groups(cp=dist.group.WORLD))
-    mine = slice(rank * sum(EVEN_LENGTHS) // ranks, (rank + 1) * sum(EVEN_LENGTHS) // ranks)
-    data = {name: column[mine] for name, column in batch(sum(EVEN_LENGTHS)).items()}
+    if is_compiled:
+        for block in model.blocks.values():
+            block.compile(backend="aot_eager", fullgraph=True)
+    context = replace(Packed.of(lengths, groups=Groups(cp=dist.group.WORLD)), z_loss=0.1)
+    mine = slice(rank * total // ranks, (rank + 1) * total // ranks)
+    data = {name: column[mine] for name, column in batch(total).items()}
+    recorder = Recorder()
+    activate(recorder)
     scored = model(data["tokens"], context, data["targets"], data["weights"])
     scored.weighted_sum.backward()
+    activate(None)
     loss = scored.weighted_sum.detach().clone()
     dist.all_reduce(loss)
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad)
     dist.destroy_process_group()
-    return {"loss": loss.item(), "gradients": {name: p.grad.numpy() for name, p in model.named_parameters()}}
+    return {"loss": loss.item(), "gradients": {name: p.grad.numpy() for name, p in model.named_parameters()},
+            "intervals": [row.name for row in recorder.rows]}
 
 
 def sharded_both_ways(channel: Callable[..., None], folder: str) -> dict[str, Any]:

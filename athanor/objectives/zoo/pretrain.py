@@ -12,7 +12,7 @@ from athanor.objectives.batch import Batch, collate
 __all__ = ["METRICS", "NEEDS", "collate", "count", "loss"]
 
 NEEDS: tuple[str, ...] = ()
-METRICS = ("loss",)
+METRICS = ("loss", "z_loss")
 
 
 def count(batch: Batch) -> dict[str, float]:
@@ -20,7 +20,10 @@ def count(batch: Batch) -> dict[str, float]:
     return {"tokens": float(batch["weight"].sum())}
 
 
-def loss(scored: Any, batch: Batch, totals: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, float]]]:
-    """Weighted sum of negative log-probabilities / N, in nats per token."""
-    summed = scored.weighted_sum
-    return summed / totals["tokens"], {"loss": (summed.detach(), float(batch["weight"].sum()))}
+def loss(scored: Any, batch: Batch, totals: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, tuple[Any, Any]]]:
+    """Weighted sum of negative log-probabilities / N, in nats per token; the metric `loss` is without `z_loss`."""
+    summed, count = scored.weighted_sum, torch.as_tensor(batch["weight"]).sum(dtype=torch.float64)
+    if scored.z_sum is None:
+        return summed / totals["tokens"], {"loss": (summed.detach(), count)}
+    found = {"loss": (summed.detach() - scored.z_sum, count), "z_loss": (scored.z_sum, count)}
+    return summed / totals["tokens"], found

@@ -1,0 +1,220 @@
+"""Packed attention on a CPU, as operators: torch's flash kernel over documents, no mask where none is needed.
+
+Operators, because a compiler cannot look at how long documents are.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from athanor.models.fused import rotate
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+QUERY_BLOCK, MOST_BLOCKS = 128, 8
+
+
+def of_documents(x: Tensor, count: int) -> Tensor:
+    """[tokens, heads, head_dim] -> [documents, heads, tokens, head_dim], without a copy."""
+    return x.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """(documents, tokens of each) of neighbouring documents of one length; the padding of cu_seqlens is left out."""
+    lengths = [length for length in cu_seqlens.diff().tolist() if length]
+    return [(len(list(same)), length) for length, same in groupby(lengths)]
+
+
+def query_blocks(length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Beginnings and ends of the queries that are taken together, each with the keys up to its end.
+
+    The kernel skips keys beyond the diagonal only in whole blocks of 512, so that short documents would cost a full square.
+    In half precision a single call is faster (measured), and the sums over blocks would be rounded.
+    """
+    count = min(max(1, round(length / QUERY_BLOCK)), MOST_BLOCKS) if dtype.itemsize >= 4 else 1
+    step = -(-length // count)
+    return [(begin, min(begin + step, length)) for begin in range(0, length, step)]
+
+
+def new_mask(begin: int, end: int, dtype: torch.dtype) -> Tensor | None:
+    """[end - begin, end], to be added to the scores of queries begin..end; None where the kernel's own causal mask fits."""
+    return torch.full((end - begin, end), float("-inf"), dtype=dtype).triu_(begin + 1) if begin else None
+
+
+causal_mask = lru_cache(maxsize=64)(new_mask)
+
+
+@torch.library.custom_op("athanor::packed_attention", mutates_args=(), device_types="cpu")
+def packed_attention(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int,
+                     kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention within documents: (out [T, heads, head_dim], turned qkv, logsumexp of the scores, block by block)."""
+    turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    rotate(qkv[:, :heads + kv_heads], rope, out=turned[:, :heads + kv_heads])
+    turned[:, heads + kv_heads:] = qkv[:, heads + kv_heads:]
+    out = qkv.new_empty(qkv.shape[0], heads, qkv.shape[2])
+    sums, start = [], 0
+    for count, length in runs(cu_seqlens):
+        query, key, value = _documents(turned, start, count, length, heads, kv_heads)
+        into = of_documents(out[start:start + count * length], count)
+        for begin, end in query_blocks(length, qkv.dtype):
+            found, logsumexp = flash(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], 0.0, begin == 0,
+                                     attn_mask=causal_mask(begin, end, qkv.dtype))
+            into[:, :, begin:end] = found
+            sums.append(logsumexp.flatten())
+        start += count * length
+    return out, turned, torch.cat(sums)
+
+
+@torch.library.custom_op("athanor::packed_attention_backward", mutates_args=(), device_types="cpu")
+def packed_attention_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
+                              heads: int, kv_heads: int) -> Tensor:
+    """The gradient of qkv [T, heads + 2 kv_heads, head_dim]."""
+    result, start = torch.empty_like(turned), 0
+    for count, length in runs(cu_seqlens):
+        query, key, value = _documents(turned, start, count, length, heads, kv_heads)
+        to_query, to_key, to_value = _documents(result, start, count, length, heads, kv_heads)
+        tokens = slice(start, start + count * length)
+        flowing, outs = of_documents(gradient[tokens], count), of_documents(out[tokens], count)
+        for begin, end in reversed(query_blocks(length, turned.dtype)):
+            first = (start + count * begin) * heads
+            logsumexp = sums[first:first + count * (end - begin) * heads].view(count, heads, end - begin)
+            parts = flash_backward(flowing[:, :, begin:end], query[:, :, begin:end], key[:, :, :end], value[:, :, :end],
+                                   outs[:, :, begin:end], logsumexp, 0.0, begin == 0,
+                                   attn_mask=causal_mask(begin, end, turned.dtype))
+            to_query[:, :, begin:end] = parts[0]
+            for part, target in zip(parts[1:], (to_key, to_value), strict=True):
+                if end == length:
+                    target.copy_(part)
+                else:
+                    target[:, :, :end] += part
+        start = tokens.stop
+    rotate(result[:, :heads + kv_heads], rope, backwards=True, out=result[:, :heads + kv_heads])
+    return result
+
+
+def _documents(qkv: Tensor, start: int, count: int, length: int, heads: int, kv_heads: int) -> list[Tensor]:
+    """Queries, keys and values of one run as views [documents, heads, tokens, head_dim]."""
+    run = of_documents(qkv[start:start + count * length], count)
+    return list(run.split([heads, kv_heads, kv_heads], 1))
+
+
+@packed_attention.register_fake
+def _(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    tokens, _, head_dim = qkv.shape
+    return (qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(qkv.shape), qkv.new_empty(tokens * heads, dtype=wide))
+
+
+@packed_attention_backward.register_fake
+def _(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor, heads: int,
+      kv_heads: int) -> Tensor:
+    return torch.empty_like(turned)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, rope, cu_seqlens, ctx.heads, ctx.kv_heads = inputs
+    out, turned, sums = output
+    ctx.mark_non_differentiable(turned, sums)
+    ctx.save_for_backward(turned, rope, cu_seqlens, out, sums)
+
+
+def _differentiate(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
+    turned, rope, cu_seqlens, out, sums = ctx.saved_tensors
+    found = packed_attention_backward(gradient, turned, rope, cu_seqlens, out, sums, ctx.heads, ctx.kv_heads)
+    return found, None, None, None, None
+
+
+packed_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+class Piece(NamedTuple):
+    """The part of a document that a rank's queries belong to: its queries first..last, which see keys 0..last of it.
+
+    `queries` are rows among the rank's queries, `keys` rows among all keys.
+    """
+
+    queries: slice
+    keys: slice
+    first: int
+    last: int
+
+
+def pieces(cu_seqlens: Tensor, begin: int, tokens: int) -> list[Piece]:
+    """The documents' parts among the queries begin..begin + tokens, in order."""
+    found = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        low, high = max(start, begin), min(end, begin + tokens)
+        if low < high:
+            found.append(Piece(slice(low - begin, high - begin), slice(start, high), low - start, high - start))
+    return found
+
+
+def _of_piece(piece: Piece, query: Tensor, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a piece as views [1, heads, tokens, head_dim]."""
+    key, value = of_documents(both[piece.keys], 1).chunk(2, 1)
+    return of_documents(query[piece.queries], 1), key, value
+
+
+@torch.library.custom_op("athanor::part_attention", mutates_args=(), device_types="cpu")
+def part_attention(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+    """Queries begin.. [t, heads, head_dim] attend to all keys beside values [T, 2 kv_heads, head_dim], within documents.
+
+    Both are turned already. Returns (out [t, heads, head_dim], logsumexp of the scores, piece by piece).
+    """
+    out, sums = torch.empty_like(query, memory_format=torch.contiguous_format), []
+    for piece in pieces(cu_seqlens, begin, query.shape[0]):
+        mask = new_mask(piece.first, piece.last, query.dtype)  # not kept: ragged lengths are hardly met again
+        found, logsumexp = flash(*_of_piece(piece, query, both), 0.0, piece.first == 0, attn_mask=mask)
+        of_documents(out[piece.queries], 1).copy_(found)
+        sums.append(logsumexp.flatten())
+    return out, torch.cat(sums)
+
+
+@torch.library.custom_op("athanor::part_attention_backward", mutates_args=(), device_types="cpu")
+def part_attention_backward(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, out: Tensor,
+                            sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `query` and of `both`: zero for keys that no query here sees."""
+    to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    to_both = torch.zeros_like(both, memory_format=torch.contiguous_format)
+    heads = query.shape[1]
+    for piece in pieces(cu_seqlens, begin, query.shape[0]):
+        logsumexp = sums[piece.queries.start * heads:piece.queries.stop * heads].view(1, heads, -1)
+        flowing, outs = of_documents(gradient[piece.queries], 1), of_documents(out[piece.queries], 1)
+        parts = flash_backward(flowing, *_of_piece(piece, query, both), outs, logsumexp, 0.0, piece.first == 0,
+                               attn_mask=new_mask(piece.first, piece.last, query.dtype))
+        for part, target in zip(parts, _of_piece(piece, to_query, to_both), strict=True):
+            target.copy_(part)
+    return to_query, to_both
+
+
+@part_attention.register_fake
+def _(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+    sums = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
+    return torch.empty_like(query, memory_format=torch.contiguous_format), sums
+
+
+@part_attention_backward.register_fake
+def _(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, out: Tensor,
+      sums: Tensor) -> tuple[Tensor, Tensor]:
+    to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return to_query, torch.empty_like(both, memory_format=torch.contiguous_format)
+
+
+def _save_part(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, both, cu_seqlens, ctx.begin = inputs
+    out, sums = output
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(query, both, cu_seqlens, out, sums)
+
+
+def _differentiate_part(ctx: Any, gradient: Tensor, unused: Tensor) -> Any:
+    query, both, cu_seqlens, out, sums = ctx.saved_tensors
+    return *part_attention_backward(gradient, query, both, cu_seqlens, ctx.begin, out, sums), None, None
+
+
+part_attention.register_autograd(_differentiate_part, setup_context=_save_part)
