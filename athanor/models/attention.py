@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from athanor.models.collectives import all_to_all, size
 from athanor.models.context import Context, Packed, Paged
@@ -46,7 +47,8 @@ def _packed(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
     """[T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim]."""
     assert context.rope is not None, "the model fills rope before its first block"
     if qkv.device.type == "cpu":
-        out, _, _ = packed_attention(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
+        how = packed_attention if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() else _PackedAttention.apply
+        out, _, _ = how(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
         return out
     turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope.table), qkv[:, heads + kv_heads:]], 1)
     if qkv.dtype not in (torch.bfloat16, torch.float16):
@@ -93,9 +95,7 @@ def causal_mask(begin: int, end: int, dtype: torch.dtype) -> Tensor | None:
     return torch.full((end - begin, end), float("-inf"), dtype=dtype).triu_(begin + 1) if begin else None
 
 
-@torch.library.custom_op("athanor::packed_attention", mutates_args=(), device_types="cpu")
-def packed_attention(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int,
-                     kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def attend(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Attention within documents: (out [T, heads, head_dim], turned qkv, logsumexp of the scores, block by block)."""
     turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     rotate(qkv[:, :heads + kv_heads], rope, out=turned[:, :heads + kv_heads])
@@ -114,9 +114,8 @@ def packed_attention(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int,
     return out, turned, torch.cat(sums)
 
 
-@torch.library.custom_op("athanor::packed_attention_backward", mutates_args=(), device_types="cpu")
-def packed_attention_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
-                              heads: int, kv_heads: int) -> Tensor:
+def attend_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor, heads: int,
+                    kv_heads: int) -> Tensor:
     """The gradient of qkv [T, heads + 2 kv_heads, head_dim]."""
     result, start = torch.empty_like(turned), 0
     for count, length in runs(cu_seqlens):
@@ -152,6 +151,12 @@ def _documents(qkv: Tensor, start: int, count: int, length: int, heads: int, kv_
     return list(run.split([heads, kv_heads, kv_heads], 1))
 
 
+# as operators for compilers and for modes that look at operators: tracing, counting, choosing what is kept
+packed_attention = torch.library.custom_op("athanor::packed_attention", attend, mutates_args=(), device_types="cpu")
+packed_attention_backward = torch.library.custom_op("athanor::packed_attention_backward", attend_backward, mutates_args=(),
+                                                    device_types="cpu")
+
+
 @packed_attention.register_fake
 def _(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -181,12 +186,27 @@ def _differentiate(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
 packed_attention.register_autograd(_differentiate, setup_context=_save)
 
 
+class _PackedAttention(torch.autograd.Function):
+    """The same without an operator's dispatch, which takes as long as the attention of a few short documents."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = attend(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
+        turned, rope, cu_seqlens, out, sums = ctx.saved_tensors
+        return attend_backward(gradient, turned, rope, cu_seqlens, out, sums, ctx.heads, ctx.kv_heads), None, None, None, None
+
+
 def _paged(qkv: Tensor, context: Paged, layer: int, heads: int, kv_heads: int) -> Tensor:
     """Write new keys and values into their pages and attend to all of the sequence; whole prompts are not read back."""
     assert context.rope is not None, "the model fills rope before its first block"
     is_packed = context.is_whole and qkv.device.type == "cpu"
     if is_packed:
-        out, turned, _ = packed_attention(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
+        out, turned, _ = attend(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
     else:
         turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope.table), qkv[:, heads + kv_heads:]], 1)
     (keys, values), (page, slot) = context.cache.layers[layer], context.places

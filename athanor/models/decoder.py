@@ -41,7 +41,7 @@ class Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return rms_norm(x, replicated(local(self.weight), context.groups.tp), self.eps)
+        return rms_norm(x, replicated(self.weight, context.groups.tp), self.eps)
 
 
 class Attention(nn.Module):
