@@ -1,6 +1,6 @@
 """Our training step beside Hugging Face Trainer's and a hand-written plain-torch loop of nanoGPT's kind.
 
-    python benchmarks/peers.py [--rounds N] [--json] [--quick]
+    python benchmarks/peers.py [--rounds N] [--json] [--threads 2] [--only 64 128] [--quick]
 
 Same shape, initial weights, rows, batch, dtype (fp32), threads, attention (SDPA) and AdamW; each reads its rows, clips and
 updates; nobody logs, saves or evaluates. They take turns in one process, Trainer's loop being the host, and train to the
@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ from athanor.cluster.operators import matmul_rows
 from athanor.cluster.timing import Clock
 from athanor.data.rows import Row, Rows, open_rows
 from athanor.foundation.intervals import Recorder, activate
-from athanor.foundation.layout import Layout
+from athanor.models.context import Scored
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.zoo.llama import build
 from athanor.objectives.batch import collate
 from athanor.objectives.find import load_objective
-from athanor.parallel.mesh import Mesh
+from athanor.parallel.stages import Stages
 from athanor.train.optimizer import BETAS, EPSILON, Optimizer, is_decayed
 from athanor.train.step import Trainee, run_step
 
@@ -95,11 +95,10 @@ class Ours:
 
     def __init__(self, case: Case, rows: Rows) -> None:
         self.case, self.rows, self.step = case, rows, 0
-        mesh = Mesh(Layout(), torch.device("cpu"), 0, None)
         self.model = build(case.shape)
         self.model.load_state_dict(initial_weights(case.shape))
-        self.trainee = Trainee(self.model, mesh, load_objective("pretrain"),
-                               Optimizer(self.model, "adamw", WEIGHT_DECAY, mesh))
+        stages = Stages.alone(self.model)
+        self.trainee = Trainee(stages, stages.mesh, load_objective("pretrain"), Optimizer(stages, "adamw", WEIGHT_DECAY))
 
     def turn(self) -> None:
         activate(Recorder())
@@ -216,8 +215,8 @@ def run_case(case: Case, rows: Rows, rounds: int, folder: Path) -> dict[str, Any
     check_losses(case, rows, {TRAINER: weights, **{name: c.weights() for name, c in contestants.items()}})
     taken = [collate(rows.take(step * case.rows, case.rows), SEQ_LEN) for step in range(8)]
     flops = case.shape.flops(case.rows * SEQ_LEN, float(np.mean([batch["positions"] + 1 for batch in taken]))) * case.steps
-    return {"case": case.title, "tokens": case.rows * SEQ_LEN * case.steps, "flops": flops, **{
-        "contestants": compare(turns, OURS)}}
+    return {"case": case.title, "tokens": case.rows * SEQ_LEN * case.steps, "flops": flops, 
+        "contestants": compare(turns, OURS)}
 
 
 @torch.no_grad()
@@ -228,7 +227,9 @@ def check_losses(case: Case, rows: Rows, weights: dict[str, dict[str, torch.Tens
     model, found = Ours(case, rows), {}
     for name, state in weights.items():
         model.model.load_state_dict(state)
-        found[name] = float(model.trainee.forward(columns).weighted_sum / columns["weight"].sum())
+        scored = model.trainee.score(model.model, columns["tokens"], columns)
+        assert isinstance(scored, Scored)
+        found[name] = float(scored.weighted_sum / columns["weight"].sum())
     assert max(found.values()) - min(found.values()) < LOSS_TOLERANCE, f"{case.title}: unequal losses {found}"
 
 
@@ -242,12 +243,11 @@ def print_case(found: dict[str, Any], peak_flops: float) -> None:
                  f"{interval_text(row['cpu_ratio'])} of processor time"), file=sys.stderr)
 
 
-def results(rounds: int, is_quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    """Each case's result, and last the whole trainer's."""
+def results(cases: Sequence[Case], rounds: int, is_quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
+    """Each case's result, and last the whole trainer's (on all cores)."""
     recipe = prepare_run(folder, 320 if is_quick else VOCABULARY, 4 if is_quick else MODULES)
     packed = open_rows(folder / "data", "documents", SEQ_LEN, 0)
     equal = equal_rows(folder, VOCABULARY, SEQ_LEN, 64 if is_quick else 2048)
-    cases = QUICK if is_quick else CASES
     for case in cases:
         yield run_case(case, packed if case.is_packed else equal, rounds, folder)
     steps = 4 if is_quick else 200
@@ -262,17 +262,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", action="store_true", help="print one JSON document to standard output")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", type=int, nargs="*", metavar="HIDDEN", help="cases of these hidden sizes")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that everything runs")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(options.threads)
     rounds = 2 if options.quick else options.rounds
     _, peak_flops = matmul_rows(Clock(torch.device("cpu")), "fp32", 0.2 if options.quick else 6.0)
     print(f"{torch.get_num_threads()} threads, matmul rate {peak_flops / 1e9:.0f} GFLOP/s, {rounds} rounds", file=sys.stderr)
+    cases = QUICK if options.quick else [case for case in CASES if not options.only or case.hidden_size in options.only]
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for result in results(rounds, options.quick, Path(folder)):
+        for result in results(cases, rounds, options.quick, Path(folder)):
             found.append(result)
             if "contestants" in result:
                 print_case(result, peak_flops)
