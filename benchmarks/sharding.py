@@ -4,7 +4,8 @@
 
 Both train the same stage (same rows, same batch; the sharded ranks have half of it each) and take turns. Printed: tokens per
 second of the steps after the first, the ratio of neighbouring runs with its 95 % bootstrap interval, and in which accounts of
-their books the device-seconds of a step stand (no peak is given, so `kernel` is all computing). Gloo sends through loopback sockets, so `data_parallel` is processor work too.
+their books the device-seconds of a step stand (no peak is given, so `kernel` is all computing). Gloo sends through loopback
+sockets, so `data_parallel` is processor work too.
 """
 
 from __future__ import annotations

@@ -34,27 +34,36 @@ def rank(group: Group) -> int:
 
 def local(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter; its gradient is taken to be that part's alone."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    return parameter.to_local() if torch.compiler.is_compiling() else _Local.apply(parameter, None)
+    (found,) = local_parts(parameter)
+    return found
+
+
+def local_parts(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """The same of several parameters at once."""
+    if not isinstance(parameters[0], DTensor):
+        return parameters
+    if torch.compiler.is_compiling():
+        return tuple(parameter.to_local() for parameter in parameters)  # type: ignore[attr-defined]
+    return _Local.apply(None, *parameters)
 
 
 class _Local(torch.autograd.Function):
     """What DTensor.to_local does, without working out anew on the way back what the parameter's layout is.
 
-    With a group, `replicated` comes with it: the gradients of its ranks are summed.
+    With a group, the gradients of its ranks are summed, as `replicated` wants it.
     """
 
     @staticmethod
-    def forward(ctx: Any, parameter: DTensor, group: Group) -> Tensor:
-        ctx.spec, ctx.group = parameter._spec, group
-        return parameter._local_tensor.detach()
+    def forward(ctx: Any, group: Group, *parameters: DTensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.specs = group, [parameter._spec for parameter in parameters]
+        return tuple(parameter._local_tensor.detach() for parameter in parameters)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         if ctx.group is not None:
-            gradient = all_reduce(gradient.clone(), ctx.group)
-        return DTensor(gradient, ctx.spec, requires_grad=False), None  # type: ignore[call-arg]
+            gradients = tuple(all_reduce(gradient.clone(), ctx.group) for gradient in gradients)
+        return None, *(DTensor(part, spec, requires_grad=False)  # type: ignore[call-arg]
+                       for part, spec in zip(gradients, ctx.specs, strict=True))
 
 
 def _waiting(account: str, group: Group) -> contextlib.AbstractContextManager[None]:
@@ -97,7 +106,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, tokens: int) -> Tensor:
         ctx.group = group
-        return all_gather(x, group)[:tokens]
+        return _cut(all_gather(x, group), tokens)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -112,13 +121,18 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return all_gather(gradient, ctx.group)[:ctx.tokens], None
+        return _cut(all_gather(gradient, ctx.group), ctx.tokens), None
 
 
 def _padded(x: Tensor, group: Group) -> Tensor:
     """x with zeros after its last row, up to a number that the group's ranks can share."""
     lacking = -x.shape[0] % size(group)
     return torch.cat([x, x.new_zeros(lacking, *x.shape[1:])]) if lacking else x
+
+
+def _cut(x: Tensor, rows: int) -> Tensor:
+    """The first rows, without what `_padded` added."""
+    return x if x.shape[0] == rows else x[:rows]
 
 
 class _Replicated(torch.autograd.Function):
@@ -178,7 +192,7 @@ def replicated(parameter: Tensor, group: Group) -> Tensor:
     if size(group) == 1:
         return local(parameter)
     if isinstance(parameter, DTensor) and not torch.compiler.is_compiling():
-        return _Local.apply(parameter, group)
+        return _Local.apply(group, parameter)[0]
     return _Replicated.apply(local(parameter), group)
 
 
