@@ -41,8 +41,8 @@ test-all: setup-test
 drills: setup-test
 	.venv/bin/python -m pytest -q -m drill --durations=25
 
-bench: setup
-	@for script in benchmarks/*.py; do echo "== $$script"; .venv/bin/python $$script || exit 1; done
+bench: setup-test
+	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; .venv/bin/python $$script || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

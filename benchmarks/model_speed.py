@@ -8,6 +8,7 @@ machine is unfair to none; medians are printed.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import statistics
@@ -65,15 +66,15 @@ class Plain(nn.Module):
         return F.cross_entropy(F.linear(x, w["model.embed_tokens.weight"]).flatten(0, 1).float(), targets.flatten())
 
 
-def steps(dtype: torch.dtype) -> dict[str, Callable[[], float]]:
+def steps(dtype: torch.dtype, rows: int) -> dict[str, Callable[[], float]]:
     """One step of each contestant on the same weights and tokens; a step returns its loss."""
     generator = torch.Generator().manual_seed(0)
-    tokens, targets = torch.randint(0, SHAPE.vocab_size, (2, ROWS, SEQ_LEN), generator=generator)
+    tokens, targets = torch.randint(0, SHAPE.vocab_size, (2, rows, SEQ_LEN), generator=generator)
     ours = Decoder(SHAPE).to(dtype)
     initialize(ours, 0)
     plain = Plain(SHAPE, dict(ours.state_dict()))
-    context = Packed.of([SEQ_LEN] * ROWS)
-    weights = torch.ones(ROWS * SEQ_LEN)
+    context = Packed.of([SEQ_LEN] * rows)
+    weights = torch.ones(rows * SEQ_LEN)
 
     def step(model: nn.Module, loss: Callable[[], Tensor]) -> float:
         model.zero_grad(set_to_none=True)
@@ -96,24 +97,27 @@ def steps(dtype: torch.dtype) -> dict[str, Callable[[], float]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round of one row, to see that everything runs")
+    rows, rounds = (1, 1) if parser.parse_args().quick else (ROWS, ROUNDS)
     torch.set_num_threads(1)
-    flops = SHAPE.flops(ROWS * SEQ_LEN, (SEQ_LEN + 1) / 2)
+    flops = SHAPE.flops(rows * SEQ_LEN, (SEQ_LEN + 1) / 2)
     result: dict[str, dict[str, float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        contestants = steps(dtype)
+        contestants = steps(dtype, rows)
         losses = {name: step() for name, step in contestants.items()}
         assert max(losses.values()) - min(losses.values()) < (0.1 if dtype == torch.bfloat16 else 1e-3), losses
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for name, step in contestants.items():
                 start = time.process_time()
                 step()
                 seconds[name].append(time.process_time() - start)
         for name, times in seconds.items():
             middle = statistics.median(times)
-            result.setdefault(str(dtype).removeprefix("torch."), {})[name] = round(ROWS * SEQ_LEN / middle)
-            print(f"{dtype!s:15} {name:14} {ROWS * SEQ_LEN / middle:8.0f} tokens/s  {flops / middle / 1e9:6.1f} GFLOP/s useful  "
-                  f"(best {ROWS * SEQ_LEN / min(times):.0f}, loss {losses[name]:.5f})", file=sys.stderr)
+            result.setdefault(str(dtype).removeprefix("torch."), {})[name] = round(rows * SEQ_LEN / middle)
+            print(f"{dtype!s:15} {name:14} {rows * SEQ_LEN / middle:8.0f} tokens/s  {flops / middle / 1e9:6.1f} GFLOP/s useful  "
+                  f"(best {rows * SEQ_LEN / min(times):.0f}, loss {losses[name]:.5f})", file=sys.stderr)
     print(json.dumps({"parameters": SHAPE.parameters(), "tokens_per_second": result}))
 
 

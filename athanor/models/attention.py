@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from athanor.models.collectives import all_to_all, gather, rank, size
 from athanor.models.context import Context, Packed, Paged
-from athanor.models.cpu_attention import of_documents, packed_attention, part_attention, pieces, runs
+from athanor.models.cpu_attention import attend, attend_within_documents, of_documents, part_attention, pieces, runs
 from athanor.models.fused import rotate
 
 # cuDNN's is the fastest for heads of 128 on Hopper; it must see no mask, and flash attention is what remains without it
@@ -64,8 +64,7 @@ def _packed(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
     assert context.rope is not None, "the model fills rope before its first block"
     way = choose(qkv.device.type, qkv.dtype, context.is_even)
     if way == "operator":
-        out, _, _ = packed_attention(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
-        return out
+        return attend_within_documents(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
     turned, value = qkv.split([heads + kv_heads, kv_heads], 1)
     query, key = rotate(turned, context.rope.table).split([heads, kv_heads], 1)
     if way == "pieces":
@@ -157,7 +156,7 @@ def _paged(qkv: Tensor, context: Paged, layer: int, heads: int, kv_heads: int) -
     assert context.rope is not None, "the model fills rope before its first block"
     is_packed = context.is_whole and qkv.device.type == "cpu"
     if is_packed:
-        out, turned, _ = packed_attention(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
+        out, turned, _ = attend(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
     else:
         turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope.table), qkv[:, heads + kv_heads:]], 1)
     (keys, values), (page, slot) = context.cache.layers[layer], context.places

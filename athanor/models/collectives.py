@@ -6,6 +6,7 @@ A group of None or of one rank costs nothing. Every blocking collective is an in
 from __future__ import annotations
 
 import contextlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch.distributed.tensor import DTensor
 from athanor.foundation.intervals import interval
 
 Group = dist.ProcessGroup | None
+# torch 2.13 renamed both; up to 2.12 only the old names exist
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def size(group: Group) -> int:
@@ -30,21 +34,55 @@ def rank(group: Group) -> int:
 
 def local(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter; its gradient is taken to be that part's alone."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    (found,) = local_parts(parameter)
+    return found
+
+
+def local_parts(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """The same of several parameters at once."""
+    if not isinstance(parameters[0], DTensor):
+        return parameters
+    if torch.compiler.is_compiling():
+        return tuple(parameter.to_local() for parameter in parameters)  # type: ignore[attr-defined]
+    return _Local.apply(None, *parameters)
+
+
+class _Local(torch.autograd.Function):
+    """What DTensor.to_local does, without working out anew on the way back what the parameter's layout is.
+
+    With a group, the gradients of its ranks are summed, as `replicated` wants it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, *parameters: DTensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.specs = group, [parameter._spec for parameter in parameters]
+        return tuple(parameter._local_tensor.detach() for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        if ctx.group is not None:
+            gradients = tuple(all_reduce(gradient.clone(), ctx.group) for gradient in gradients)
+        return None, *(DTensor(part, spec, requires_grad=False)  # type: ignore[call-arg]
+                       for part, spec in zip(gradients, ctx.specs, strict=True))
 
 
 def _waiting(account: str, group: Group) -> contextlib.AbstractContextManager[None]:
     """The interval of one collective; all ranks of a group give it the same name, other groups another."""
     if torch.compiler.is_compiling() or group is None:
         return contextlib.nullcontext()
-    return interval(account, group=f"{account}-{dist.get_process_group_ranks(group)[0]}")
+    return interval(account, group=_label(account, group))
+
+
+@lru_cache(maxsize=64)
+def _label(account: str, group: dist.ProcessGroup) -> str:
+    return f"{account}-{dist.get_process_group_ranks(group)[0]}"
 
 
 def all_gather(x: Tensor, group: Group, account: str = "tensor") -> Tensor:
     """[t, ...] of each rank -> [t x ranks, ...]; not differentiable."""
     out = x.new_empty((x.shape[0] * size(group), *x.shape[1:]))
     with _waiting(account, group):
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        _all_gather(out, x.contiguous(), group=group)
     return out
 
 
@@ -52,7 +90,7 @@ def reduce_scatter(x: Tensor, group: Group, account: str = "tensor") -> Tensor:
     """[t x ranks, ...] of each rank -> the sum's part [t, ...]; not differentiable."""
     out = x.new_empty((x.shape[0] // size(group), *x.shape[1:]))
     with _waiting(account, group):
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+        _reduce_scatter(out, x.contiguous(), group=group)
     return out
 
 
@@ -68,7 +106,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, tokens: int, account: str) -> Tensor:
         ctx.group, ctx.account = group, account
-        return all_gather(x, group, account)[:tokens]
+        return _cut(all_gather(x, group, account), tokens)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -83,13 +121,18 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return all_gather(gradient, ctx.group)[:ctx.tokens], None
+        return _cut(all_gather(gradient, ctx.group), ctx.tokens), None
 
 
 def _padded(x: Tensor, group: Group) -> Tensor:
     """x with zeros after its last row, up to a number that the group's ranks can share."""
     lacking = -x.shape[0] % size(group)
     return torch.cat([x, x.new_zeros(lacking, *x.shape[1:])]) if lacking else x
+
+
+def _cut(x: Tensor, rows: int) -> Tensor:
+    """The first rows, without what `_padded` added."""
+    return x if x.shape[0] == rows else x[:rows]
 
 
 class _Replicated(torch.autograd.Function):
@@ -144,9 +187,13 @@ def scatter(x: Tensor, group: Group) -> Tensor:
     return x if size(group) == 1 else _Scatter.apply(x, group)
 
 
-def replicated(x: Tensor, group: Group) -> Tensor:
+def replicated(parameter: Tensor, group: Group) -> Tensor:
     """A weight that every rank holds in full and applies to its own tokens; backward sums the gradients of all tokens."""
-    return x if size(group) == 1 else _Replicated.apply(x, group)
+    if size(group) == 1:
+        return local(parameter)
+    if isinstance(parameter, DTensor) and not torch.compiler.is_compiling():
+        return _Local.apply(group, parameter)[0]
+    return _Replicated.apply(local(parameter), group)
 
 
 def all_to_all(x: Tensor, group: Group, account: str) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from athanor.models.fused import rotate
 
@@ -49,9 +50,7 @@ def new_mask(begin: int, end: int, dtype: torch.dtype) -> Tensor | None:
 causal_mask = lru_cache(maxsize=64)(new_mask)
 
 
-@torch.library.custom_op("athanor::packed_attention", mutates_args=(), device_types="cpu")
-def packed_attention(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int,
-                     kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def attend(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Attention within documents: (out [T, heads, head_dim], turned qkv, logsumexp of the scores, block by block)."""
     turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     rotate(qkv[:, :heads + kv_heads], rope, out=turned[:, :heads + kv_heads])
@@ -70,9 +69,8 @@ def packed_attention(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int,
     return out, turned, torch.cat(sums)
 
 
-@torch.library.custom_op("athanor::packed_attention_backward", mutates_args=(), device_types="cpu")
-def packed_attention_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
-                              heads: int, kv_heads: int) -> Tensor:
+def attend_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor, heads: int,
+                    kv_heads: int) -> Tensor:
     """The gradient of qkv [T, heads + 2 kv_heads, head_dim]."""
     result, start = torch.empty_like(turned), 0
     for count, length in runs(cu_seqlens):
@@ -103,6 +101,12 @@ def _documents(qkv: Tensor, start: int, count: int, length: int, heads: int, kv_
     return list(run.split([heads, kv_heads, kv_heads], 1))
 
 
+# as operators for compilers and for modes that look at operators: tracing, counting, choosing what is kept
+packed_attention = torch.library.custom_op("athanor::packed_attention", attend, mutates_args=(), device_types="cpu")
+packed_attention_backward = torch.library.custom_op("athanor::packed_attention_backward", attend_backward, mutates_args=(),
+                                                    device_types="cpu")
+
+
 @packed_attention.register_fake
 def _(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -130,6 +134,28 @@ def _differentiate(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
 
 
 packed_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Attend(torch.autograd.Function):
+    """The same without an operator's dispatch, which takes as long as the attention of a few short documents."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = attend(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
+        turned, rope, cu_seqlens, out, sums = ctx.saved_tensors
+        return attend_backward(gradient, turned, rope, cu_seqlens, out, sums, ctx.heads, ctx.kv_heads), None, None, None, None
+
+
+def attend_within_documents(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """qkv [T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim], by the operator where somebody looks at operators."""
+    how = packed_attention if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() else _Attend.apply
+    out, _, _ = how(qkv, rope, cu_seqlens, heads, kv_heads)
+    return out  # type: ignore[no-any-return]
 
 
 class Piece(NamedTuple):

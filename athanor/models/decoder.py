@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from athanor.models.attention import attention
-from athanor.models.collectives import all_gather, gather, local, rank, replicated, scatter, size
+from athanor.models.collectives import all_gather, gather, local, local_parts, rank, replicated, scatter, size
 from athanor.models.context import Context, Packed, Rope, Scored
 from athanor.models.experts import Mixture
 from athanor.models.fused import rms_norm, rope_table, swiglu
@@ -43,7 +43,7 @@ class Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return rms_norm(x, replicated(local(self.weight), context.groups.tp), self.eps)
+        return rms_norm(x, replicated(self.weight, context.groups.tp), self.eps)
 
 
 class Attention(nn.Module):
@@ -53,6 +53,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, shape.head_dim
         self.linear: Linear = F.linear
+        self.group_heads = shape.num_attention_heads // shape.num_key_value_heads  # query heads of one key head
         self.q_proj = Matrix(shape.query_size, shape.hidden_size)
         self.k_proj = Matrix(shape.key_value_size, shape.hidden_size)
         self.v_proj = Matrix(shape.key_value_size, shape.hidden_size)
@@ -60,16 +61,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.linear(x, context.prepared(self, self.fuse)).unflatten(1, (-1, self.head_dim))
-        kv_heads = local(self.k_proj.weight).shape[0] // self.head_dim
-        heads = qkv.shape[1] - 2 * kv_heads
+        kv_heads = qkv.shape[1] // (self.group_heads + 2)
+        heads = self.group_heads * kv_heads
         return self.linear(attention(qkv, context, self.layer, heads, kv_heads), local(self.o_proj.weight))
 
     def fuse(self) -> Tensor:
         """One weight for queries, keys and values, with the two channels of a rotary pair side by side in q and k."""
         half = self.head_dim // 2
-        query, key = (local(m.weight).unflatten(0, (-1, 2, half)).transpose(1, 2) for m in (self.q_proj, self.k_proj))
-        value = local(self.v_proj.weight).unflatten(0, (-1, half, 2))
-        return torch.cat([query, key, value]).flatten(0, 2)
+        query, key, value = local_parts(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        turned = [part.unflatten(0, (-1, 2, half)).transpose(1, 2) for part in (query, key)]
+        return torch.cat([*turned, value.unflatten(0, (-1, half, 2))]).flatten(0, 2)
 
 
 class MLP(nn.Module):
@@ -88,7 +89,7 @@ class MLP(nn.Module):
         return self.linear(swiglu(self.linear(x, context.prepared(self, self.fuse))), local(self.down_proj.weight))
 
     def fuse(self) -> Tensor:
-        return torch.cat([local(self.gate_proj.weight), local(self.up_proj.weight)])
+        return torch.cat(local_parts(self.gate_proj.weight, self.up_proj.weight))
 
 
 class Block(nn.Module):

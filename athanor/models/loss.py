@@ -14,7 +14,7 @@ from torch import Tensor
 from athanor.models.collectives import Group, all_reduce, rank, size
 from athanor.models.context import Scored
 
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of logits in fp32: a core's cache, or memory that does not hurt
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # of logits in fp32: fit for a shared cache, or memory that does not hurt
 LEAST_ROWS = {"cpu": 64, "cuda": 2048}  # fewer keep the multiplications from their full rate
 
 
@@ -66,18 +66,21 @@ class _Targets:
 
 
 def _normalise(logits: Tensor, at: _Targets, group: Group) -> tuple[Tensor, Tensor]:
-    """Turn logits [t, V] into log-probabilities, in place; return those of the targets and logsumexp, both [t]."""
+    """Turn logits [t, V] into probabilities, in place; return log-probabilities of the targets and logsumexp, both [t].
+
+    The largest probability is 1 / (the sum of exp(logit - largest logit)), which spares a pass of exponentials.
+    """
+    largest, wanted = logits.amax(1, keepdim=True), at.take(logits)
     if size(group) == 1:
-        before = at.take(logits)
-        torch.log_softmax(logits, -1, out=logits)
-        logp = at.take(logits)
-        return logp.squeeze(1), (before - logp).squeeze(1)
-    largest = all_reduce(logits.amax(1, keepdim=True), group, is_max=True)
-    logits.sub_(largest)
-    both = all_reduce(torch.cat([logits.exp().sum(1, keepdim=True), at.take(logits)], 1), group)
-    log_sum = both[:, :1].log()
-    logits.sub_(log_sum)
-    return (both[:, 1:] - log_sum).squeeze(1), (largest + log_sum).squeeze(1)
+        torch.softmax(logits, -1, out=logits)
+        logsumexp = largest.sub_(logits.amax(1, keepdim=True).log_())
+        return (wanted - logsumexp).squeeze(1), logsumexp.squeeze(1)
+    largest = all_reduce(largest, group, is_max=True)
+    logits.sub_(largest).exp_()
+    both = all_reduce(torch.cat([logits.sum(1, keepdim=True), wanted], 1), group)
+    logits.div_(both[:, :1])
+    logsumexp = largest + both[:, :1].log()
+    return (both[:, 1:] - logsumexp).squeeze(1), logsumexp.squeeze(1)
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -148,7 +151,6 @@ class _WeightedSum(torch.autograd.Function):
             at = _Targets(targets[tokens], weight.shape[0], group)
             logp[tokens], logsumexp[tokens] = _normalise(logits, at, group)
             if wants_gradient:
-                logits.exp_()
                 if z_loss:
                     logits.mul_(logsumexp[tokens].unsqueeze(1).mul(2 * z_loss).add_(1))
                 at.add(logits, minus_one.expand(part.shape[0], 1))
