@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from athanor.foundation.errors import LayoutError, ModelError
+from athanor.foundation.errors import ModelError
 from athanor.parallel import fully_shard, recompute, tensor
 from athanor.parallel.mesh import Mesh
 
-COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+# what all is computed in, but for the products of fp8
+COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,7 @@ def storage_dtype(precision: str) -> torch.dtype:
 
 
 def compute_dtype(precision: str) -> torch.dtype | None:
-    """The dtype to compute in, when it is not that of the weights. Raises LayoutError for fp8."""
-    if precision not in COMPUTE_DTYPES:
-        raise LayoutError(f"precision {precision} cannot be trained with; this version trains with {', '.join(COMPUTE_DTYPES)}")
+    """The dtype to compute in, when it is not that of the weights."""
     dtype = COMPUTE_DTYPES[precision]
     return None if dtype == storage_dtype(precision) else dtype
 

@@ -25,6 +25,7 @@ from athanor.foundation.layout import keeps_whole
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.run_folder import RunFolder, StageFolder, append_jsonl, folder_renamed_last, read_jsonl
 from athanor.ledger.attempts import roll_back
+from athanor.models import fp8
 from athanor.models.decoder import Decoder
 from athanor.models.find import load_architecture
 from athanor.models.huggingface import load_weights, save_model
@@ -166,6 +167,9 @@ def lay_out(job: Job, mesh: Mesh) -> tuple[Stages, list[DataParallel]]:
     described = {number: describe_model(job, blocks, number == 0, number == last)
                  for number, blocks in enumerate(pipeline.blocks)}
     parts = {number: copy.deepcopy(described[number]) for number in pipeline.stages_of(mesh.coordinates["pp"])}
+    if settings.precision == "fp8":
+        for part in parts.values():
+            fp8.convert(part, mesh.layout.tp)
     sharded = [parallelize(part, mesh, tensor_dims, choices) for part in parts.values()]
     return Stages(parts, pipeline, mesh, described), [each for each in sharded if each is not None]
 

@@ -16,6 +16,7 @@ from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe, Stage, toml_value
 from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, hash_file, hash_folder, write_atomic
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, check_pipeline, cut
+from athanor.models import fp8
 from athanor.models.huggingface import read_shape
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import shape_class
@@ -61,6 +62,8 @@ def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) ->
     check_experts(layout, getattr(shape, "num_experts", 0))
     settings = settle(recipe, stage, layout, shape)
     pipeline = make_pipeline(recipe, layout, settings, shape)
+    if settings.precision == "fp8":
+        fp8.check(shape, layout.tp)
     rows = open_rows(run.data, settings.data, settings.seq_len, settings.seed)
     held_out = open_rows(run.data, settings.data, settings.seq_len, settings.seed, "evaluation")
     hashes = {"data": manifest["hash"], "rows": rows.fingerprint, "tokenizer": manifest["tokenizer_hash"],

@@ -14,6 +14,7 @@ KINDS = {
     "dense": [],
     "untied": ["model.tie_word_embeddings=false"],
     "muon": ["stage.pretrain.optimizer=muon"],
+    "wide": ["model.hidden_size=64", "model.intermediate_size=96"],  # what products in fp8 can be cut from
     "mixture": ["model.architecture=mixtral", "model.num_experts=4", "model.num_experts_per_tok=2",
                 "model.num_hidden_layers=4", "stage.pretrain.optimizer=muon"],
 }
@@ -81,6 +82,7 @@ ROUGH = [
     ("dense", "precision=fp32 tp=2 compile=true", 1e-6), ("dense", "precision=bf16", 3e-2),
     ("dense", "precision=bf16 dp_shard=2", 3e-2),
     ("untied", "precision=bf16 tp=2", 3e-2), ("dense", "precision=bf16 pp=2 pipeline_schedule=ZBVZeroBubble", 3e-2),
+    ("wide", "precision=fp8", 6e-2), ("wide", "precision=fp8 dp_shard=2 tp=2", 6e-2), ("wide", "precision=fp8 pp=2", 6e-2),
     ("dense", "precision=bf16 pp=2 dp_shard=2", 3e-2), ("mixture", "precision=bf16 dp_shard=2 ep=2", 3e-2),
 ]
 
