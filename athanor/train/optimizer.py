@@ -64,6 +64,11 @@ class Optimizer:
     State has one tensor per slot and parameter, of the shape of its shard: exp_avg and exp_avg_sq (AdamW),
     momentum (Muon), kept in `state_dtype` (None: that of the weights), computed with in that of the weights. With `masters`
     those are what is updated, and the model gets copies of them.
+
+    State is rounded to the nearest: both moments change by a twentieth or more of what is new, far above bf16's 1/256. After
+    500 steps of 1,024 bytes of Python (width 64, two orders of data) the held-out loss with bf16 state differed from that with
+    fp32 by +0.020 and +0.014 of 1.92 (AdamW), -0.001 and -0.002 of 1.55 (Muon); stochastic rounding by +0.014; fp32 begun from
+    weights that differ by 0.2 % by +0.007 to +0.032, so that this is what any disturbance does.
     """
 
     def __init__(self, stages: Stages, kind: str, weight_decay: float, *, groups: Sequence[Group] = (),
