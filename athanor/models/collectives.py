@@ -33,7 +33,11 @@ def rank(group: Group) -> int:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter; its gradient is taken to be that part's alone."""
+    """This rank's part of a parameter; its gradient is taken to be that part's alone.
+
+    Of a parameter that tensor-parallel ranks hold in full, each gets the gradient of its own tokens or parts; they are
+    summed once a step (`parallel/stages.py`).
+    """
     (found,) = local_parts(parameter)
     return found
 
@@ -44,26 +48,21 @@ def local_parts(*parameters: Tensor) -> tuple[Tensor, ...]:
         return parameters
     if torch.compiler.is_compiling():
         return tuple(parameter.to_local() for parameter in parameters)  # type: ignore[attr-defined]
-    return _Local.apply(None, *parameters)
+    return _Local.apply(*parameters)  # type: ignore[no-any-return]
 
 
 class _Local(torch.autograd.Function):
-    """What DTensor.to_local does, without working out anew on the way back what the parameter's layout is.
-
-    With a group, the gradients of its ranks are summed, as `replicated` wants it.
-    """
+    """What DTensor.to_local does, without working out anew on the way back what the parameter's layout is."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, *parameters: DTensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.specs = group, [parameter._spec for parameter in parameters]
+    def forward(ctx: Any, *parameters: DTensor) -> tuple[Tensor, ...]:
+        ctx.specs = [parameter._spec for parameter in parameters]
         return tuple(parameter._local_tensor.detach() for parameter in parameters)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if ctx.group is not None:
-            gradients = tuple(all_reduce(gradient.clone(), ctx.group) for gradient in gradients)
-        return None, *(DTensor(part, spec, requires_grad=False)  # type: ignore[call-arg]
-                       for part, spec in zip(gradients, ctx.specs, strict=True))
+        return tuple(DTensor(part, spec, requires_grad=False)  # type: ignore[call-arg]
+                     for part, spec in zip(gradients, ctx.specs, strict=True))
 
 
 def _waiting(account: str, group: Group) -> contextlib.AbstractContextManager[None]:
@@ -135,17 +134,6 @@ def _cut(x: Tensor, rows: int) -> Tensor:
     return x if x.shape[0] == rows else x[:rows]
 
 
-class _Replicated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return all_reduce(gradient.clone(), ctx.group), None
-
-
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, account: str) -> Tensor:
@@ -185,15 +173,6 @@ def scatter(x: Tensor, group: Group) -> Tensor:
     t is T / ranks rounded up; the last part ends in zeros where T does not divide.
     """
     return x if size(group) == 1 else _Scatter.apply(x, group)
-
-
-def replicated(parameter: Tensor, group: Group) -> Tensor:
-    """A weight that every rank holds in full and applies to its own tokens; backward sums the gradients of all tokens."""
-    if size(group) == 1:
-        return local(parameter)
-    if isinstance(parameter, DTensor) and not torch.compiler.is_compiling():
-        return _Local.apply(group, parameter)[0]
-    return _Replicated.apply(local(parameter), group)
 
 
 def all_to_all(x: Tensor, group: Group, account: str) -> Tensor:

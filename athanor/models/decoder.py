@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from athanor.models.attention import attention
-from athanor.models.collectives import all_gather, gather, local, local_parts, rank, replicated, scatter, size
+from athanor.models.collectives import all_gather, gather, local, local_parts, rank, scatter, size
 from athanor.models.context import Context, Packed, Rope, Scored
 from athanor.models.experts import Mixture
 from athanor.models.fused import rms_norm, rope_table, swiglu
@@ -43,7 +43,7 @@ class Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return rms_norm(x, replicated(self.weight, context.groups.tp), self.eps)
+        return rms_norm(x, local(self.weight), self.eps)
 
 
 class Attention(nn.Module):

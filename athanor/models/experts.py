@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athanor.models.collectives import all_to_all, exchange, local, replicated, size
+from athanor.models.collectives import all_to_all, exchange, local, size
 from athanor.models.context import Context
 from athanor.models.fused import swiglu
 from athanor.models.shapes.mixture import MixtureShape
@@ -44,7 +44,7 @@ class Router(nn.Module):
 
         A tensor-parallel rank sees a part of every expert, so its gradient of the weight is one of several summands.
         """
-        logits = F.linear(x, replicated(local(self.weight), context.groups.tp))
+        logits = F.linear(x, local(self.weight))
         gates, experts = logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).topk(self.top, -1)
         return gates / gates.sum(-1, keepdim=True) if self.is_normalised else gates, experts
 

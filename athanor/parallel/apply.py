@@ -39,7 +39,7 @@ def parallelize(model: nn.Module, mesh: Mesh, tensor_dims: Mapping[str, int | No
     recompute.apply(blocks, choices.recompute, choices.is_compiled)
     if choices.is_compiled:
         for block in blocks:
-            block.compile(fullgraph=getattr(block, "is_one_graph", True))
+            block.compile(fullgraph=getattr(block, "is_one_graph", True), dynamic=False)
     if mesh.axis("shard") is None:
         return None
     return fully_shard.apply(model, blocks, mesh, compute_dtype(choices.precision), choices.keeps_whole)

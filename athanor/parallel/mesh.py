@@ -69,10 +69,8 @@ class Mesh:
 
     def axis(self, name: str) -> DeviceMesh | None:
         """The sub-mesh of an axis; None when it has no ranks to talk to."""
-        for mesh in (self.devices, self.experts, self.context):
-            if mesh is not None and name in (mesh.mesh_dim_names or ()):
-                return mesh[name]
-        return None
+        mesh = self.experts if name in ("expert_shard", "ep") else self.context if name == "cp" else self.devices
+        return None if mesh is None or name not in (mesh.mesh_dim_names or ()) else mesh[name]
 
     def expert_axes(self) -> DeviceMesh | None:
         """The sub-mesh on which experts are cut, ep and (with tensor parallelism) tp; None without expert parallelism."""

@@ -65,7 +65,6 @@ class Runner:
         with interval("bubble"):  # what is neither computed nor sent is waited
             schedule.step(*((tokens,) if self.stages.is_first else ()), return_outputs=False,
                           target=given["positions"] if self.stages.is_last else None, **given)
-        self.stages.tie()
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Any], compute: Compute) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -12,15 +12,15 @@ from athanor.foundation.intervals import interval
 from athanor.foundation.layout import Layout
 from athanor.foundation.schedules import Pipeline
 from athanor.parallel.mesh import Mesh
-from athanor.parallel.tensor import full, is_first_copy, local
+from athanor.parallel.tensor import full, is_copied, is_first_copy, sum_copies
 
 
 class Stages:
     """This rank's stages by their number, each a module that knows its parameters under their names in the whole model.
 
     Without a pipeline it is one stage, which is the model. `described` are all stages, whose weights need no memory. A name
-    that two stages hold (tied embeddings) is one parameter: the earlier stage speaks for it, and `tie` keeps the gradients
-    of both equal.
+    that two stages hold (tied embeddings) is one parameter: the earlier stage speaks for it, and `complete` keeps the
+    gradients of both equal.
     """
 
     def __init__(self, parts: Mapping[int, nn.Module], pipeline: Pipeline, mesh: Mesh,
@@ -69,13 +69,21 @@ class Stages:
         return {parameter for number, part in self.parts.items() for name, parameter in part.named_parameters()
                 if self.holders[name][0] == number and is_first_copy(parameter)}
 
-    def tie(self) -> None:
-        """Add up the gradients of parameters that two stages hold, alike on both."""
+    def complete(self, gradient: Callable[[nn.Parameter], torch.Tensor | None]) -> None:
+        """Add up what several ranks have of one gradient, once a step, alike on all of them.
+
+        That is the gradient of parameters that tensor-parallel ranks hold in full and apply to their own tokens, and of
+        those that two stages hold. `gradient` gives this rank's part of a parameter's.
+        """
+        if (group := self.mesh.group("tp")) is not None:
+            held = [gradient(parameter) for _, parameter in self.named_parameters() if is_copied(parameter)]
+            with interval("tensor", group=self.mesh.label("tp")):
+                sum_copies([part for part in held if part is not None], group)
         for name, (first, *others) in self.holders.items():
             if not others or not {first, *others} & set(self.parts):
                 continue
-            grads = [local(p.grad) for number in (first, *others) if number in self.parts
-                     for key, p in self.parts[number].named_parameters() if key == name and p.grad is not None]
+            grads = [found for number in (first, *others) if number in self.parts
+                     for key, p in self.parts[number].named_parameters() if key == name and (found := gradient(p)) is not None]
             if len(grads) == 2:
                 total = grads[0] + grads[1]
             else:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -97,6 +98,21 @@ def box_of(tensor: torch.Tensor, place: Mapping[str, int] | None = None) -> Box:
 def is_first_copy(tensor: torch.Tensor, place: Mapping[str, int] | None = None) -> bool:
     """Whether no earlier rank of the tensor's mesh holds the same part as this one, or the one at `place`."""
     return all(dim is not None or index == 0 for index, _, dim in _cuts(tensor, place))
+
+
+def is_copied(tensor: torch.Tensor) -> bool:
+    """Whether tensor-parallel ranks hold the same part of it."""
+    names = tensor.device_mesh.mesh_dim_names or () if isinstance(tensor, DTensor) else ()
+    return isinstance(tensor, DTensor) and "tp" in names and tensor.placements[names.index("tp")].is_replicate()
+
+
+def sum_copies(gradients: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Add up gradients of parameters that every rank of the group holds in full, in place and in one message."""
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=group)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def _cuts(tensor: torch.Tensor, place: Mapping[str, int] | None) -> list[tuple[int, int, int | None]]:

@@ -97,6 +97,11 @@ class Optimizer:
         """Steps that were not skipped; asking waits for the device."""
         return int(self.counted)
 
+    def complete(self) -> None:
+        """Make this rank's gradients those of all ranks, after the last micro-batch."""
+        parts = {piece.parameter: piece for piece in self.pieces}
+        self.stages.complete(lambda parameter: parts[parameter].gradient)
+
     def squared_norm(self) -> torch.Tensor:
         """The sum of squares of this rank's part of the gradient, in fp64; each part is counted on one rank only."""
         mine = [piece.gradient for piece in self.pieces if piece.parameter in self.owned]

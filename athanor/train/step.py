@@ -151,6 +151,7 @@ def run_batches(trainee: Trainee, batches: Sequence[Batch]) -> None:
         run_pipeline(trainee.runner, batches, trainee.mesh)
     else:
         run_micro_batches(trainee, batches)
+    trainee.optimizer.complete()
 
 
 def run_micro_batches(trainee: Trainee, batches: Sequence[Batch]) -> None:

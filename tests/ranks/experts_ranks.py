@@ -87,6 +87,8 @@ def train(channel: Callable[..., None], degrees: dict[str, int], is_starved: boo
     scored = model(mine["tokens"], Packed.of(lengths[place], groups=groups), mine["targets"], mine["weights"])
     scored.weighted_sum.backward()
     activate(None)
+    if groups.tp is not None:
+        models_ranks.complete(model, groups.tp)
     loss, gradients = scored.weighted_sum.detach().clone(), {}
     for name, parameter in model.named_parameters():
         gradients[name] = full(parameter.grad).clone()

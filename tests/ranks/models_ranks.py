@@ -45,6 +45,13 @@ def shard(model: Any, mesh: Any) -> None:
         setattr(model.get_submodule(path), leaf, nn.Parameter(part))
 
 
+def complete(model: Any, group: Any) -> None:
+    """Add up the gradients of what tensor-parallel ranks hold in full, as training does once a step."""
+    from athanor.parallel.tensor import is_copied, local, sum_copies
+
+    sum_copies([local(p.grad) for p in model.parameters() if is_copied(p)], group)
+
+
 def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
     """Loss (with a z-loss) and the full gradients of one forward and backward pass, as numpy."""
     from dataclasses import replace
@@ -61,6 +68,8 @@ def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
         scored = model(data["tokens"], context, data["targets"])
         loss = -(scored.logp * data["weights"]).sum() + 0.01 * scored.logsumexp.square().sum()
     loss.backward()
+    if context.groups.tp is not None:
+        complete(model, context.groups.tp)
     gradients = {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()}
     return {"loss": loss.item(), "logp": scored.logp.detach().numpy(),
             "gradients": {name: g.numpy() for name, g in gradients.items()}}
@@ -76,7 +85,7 @@ def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool)
     from athanor.models.initialize import initialize
 
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     model = build(is_tied)
     shard(model, mesh)
     initialize(model, 7)

@@ -42,6 +42,7 @@ def look_at_shards(channel: Callable[..., None], degrees: dict[str, int], keeps_
             sharded.begin(number == 1)
         model(tokens, context, tokens + 1, torch.ones(12)).weighted_sum.backward()
     activate(None)
+    Stages.alone(model, mesh).complete(lambda parameter: local(parameter.grad))
     gradients = {name: full(p.grad).clone().numpy() for name, p in model.named_parameters()}
     place = {"rank": int(os.environ["RANK"]), "data_rank": mesh.data_rank, **mesh.coordinates}
     leave()
