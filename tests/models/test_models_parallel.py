@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from athanor.models.initialize import initialize
 def alone(is_tied: bool, weighted: bool, lengths: list[int] = models_ranks.LENGTHS, **changes: int) -> tuple[Any, Any]:
     model = models_ranks.build(is_tied, **changes)
     initialize(model, 7)
-    return model, models_ranks.results(model, Packed.of(lengths), weighted)
+    return model, models_ranks.results(model, replace(Packed.of(lengths), z_loss=models_ranks.Z_LOSS), weighted)
 
 
 def ranks(target: str, arguments: dict[str, Any], count: int, tmp_path: Path) -> list[Any]:

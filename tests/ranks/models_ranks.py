@@ -7,6 +7,7 @@ from typing import Any
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
+Z_LOSS = 0.1  # of tensor- and context-parallel ranks
 LENGTHS = [5, 16, 1, 11]  # 33 tokens, which two ranks cannot share evenly
 
 
@@ -53,12 +54,9 @@ def complete(model: Any, group: Any) -> None:
 
 
 def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
-    """Loss (with a z-loss) and the full gradients of one forward and backward pass, as numpy."""
-    from dataclasses import replace
-
+    """Loss and the full gradients of one forward and backward pass, as numpy."""
     from torch.distributed.tensor import DTensor
 
-    context = replace(context, z_loss=0.1)
     data = batch(len(context.positions))
     model.zero_grad()
     if weighted:
@@ -76,6 +74,8 @@ def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
 
 
 def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool) -> dict[str, Any]:
+    from dataclasses import replace
+
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -89,7 +89,7 @@ def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool)
     model = build(is_tied)
     shard(model, mesh)
     initialize(model, 7)
-    context = Packed.of(LENGTHS, groups=Groups(tp=mesh.get_group()))
+    context = replace(Packed.of(LENGTHS, groups=Groups(tp=mesh.get_group())), z_loss=Z_LOSS)
     recorder = Recorder()
     activate(recorder)
     found = results(model, context, weighted)
@@ -120,7 +120,7 @@ def context_parallel(channel: Callable[..., None], lengths: list[int], is_compil
     if is_compiled:
         for block in model.blocks.values():
             block.compile(backend="aot_eager", fullgraph=True)
-    context = replace(Packed.of(lengths, groups=Groups(cp=dist.group.WORLD)), z_loss=0.1)
+    context = replace(Packed.of(lengths, groups=Groups(cp=dist.group.WORLD)), z_loss=Z_LOSS)
     mine = slice(rank * total // ranks, (rank + 1) * total // ranks)
     data = {name: column[mine] for name, column in batch(total).items()}
     recorder = Recorder()
