@@ -70,12 +70,8 @@ def kept_bytes(policy: str) -> int:
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute as accelerators do: element-wise expressions instead of hand-written ones, attention from torch's pieces."""
 
-    def attend(qkv: torch.Tensor, rope: torch.Tensor, cu_seqlens: torch.Tensor, heads: int, kv_heads: int) -> Any:
-        turned = torch.cat([fused.rotate(qkv[:, :heads + kv_heads], rope), qkv[:, heads + kv_heads:]], 1)
-        return attention.attend_by_runs(turned, cu_seqlens, heads, kv_heads), None, None
-
     monkeypatch.setattr(fused, "_by_hand", lambda x: False)
-    monkeypatch.setattr(attention, "packed_attention", attend)
+    monkeypatch.setattr(attention, "choose", lambda *about: "pieces")
 
 
 @pytest.mark.parametrize("is_plain", [False, True], ids=["by hand", "plain"])
