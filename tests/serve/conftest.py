@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
+from tiny_model import CONTEXT_TOKENS, texts
 
 from athanor.data.text.tokenizer import train_tokenizer
 from athanor.serve.api import Api
 from athanor.serve.server import running
 from athanor.serve.target import Target
-
-CONTEXT_TOKENS = 160
-
-
-def texts() -> Iterator[str]:
-    """Words that look a little like a program, the same in every run."""
-    draw = random.Random(0)
-    words = ["def", "return", "self", "value", "line", "äöü", "数据", "path", "import", "(", ")", ":", "\n    "]
-    for _ in range(60):
-        yield " ".join(draw.choices(words, k=60))
 
 
 @pytest.fixture(scope="session")

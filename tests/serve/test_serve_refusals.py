@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import CONTEXT_TOKENS
+from tiny_model import CONTEXT_TOKENS
 
 from athanor.foundation.errors import UserError
 from athanor.serve.address import Address, listen

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import texts
 
 from athanor.data.text.tokenizer import Tokenizer, train_tokenizer
 from athanor.serve.text import AnswerText
