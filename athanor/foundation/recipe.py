@@ -93,6 +93,8 @@ class Parallel(Section):
     num_microbatches: int | None = Field(None, ge=1, description="micro-batches per pipeline step")
     recompute: str | None = Field(None, description="none, full, selective (all but matmuls and attention), or 'every-k' blocks")
     split: list[int] | None = Field(None, description="decoder blocks of each pipeline stage")
+    keep_whole: bool | None = Field(None, description="whether a rank holds whole weights and gradients during a step (less "
+                                    "communication, more memory); where they are small, and in a pipeline, unless set")
 
 
 class ParameterGroup(Section):

@@ -161,8 +161,9 @@ def lay_out(job: Job, mesh: Mesh) -> tuple[Stages, list[DataParallel]]:
     """This rank's stages, their parameters sharded but still without memory."""
     settings, pipeline = job.settings, job.pipeline
     tensor_dims = load_architecture(job.recipe.model.architecture).TENSOR_DIMS
-    choices = Choices(settings.recompute, settings.compile, settings.precision,
-                      keeps_whole=keeps_whole(mesh.layout, job.shape.parameters()))
+    chosen = job.recipe.parallel.keep_whole
+    is_whole = keeps_whole(mesh.layout, job.shape.parameters()) if chosen is None else chosen
+    choices = Choices(settings.recompute, settings.compile, settings.precision, is_whole)
     last = len(pipeline.blocks) - 1
     described = {number: describe_model(job, blocks, number == 0, number == last)
                  for number, blocks in enumerate(pipeline.blocks)}

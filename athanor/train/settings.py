@@ -90,7 +90,7 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
                 intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
                 num_hidden_layers=shape.num_hidden_layers, seq_len=seq_len)
-    micro_batch_size, batch_tokens = _batch(stage, seq_len, layout.data_ranks)
+    micro_batch_size, batch_tokens = _batch(recipe, stage, seq_len, layout.data_ranks)
     rows, num_microbatches = check_batch(global_batch_tokens=batch_tokens, seq_len=seq_len, micro_batch_size=micro_batch_size,
                                          data_ranks=layout.data_ranks, tp=layout.tp)
     ramp = None
@@ -145,10 +145,18 @@ def identity(settings: Settings, shape: DecoderShape, hashes: dict[str, str]) ->
     return kept | {f"model.{key}": value for key, value in asdict(shape).items()} | {f"hash.{k}": v for k, v in hashes.items()}
 
 
-def _batch(stage: Stage, seq_len: int, data_ranks: int) -> tuple[int, int]:
-    """Rows per rank and forward pass, and tokens per step."""
+def _batch(recipe: Recipe, stage: Stage, seq_len: int, data_ranks: int) -> tuple[int, int]:
+    """Rows per rank and forward pass, and tokens per step. Raises LayoutError where two keys contradict each other."""
     rows = (stage.global_batch_tokens or DEFAULT_BATCH_TOKENS) // seq_len
-    micro = stage.micro_batch_size
+    micro, count = stage.micro_batch_size, recipe.parallel.num_microbatches
+    if count is not None:
+        fitting = max(1, rows // (count * data_ranks))
+        is_given = recipe.origin(f"stage.{stage.name}.micro_batch_size") in ("override", "recipe")
+        if rows != fitting * count * data_ranks or (is_given and micro != fitting):
+            raise LayoutError(f"parallel.num_microbatches = {count}, but {rows} rows a step on {data_ranks} data ranks are "
+                              f"{rows / data_ranks / (micro or fitting):g} micro-batches of {micro or fitting}; leave it or "
+                              f"stage.{stage.name}.micro_batch_size out")
+        micro = fitting
     if micro is None:
         micro = max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
         while micro > 1 and stage.global_batch_tokens and rows % (micro * data_ranks):

@@ -25,6 +25,7 @@ QUICK = [
     ("untied", "pp=2 pipeline_schedule=Interleaved1F1B"), ("dense", "pp=2 pipeline_schedule=LoopedBFS split=[1,3,2,2]"),
     ("untied", "pp=2 pipeline_schedule=InterleavedZeroBubble"), ("dense", "pp=2 pipeline_schedule=ZBVZeroBubble recompute=full"),
     ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"), ("mixture", "dp_shard=2 ep=2"),
+    ("dense", "dp_shard=2 keep_whole=false"), ("dense", "dp_replicate=2 keep_whole=false"),
 ]
 SLOW = [
     ("dense", "dp_shard=4"), ("dense", "dp_shard=3 global_batch_tokens=432"), ("muon", "dp_shard=2 tp=2 recompute=full"),
@@ -40,6 +41,8 @@ SLOW = [
     ("dense", "pp=2 dp_replicate=2 dp_shard=2 pipeline_schedule=InterleavedZeroBubble micro_batch_size=1"),
     ("dense", "pp=2 dp_shard=2 tp=2 pipeline_schedule=DualPipeV recompute=every-2 micro_batch_size=1"),
     ("muon", "dp_replicate=2 dp_shard=2 tp=2"), ("dense", "dp_replicate=2 cp=2 tp=2"), ("muon", "dp_shard=2 cp=2 tp=2"),
+    ("dense", "pp=2 dp_shard=2 keep_whole=false"), ("dense", "pp=2 dp_replicate=2 dp_shard=2 keep_whole=false"),
+    ("mixture", "dp_replicate=2 dp_shard=2 ep=2 keep_whole=false"),
     ("mixture", "tp=2"), ("mixture", "dp_shard=4 ep=2"), ("mixture", "cp=2 ep=2"), ("mixture", "dp_shard=2 ep=2 tp=2"),
     ("mixture", "dp_replicate=2 dp_shard=2 ep=2 recompute=full"), ("mixture", "dp_shard=2 cp=2 ep=4"),
     ("mixture", "pp=2 dp_shard=2 ep=2"), ("mixture", "pp=2 dp_shard=2 tp=2 ep=2 pipeline_schedule=ZBVZeroBubble"),

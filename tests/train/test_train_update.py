@@ -143,6 +143,14 @@ def test_what_is_open_is_filled_and_what_cannot_be_is_refused(recipe_file: Path)
         settings(recipe, global_batch_tokens=32 * 12)
     with pytest.raises(ModelError, match="longer than the model's max_position_embeddings = 2048"):
         settings(recipe, seq_len=4096)
+    with pytest.raises(LayoutError, match=r"num_microbatches = 4, but 16 rows a step on 2 data ranks are 2 micro-batches of 4"):
+        settings(load_recipe(recipe_file, ["parallel.num_microbatches=4"]))
+    with pytest.raises(LayoutError, match=r"num_microbatches = 3, but 16 rows a step on 2 data ranks are 2 micro-batches of 4"):
+        settings(load_recipe(recipe_file, ["parallel.num_microbatches=3"]))
+    assert settings(load_recipe(recipe_file, ["parallel.num_microbatches=2"])).micro_batch_size == 4
+    open_ = recipe_file.with_name("open.toml")
+    open_.write_text(recipe_file.read_text().replace("micro_batch_size = 4\n", ""))
+    assert settings(load_recipe(open_, ["parallel.num_microbatches=8"])).micro_batch_size == 1
     assert layout_of(recipe) == Layout(dp_shard=-1)
 
 
