@@ -78,7 +78,7 @@ def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice]
     """The recipe's tables with every open value filled."""
     shape, layout = best.shape, best.layout
     model = {"architecture": recipe.model.architecture}
-    model |= {key: getattr(shape, key) for key in type(recipe.model).model_fields if key != "architecture"}
+    model |= {key: getattr(shape, key) for key in type(recipe.model).model_fields if hasattr(shape, key)}
     stages = []
     for stage in recipe.stage:
         choice = choices[stage.name]
