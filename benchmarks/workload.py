@@ -15,7 +15,7 @@ from athanor.data.rows import Rows, Windows
 from athanor.data.shards import Shard, ShardWriter
 from athanor.foundation.launch import run_ranks
 from athanor.foundation.recipe import load_recipe
-from athanor.foundation.run_folder import read_json
+from athanor.foundation.run_folder import read_json, read_jsonl
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.train.settings import layout_of
 
@@ -60,10 +60,11 @@ def prepare_run(folder: Path, vocabulary: int, files: int) -> Path:
     return recipe
 
 
-def train(recipe_file: Path, shape: DecoderShape, ranks: int, *overrides: str) -> dict[str, Any]:
+def train(recipe_file: Path, shape: DecoderShape, ranks: int, *overrides: str,
+          target: str = "athanor.train.loop:train_stage") -> dict[str, Any]:
     """Train the recipe's stage in a run of its own on all cores, each rank on its part of them.
 
-    Returns what `train_stage` returns, and the stage's book as `book`.
+    Returns what `train_stage` returns, the stage's book as `book`, and `loop_seconds` from the first step's end to the last's.
     """
     run = recipe_file.parent / f"run-{time.monotonic_ns()}"
     run.mkdir()
@@ -71,8 +72,10 @@ def train(recipe_file: Path, shape: DecoderShape, ranks: int, *overrides: str) -
     recipe = load_recipe(recipe_file, [*(f"model.{key}={toml(getattr(shape, key))}" for key in MODEL_KEYS), *overrides])
     assert layout_of(recipe).dp_shard in (-1, ranks)
     arguments = {"run_folder": str(run), "recipe": recipe, "stage": "pretrain", "launched": time.perf_counter()}
-    found = run_ranks("athanor.train.loop:train_stage", arguments, ranks, log_folder=run / "logs", timeout=240)[0]
+    found = run_ranks(target, arguments, ranks, log_folder=run / "logs", timeout=240)[0]
     found["book"] = read_json(run / "pretrain" / "actual.json")
+    ends = [row["time"] for row in read_jsonl(run / "pretrain" / "metrics.jsonl")]
+    found["loop_seconds"] = ends[-1] - ends[0]
     shutil.rmtree(run)
     return dict(found)
 

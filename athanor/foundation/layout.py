@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -68,10 +69,11 @@ def resolve(layout: Layout, world_size: int) -> Layout:
 def check_model(layout: Layout, *, num_attention_heads: int, num_key_value_heads: int, intermediate_size: int,
                 vocab_size: int, num_hidden_layers: int, seq_len: int) -> None:
     """Refuse degrees that do not divide what they split. Raises LayoutError with the numbers and degrees that work."""
-    for name, size in (("num_attention_heads", num_attention_heads), ("num_key_value_heads", num_key_value_heads),
-                       ("intermediate_size", intermediate_size), ("vocab_size", vocab_size)):
+    cut = {"num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads,
+           "intermediate_size": intermediate_size, "vocab_size": vocab_size}
+    for name, size in cut.items():
         if size % layout.tp:
-            raise LayoutError(f"tp = {layout.tp} does not divide {name} = {size}; tp may be {_divisors(size)}")
+            raise LayoutError(f"tp = {layout.tp} does not divide {name} = {size}; tp may be {_divisors(math.gcd(*cut.values()))}")
     if layout.pp > num_hidden_layers:
         raise LayoutError(f"pp = {layout.pp} is more than the {num_hidden_layers} blocks of the model, its most")
     if seq_len % layout.cp:

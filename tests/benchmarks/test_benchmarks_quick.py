@@ -64,3 +64,9 @@ def test_sharding_runs() -> None:
 def test_model_speed_runs() -> None:
     speeds = run("model_speed.py")["tokens_per_second"]
     assert set(speeds) == {"float32", "bfloat16"} and all(value > 0 for value in speeds["float32"].values())
+
+
+@pytest.mark.slow
+def test_metering_runs() -> None:
+    for found in run("metering.py", "--json"):
+        assert all(seconds > 0 for taken in found["seconds"].values() for seconds in taken)

@@ -47,7 +47,8 @@ CP = "dense-cp=2"
 PP = "dense-pp=2"
 MUTANTS = (
     m("the gradient of gathered tokens is not summed over ranks", "models/collectives:_Gather.backward",
-      "reduce_scatter(_padded(gradient, ctx.group), ctx.group, ctx.account)", "gradient.chunk(size(ctx.group))[rank(ctx.group)]", TP),
+      "reduce_scatter(_padded(gradient, ctx.group), ctx.group, ctx.account)",
+      "gradient.chunk(size(ctx.group))[rank(ctx.group)]", TP),
     m("the sum of partial results is scaled by the degree", "models/collectives:_Scatter.forward",
       "reduce_scatter(_padded(x, group), group)", "reduce_scatter(_padded(x, group), group) / size(group)", TP),
     m("the gradient of scattered tokens is not gathered", "models/collectives:_Scatter.backward",

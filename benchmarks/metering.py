@@ -1,0 +1,73 @@
+"""What the ledger costs: training that records every interval and compares notes, against training that does neither.
+
+    python benchmarks/metering.py [--rounds N] [--json] [--quick]
+
+Pairs of runs of the real trainer, of 500 steps each, which of a pair is first changes; on one rank, and sharded over two.
+Printed: time from the first step to the last, metered / unmetered, with its 95 % bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pairs import interval_text, ratio
+from workload import prepare_run, train
+
+from athanor.models.shapes.decoder import DecoderShape
+
+SEQ_LEN, ROWS = 128, 8
+METERED, UNMETERED = "athanor.train.loop:train_stage", "metering:train_unmetered"
+SHAPE = DecoderShape(vocab_size=1024, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=2,
+                     tie_word_embeddings=True)
+
+
+def train_unmetered(channel: Callable[..., None], **arguments: Any) -> dict[str, Any]:
+    """Rank function: the trainer without its meter, which is asked for nothing but a book at the end."""
+    from athanor.train import loop, meter, validate
+
+    def count(self: Any, **counted: float) -> None:
+        self.step += 1
+
+    meter.Meter.end_step = count  # type: ignore[method-assign]
+    meter.activate = loop.activate = validate.activate = lambda recorder: None  # type: ignore[assignment]
+    return loop.train_stage(channel, **arguments)
+
+
+def compare(recipe: Path, ranks: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Seconds of both kinds of runs in turns, and the ratio."""
+    seconds: dict[str, list[float]] = {METERED: [], UNMETERED: []}
+    overrides = [f"parallel.dp_shard={ranks}", f"stage.pretrain.steps={steps}", f"stage.pretrain.seq_len={SEQ_LEN}",
+                 f"stage.pretrain.global_batch_tokens={ROWS * SEQ_LEN}", f"stage.pretrain.micro_batch_size={ROWS // 2}",
+                 f"stage.pretrain.evaluate_every={steps}", f"stage.pretrain.checkpoint_every={steps}"]
+    for number in range(rounds):
+        for target in (METERED, UNMETERED) if number % 2 else (UNMETERED, METERED):
+            seconds[target].append(train(recipe, SHAPE, ranks, *overrides, target=target)["loop_seconds"])
+    return {"ranks": ranks, "steps": steps, "seconds": seconds, "ratio": ratio(seconds[METERED], seconds[UNMETERED])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="print one JSON document to standard output")
+    parser.add_argument("--quick", action="store_true", help="few steps, to see that everything runs")
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    steps, rounds = (5, 1) if options.quick else (500, options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = prepare_run(Path(folder), SHAPE.vocab_size, 4 if options.quick else 40)
+        found = [compare(recipe, ranks, steps, rounds) for ranks in (1, 2)]
+    if options.json:
+        print(json.dumps(found))
+        return
+    for each in found:
+        print(f"{each['ranks']} rank(s), {each['steps']} steps: metered / unmetered {interval_text(each['ratio'])}")
+
+
+if __name__ == "__main__":
+    main()
