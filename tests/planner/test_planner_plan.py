@@ -41,7 +41,7 @@ def test_plan_fills_every_open_value_and_the_recipe_wins(machine: ClusterSpec, t
     left_open = {"share", "tokens", "data_shards", "start_from", "batch_ramp", "z_loss"}
     for stage in filled.stage:
         assert not {key for key, value in stage if value is None} - left_open
-    assert not [key for key, value in filled.model if value is None]
+    assert {key for key, value in filled.model if value is None} == {"num_experts", "num_experts_per_tok"}, "a dense model"
     assert set(parsed["forecast"]) == {"pretrain", "chat", "chain"} and parsed["reason"]["model"]
     assert parsed["scan"]["bytes"] == 10_000_000
     assert make_plan(filled, machine, SCAN).values["model"] == plan.values["model"], "a plan, fed back, is kept"
