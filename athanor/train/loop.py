@@ -302,7 +302,7 @@ def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, f
                    "mfu": meter.mfu(flops, seconds), "skipped": outcome.is_skipped, "time": time.time()}
             append_jsonl(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
             shown = {key: row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")}
-            run.channel(**shown, steps=job.settings.steps, validation_loss=checked, accounts=dict(meter.accounts))
+            run.channel(**shown, steps=job.settings.steps, validation_loss=checked, accounts=meter.so_far())
     meter.end_step(tokens=tokens, flops=flops, flops_full=flops_full)
     progress.skipped_steps = progress.skipped_steps + 1 if outcome.is_skipped else 0
     if outcome.is_skipped:

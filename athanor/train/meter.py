@@ -17,7 +17,7 @@ import torch.distributed as dist
 from athanor.foundation.intervals import Recorder, activate, interval
 from athanor.foundation.run_folder import append_jsonl, read_jsonl
 from athanor.ledger.attempts import book_of
-from athanor.ledger.attribute import attribute, condense
+from athanor.ledger.attribute import COMPUTE, attribute, condense
 from athanor.ledger.book import Book
 
 EXCHANGE_SECONDS = 4.0  # how often ranks compare notes
@@ -43,6 +43,7 @@ class Meter:
         self.exchange_every: int | None = None
         self.first_step_end = 0.0
         self.accounts: dict[str, float] = {}  # of this attempt until the last exchange, on rank 0
+        self.spent_flops = 0.0  # the same of model FLOPs
 
     def end_step(self, *, tokens: float, flops: float, flops_full: float) -> None:
         """Count a finished step: tokens, model FLOPs with causal and with full-square attention, over all ranks.
@@ -61,6 +62,13 @@ class Meter:
             self.first_step_end = time.perf_counter()
         elif done == 2:  # the first step is slow, the second tells how many fit into the time between two exchanges
             self.exchange_every = self._agree(max(1, round(EXCHANGE_SECONDS / (time.perf_counter() - self.first_step_end))))
+
+    def so_far(self) -> dict[str, float]:
+        """Device-seconds of this attempt by account, until the ranks last compared notes; on rank 0."""
+        accounts = dict(self.accounts)
+        computing = accounts.pop(COMPUTE, 0.0)
+        useful = min(computing, self.spent_flops / self.peak_flops) if self.peak_flops else 0.0
+        return accounts | {"useful": useful, "kernel": computing - useful}
 
     def mfu(self, flops: float, seconds: float) -> float | None:
         """Share of all devices' peak that `flops` model FLOPs in `seconds` amount to; None when no peak is known."""
@@ -83,6 +91,7 @@ class Meter:
                 gathered = [(mine, wall)]
             if self.rank == 0:
                 accounts = attribute([window for window, _ in gathered], self.peers)
+                self.spent_flops += self.flops
                 for name, seconds in accounts.items():
                     self.accounts[name] = self.accounts.get(name, 0.0) + seconds
                 append_jsonl(self.file, {

@@ -17,4 +17,4 @@ def test_a_mistake_is_found(mutant: object) -> None:
 @pytest.mark.parametrize("layout", sorted({mutant.layout for mutant in MUTANTS}))
 def test_without_a_mistake_the_same_tests_pass(layout: str) -> None:
     is_passing, _, said = run(None, layout)
-    assert is_passing and "passed" in said, said
+    assert is_passing, said

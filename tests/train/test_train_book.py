@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from athanor.ledger.accounts import NAMES
 from athanor.ledger.book import Book, read_book
 
 STEPS, DELAY = 50, 0.02
@@ -59,6 +60,13 @@ def test_injected_seconds_appear_in_exactly_one_account(train: Any, tmp_path: Pa
                 and all(abs(change[name]) < 0.25 * max(injected.values()) for name in others)):
             return
     pytest.fail(f"{injected} device-seconds were expected, but the changes were {seen}")
+
+
+def test_what_is_shown_on_the_way_stands_in_accounts(train: Any, run_folder: Path) -> None:
+    told: list[dict[str, Any]] = []
+    train(run_folder, *SIZES, "stage.pretrain.steps=6", on_message=told.append, peak_flops=1e11)
+    assert all(set(message["accounts"]) <= set(NAMES) for message in told)
+    assert told[-1]["accounts"]["useful"] == 0.0 or told[-1]["accounts"]["kernel"] > 0
 
 
 def test_little_is_unattributed_and_a_hidden_interval_shows(train: Any, tmp_path: Path, data_folder: Path) -> None:
