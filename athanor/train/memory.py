@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from athanor.foundation.errors import OutOfMemory, UserError
-from athanor.foundation.layout import check_experts
+from athanor.foundation.layout import check_experts, keeps_whole
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.units import format_bytes, format_share
@@ -23,6 +23,7 @@ WIDTH_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 2}
 LEAST_SAVING = 0.01  # of the peak, or it is not worth a sentence
 # shares that a step takes longer by: estimates, the first from arithmetic (the forward pass is a third of a step's FLOPs)
 FORWARD_SHARE, SELECTIVE, BF16_STATE, SMALLER_MATMULS, WIDER_SHARDS, TENSOR, CONTEXT = 1 / 3, 0.05, 0.01, 0.05, 0.04, 0.10, 0.08
+A_BLOCK_AT_A_TIME = 0.15  # gathered and reduced for every micro-batch, not once a step
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def changed(recipe: Recipe, changes: tuple[str, ...]) -> Recipe:
         key, _, text = change.partition("=")
         table, _, name = key.rpartition(".")
         into = parallel if table == "parallel" else stages[table.removeprefix("stage.")]
-        into[name] = int(text) if text.lstrip("-").isdigit() else text
+        into[name] = int(text) if text.isdigit() else {"false": False, "true": True}.get(text, text)
     return recipe.model_copy(update={
         "parallel": recipe.parallel.model_copy(update=parallel),
         "stage": [stage.model_copy(update=stages[stage.name]) for stage in recipe.stage]})
@@ -86,6 +87,11 @@ def _candidates(memory: Mapping[str, float], job: Job) -> Iterator[Remedy]:
         sharded = have["parameters"] + have["optimizer"] + min(have["gradients"], have["parameters"])
         wider = ("parallel.dp_replicate=1", f"parallel.dp_shard={layout.dp_shard * layout.dp_replicate}")
         yield Remedy(wider, sharded * (1 - 1 / layout.dp_replicate), WIDER_SHARDS)
+    chosen = job.recipe.parallel.keep_whole
+    is_whole = keeps_whole(layout, job.shape.parameters()) if chosen is None else chosen
+    if is_whole and layout.dp_shard * layout.cp > 1:
+        blocks = -(-job.shape.num_hidden_layers // layout.pp)
+        yield Remedy(("parallel.keep_whole=false",), whole * (1 - 1 / blocks), A_BLOCK_AT_A_TIME)
     yield Remedy(_twice("tp", job), (have["activations"] + whole) / 2, TENSOR)
     yield Remedy(_twice("cp", job), have["activations"] / 2, CONTEXT)
     yield Remedy(_twice("pp", job), whole / 2, _bubble(2 * layout.pp, 2 * settings.num_microbatches)

@@ -131,7 +131,7 @@ def test_an_accelerators_branches_are_taken(rehearsed: Rehearse) -> None:
 @pytest.mark.parametrize(("base", "change", "within"), [
     ("", "parallel.recompute=full", 0.2), ("", "stage.pretrain.micro_batch_size=4", 0.2),("parallel.dp_shard=2", "tp", 0.4),
     ("parallel.dp_replicate=2 parallel.dp_shard=2", "parallel.dp_replicate=1", 0.3),
-    ("", "stage.pretrain.optimizer_state_dtype=bf16", 0.05)])
+    ("parallel.dp_shard=2", "parallel.keep_whole=false", 0.5), ("", "stage.pretrain.optimizer_state_dtype=bf16", 0.05)])
 def test_remedies_save_about_what_they_say(make_job: Callable[..., Any], rehearsed: Rehearse, base: str, change: str,
                                            within: float) -> None:
     sizes = ["stage.pretrain.seq_len=64", "stage.pretrain.micro_batch_size=8", "stage.pretrain.global_batch_tokens=2048"]
