@@ -15,6 +15,7 @@ VERBS = {
     "check": "Measure this machine and write cluster.toml.",
     "plan": "Choose shape, tokens and layout for a budget, say why, and write the forecast.",
     "data": "Build, inspect and trace training data.",
+    "rehearse": "Run some ranks of a stage without accelerators: memory, messages, FLOPs.",
     "train": "Train one stage of a recipe (pretraining or alignment).",
     "evaluate": "Score a model, with confidence intervals.",
     "models": "List, show, verify, import and export registered models.",

@@ -42,6 +42,10 @@ class DiskError(AthanorError):
     """The disk is full, read-only or failing; what was there before is still there."""
 
 
+class OutOfMemory(AthanorError):
+    """A device has no memory left; the sentence names what was predicted, what was used, and what would help."""
+
+
 class RankError(AthanorError):
     """A rank ended badly. `rank`, `reason` and the path of its `log` say which, why, and where to read on."""
 

@@ -34,6 +34,7 @@ class Recorder:
     def __init__(self) -> None:
         self.rows: list[Interval] = []
         self.opened: list[float] = []  # when the intervals began that are not over yet
+        self.names: list[str] = []  # and what they are called
         self.thread = threading.get_ident()
 
 
@@ -58,10 +59,12 @@ def interval(name: str, group: str | None = None, arrived: float | None = None) 
         return
     start = time.perf_counter()
     recorder.opened.append(start)
+    recorder.names.append(name)
     try:
         yield
     finally:
         recorder.opened.pop()
+        recorder.names.pop()
         recorder.rows.append(Interval(name, start, time.perf_counter(), len(recorder.opened), group,
                                       start if arrived is None else arrived))
 

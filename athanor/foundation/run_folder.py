@@ -50,6 +50,7 @@ class StageFolder:
 
     config = property(lambda self: self.root / "config.toml")
     forecast = property(lambda self: self.root / "forecast.json")
+    rehearsal = property(lambda self: self.root / "rehearsal.json")
     actual = property(lambda self: self.root / "actual.json")
     metrics = property(lambda self: self.root / "metrics.jsonl")
     events = property(lambda self: self.root / "events.jsonl")

@@ -22,6 +22,8 @@ class Book:
     """Where `device_seconds` went. Times in seconds, work in FLOP, memory in bytes per pipeline stage.
 
     `device_seconds` is measured (or planned) independently of the accounts; `close` puts the difference in `unattributed`.
+    A rehearsal has no times; `rehearsed` holds one row per rank: rank, pp, blocks, peak_bytes, flops {model, recompute,
+    optimizer} and the collectives of one step [{axis, kind, size_bytes, count}], and `memory_bytes` one value per such rank.
     `model_flops` counts causal attention and nothing recomputed; `model_flops_full` the same with full-square attention.
     """
 
@@ -37,6 +39,7 @@ class Book:
     accounts: dict[str, float] = field(default_factory=dict)
     evidence: dict[str, str] = field(default_factory=dict)
     memory_bytes: dict[str, list[float]] = field(default_factory=dict)
+    rehearsed: list[dict[str, Any]] = field(default_factory=list)
     energy_joules: float | None = None
     money: float | None = None
     notes: list[str] = field(default_factory=list)

@@ -20,6 +20,7 @@ from athanor.models.collectives import all_to_all, gather, rank, size
 from athanor.models.context import Context, Packed, Paged
 from athanor.models.cpu_attention import attend, attend_within_documents, of_documents, part_attention, pieces, runs
 from athanor.models.fused import rotate
+from athanor.models.rehearsed import device_type
 
 # cuDNN's is the fastest for heads of 128 on Hopper; it must see no mask, and flash attention is what remains without it
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
@@ -62,7 +63,7 @@ def choose(device_type: str, dtype: torch.dtype, is_even: bool) -> str:
 def _packed(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
     """[T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim]."""
     assert context.rope is not None, "the model fills rope before its first block"
-    way = choose(qkv.device.type, qkv.dtype, context.is_even)
+    way = choose(device_type(qkv), qkv.dtype, context.is_even)
     if way == "operator":
         return attend_within_documents(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
     turned, value = qkv.split([heads + kv_heads, kv_heads], 1)
@@ -115,7 +116,7 @@ def _gathered(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor
     turned, value = qkv.split([heads + kv_heads, kv_heads], 1)
     query, key = rotate(turned, context.rope.table[begin:begin + tokens]).split([heads, kv_heads], 1)
     both = gather(torch.cat([key, value], 1), cp, total, "context")
-    way = choose(qkv.device.type, qkv.dtype, is_even=False)
+    way = choose(device_type(qkv), qkv.dtype, is_even=False)
     if way == "operator":
         out, _ = part_attention(query, both, context.cu_seqlens, begin)
         return out

@@ -6,7 +6,7 @@ Operators, because a compiler cannot look at how long documents are.
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from athanor.models.fused import rotate
+from athanor.models.rehearsed import document_lengths
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -27,8 +28,7 @@ def of_documents(x: Tensor, count: int) -> Tensor:
 
 def runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """(documents, tokens of each) of neighbouring documents of one length; the padding of cu_seqlens is left out."""
-    lengths = [length for length in cu_seqlens.diff().tolist() if length]
-    return [(len(list(same)), length) for length, same in groupby(lengths)]
+    return [(len(list(same)), length) for length, same in groupby(document_lengths(cu_seqlens))]
 
 
 def query_blocks(length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -173,7 +173,7 @@ class Piece(NamedTuple):
 def pieces(cu_seqlens: Tensor, begin: int, tokens: int) -> list[Piece]:
     """The documents' parts among the queries begin..begin + tokens, in order."""
     found = []
-    for start, end in pairwise(cu_seqlens.tolist()):
+    for start, end in pairwise(accumulate(document_lengths(cu_seqlens), initial=0)):
         low, high = max(start, begin), min(end, begin + tokens)
         if low < high:
             found.append(Piece(slice(low - begin, high - begin), slice(start, high), low - start, high - start))

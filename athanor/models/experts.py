@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from athanor.models.collectives import all_to_all, exchange, local, size
 from athanor.models.context import Context
 from athanor.models.fused import swiglu
+from athanor.models.rehearsed import on_host
 from athanor.models.shapes.mixture import MixtureShape
 
 GROUPED_ALIGNMENT_BYTES = 16  # of the rows that grouped_mm takes
@@ -98,7 +99,7 @@ class Mixture(nn.Module):
         ep = context.groups.ep
         counts = ends.diff(prepend=ends.new_zeros(1)).view(size(ep), -1)  # of each rank's experts
         arriving = all_to_all(counts, ep, "expert")  # from each rank, for my experts
-        sent, received = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
+        sent, received = on_host(torch.stack([counts.sum(1), arriving.sum(1)]), len(rows))
         rows = exchange(rows, ep, sent, received)
         expert = torch.arange(counts.shape[1], device=rows.device).repeat(size(ep))
         order = expert.repeat_interleave(arriving.flatten(), output_size=len(rows)).sort(stable=True).indices

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from athanor.models.rehearsed import device_type
+
 ROWS = 512  # tokens at a time where several passes are made, so that what one leaves is still in the cache for the next
 
 
 def _by_hand(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return device_type(x) == "cpu" and not torch.compiler.is_compiling()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

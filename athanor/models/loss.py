@@ -13,6 +13,7 @@ from torch import Tensor
 
 from athanor.models.collectives import Group, all_reduce, rank, size
 from athanor.models.context import Scored
+from athanor.models.rehearsed import device_type
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # of logits in fp32: fit for a shared cache, or memory that does not hurt
 LEAST_ROWS = {"cpu": 64, "cuda": 2048}  # fewer keep the multiplications from their full rate
@@ -38,9 +39,9 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | Non
     return Scored(summed + z_sum, logp, logsumexp, z_sum=z_sum.detach())
 
 
-def chunk_rows(tokens: int, vocabulary: int, device: torch.device) -> int:
+def chunk_rows(tokens: int, vocabulary: int, kind: str) -> int:
     """Tokens per chunk: as equal as possible, with logits of at most CHUNK_BYTES unless LEAST_ROWS need more."""
-    most = max(LEAST_ROWS.get(device.type, 2048), CHUNK_BYTES.get(device.type, 1 << 30) // (4 * vocabulary))
+    most = max(LEAST_ROWS.get(kind, 2048), CHUNK_BYTES.get(kind, 1 << 30) // (4 * vocabulary))
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
 
@@ -96,7 +97,7 @@ class _Buffers:
     def __init__(self, hidden: Tensor, weight: Tensor, rows: int) -> None:
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
         self.is_wide = self.wide == hidden.dtype
-        self.buffer = hidden.new_empty(rows, weight.shape[0], dtype=self.wide if hidden.is_cuda else hidden.dtype)
+        self.buffer = hidden.new_empty(rows, weight.shape[0], dtype=self.wide if device_type(hidden) == "cuda" else hidden.dtype)
         self.weight = weight
         self.to_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         self.is_single = rows >= hidden.shape[0]
@@ -118,7 +119,7 @@ class _Buffers:
             self.to_weight = torch.mm(to_logits.t(), hidden)  # its sum over tokens is rounded once
         elif self.is_wide:
             self.to_weight.addmm_(to_logits.t(), hidden)
-        elif hidden.is_cuda:
+        elif device_type(hidden) == "cuda":
             torch.addmm(self.to_weight, to_logits.t(), hidden, out_dtype=self.wide, out=self.to_weight)
         else:
             self.to_weight.add_(torch.mm(to_logits.t(), hidden))
@@ -138,7 +139,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, group: Group,
                 z_loss: float, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-        rows = chunk_rows(hidden.shape[0], weight.shape[0], hidden.device)
+        rows = chunk_rows(hidden.shape[0], weight.shape[0], device_type(hidden))
         buffers = _Buffers(hidden, weight, rows)
         logp = hidden.new_empty(hidden.shape[0], dtype=buffers.wide)
         logsumexp = torch.empty_like(logp)
@@ -171,14 +172,14 @@ class _WeightedSum(torch.autograd.Function):
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        rows = chunk_rows(hidden.shape[0], weight.shape[0], hidden.device)
+        rows = chunk_rows(hidden.shape[0], weight.shape[0], device_type(hidden))
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logp = hidden.new_empty(hidden.shape[0], dtype=wide)
         logsumexp = torch.empty_like(logp)
         for start in range(0, hidden.shape[0], rows):
             tokens = slice(start, min(start + rows, hidden.shape[0]))
             part = hidden[tokens]
-            out = part.new_empty(part.shape[0], weight.shape[0], dtype=wide if part.is_cuda else part.dtype)
+            out = part.new_empty(part.shape[0], weight.shape[0], dtype=wide if device_type(part) == "cuda" else part.dtype)
             logits = _logits(part, weight, out).to(wide)
             logp[tokens], logsumexp[tokens] = _normalise(logits, _Targets(targets[tokens], weight.shape[0], group), group)
         ctx.save_for_backward(hidden, weight, targets, logsumexp)

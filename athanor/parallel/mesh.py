@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,10 +79,16 @@ class Mesh:
             return None
         return self.experts["ep", "tp"] if self.layout.tp > 1 else self.experts["ep"]
 
+    @cached_property
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """The process groups of all axes that have one, by axis, also of those with a single rank."""
+        return {name: axis.get_group() for name in ("pp", "dp_replicate", "shard", "expert_shard", "ep", "cp", "tp")
+                if (axis := self.axis(name)) is not None}
+
     def group(self, name: str) -> dist.ProcessGroup | None:
         """The process group of an axis; None when it has one rank only."""
-        axis = self.axis(name)
-        return None if axis is None or axis.size() == 1 else axis.get_group()
+        group = self.groups.get(name)
+        return None if group is None or group.size() == 1 else group
 
     def label(self, name: str) -> str:
         """The name of an axis' group for recorded intervals: the same on its members, different from other groups."""
@@ -126,7 +133,7 @@ def make_mesh(layout: Layout, device_type: str, is_mixed: bool = False) -> Mesh:
     `layout` is resolved: its degrees multiply to the world size. `is_mixed`: weights are kept in another dtype than is
     computed in, which fully_shard sees to, so that even one rank needs a mesh.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

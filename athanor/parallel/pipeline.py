@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Runner:
         self.hidden = hidden.requires_grad_()  # or no gradient is sent back
         self.links = _Links(stages)
         self.schedules: dict[int, tuple[Any, list[_Stage]]] = {}
+        self.is_alone = False  # no other rank is there to be asked, as in a rehearsal
 
     def schedule(self, num_microbatches: int) -> tuple[Any, list[_Stage]]:
         """torch's schedule for that many micro-batches, and its stages."""
@@ -49,6 +50,8 @@ class Runner:
             assert is_single == (find_schedule(pipeline.schedule).placement == "single"), "the table names the placement"
             schedule = kind(made[0] if is_single else made, n_microbatches=num_microbatches,  # type: ignore[arg-type]
                             loss_fn=lambda output, target: output, scale_grads=False)
+            if self.is_alone:
+                schedule._warmup_p2p = _agree  # type: ignore[method-assign]
             self.schedules[num_microbatches] = schedule, made
         return self.schedules[num_microbatches]
 
@@ -80,6 +83,14 @@ class Runner:
             if number + 1 < len(ranks) and ranks[number + 1] != rank:
                 dist.send(x.contiguous(), group=self.stages.group, group_dst=ranks[number + 1])
         return result if self.stages.is_last else None
+
+
+def _agree(stages: Sequence[Any], *_: Any) -> None:
+    """What torch's ranks ask each other before the first step (2.13): whether all know their shapes, which they always do."""
+    from torch.distributed.pipelining.stage import InferenceMode
+
+    for stage in stages:
+        stage._inference_mode = InferenceMode.STATIC
 
 
 class _Links:

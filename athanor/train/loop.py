@@ -40,6 +40,7 @@ from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
 from athanor.train.groups import check_groups
 from athanor.train.masters import Masters
+from athanor.train.memory import explain, is_out_of_memory
 from athanor.train.meter import Meter
 from athanor.train.optimizer import STATE_DTYPES, Optimizer
 from athanor.train.schedule import learning_rate
@@ -100,6 +101,7 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
     Returns {"run", "step", "steps", "is_asked_to_stop", "loss", "grad_norm", "tokens_per_second"}.
     """
     progress = Progress()
+    job: Job | None = None
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "wants_to_stop", True))
     try:
         job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
@@ -114,6 +116,10 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
                           peers=mesh.peers())
             run_loop(Run(job, trainee, progress, meter, channel))
         return summarise(job, progress.is_asked_to_stop)
+    except (RuntimeError, MemoryError) as error:
+        if job is None or not is_out_of_memory(error):
+            raise
+        raise explain(job, mesh.device) from error
     finally:
         activate(None)
         signal.signal(signal.SIGTERM, previous)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from athanor.foundation.intervals import interval
+from athanor.models.rehearsed import device_type
 from athanor.parallel.stages import Stages
 from athanor.parallel.tensor import Box, box_of, is_first_copy
 
@@ -74,7 +75,7 @@ def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
     A stack of matrices [E, rows, columns] is done matrix by matrix at once.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = matrix.bfloat16() if device_type(matrix) == "cuda" else matrix
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)

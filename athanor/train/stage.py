@@ -163,13 +163,13 @@ def claim_folder(job: Job, is_fresh: bool) -> None:
 
 
 def empty(folder: StageFolder) -> None:
-    """Remove all of a stage but its forecast, which the plan wrote, and its logs, which its ranks are writing.
+    """Remove all of a stage but its forecast and rehearsal, which were there before, and its logs, which its ranks are writing.
 
     config.toml goes last: after a kill half-way, what is left still belongs to the old configuration.
     """
     with disk_errors(folder.root):
         for path in sorted(folder.root.iterdir(), key=lambda path: path == folder.config):
-            if path not in (folder.forecast, folder.logs):
+            if path not in (folder.forecast, folder.rehearsal, folder.logs):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

@@ -45,6 +45,16 @@ def train_on_small_disk(channel: Channel, file_bytes: int, **arguments: Any) -> 
     return train_stage(channel, **arguments)
 
 
+def train_too_large(channel: Channel, **arguments: Any) -> dict[str, Any]:
+    """Train where the first step asks for more memory than any machine has."""
+    import torch
+
+    from athanor.train import loop
+
+    loop.run_step = lambda *_: torch.empty(1 << 50)
+    return loop.train_stage(channel, **arguments)
+
+
 def save_again(channel: Channel, source: str, target_folder: str, run_folder: str, recipe: Any, stage: str,
                launched: float) -> dict[str, Any]:
     """Load a checkpoint in this layout and save it again."""

@@ -1,0 +1,119 @@
+"""FLOPs of operators as they are dispatched: torch's formulas for matmuls, and attention as the model's arithmetic counts it.
+
+A query and a key cost 4 FLOP per channel forward and 8 backward (`models/shapes`), whatever a kernel computes again; pairs
+are causal and within documents. Element-wise work counts nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from athanor.models import attention, cpu_attention
+from athanor.models.rehearsed import document_lengths
+
+aten = torch.ops.aten
+Formula = Callable[..., int]
+
+
+def _causal_pairs(cu_seqlens: Tensor, tokens: int) -> int:
+    """Pairs of a query and a key that it sees, of `tokens` queries in all documents or in an average part of them."""
+    lengths = document_lengths(cu_seqlens)
+    return sum(length * (length + 1) // 2 for length in lengths) * tokens // max(1, sum(lengths))
+
+
+def _raw(formula: Formula) -> Formula:
+    """torch's counter then hands over tensors, not shapes."""
+    formula._get_raw = True  # type: ignore[attr-defined]
+    return formula
+
+
+@_raw
+def packed_flop(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, **_: Any) -> int:
+    return 4 * _causal_pairs(cu_seqlens, len(qkv)) * heads * qkv.shape[-1]
+
+
+@_raw
+def packed_backward_flop(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
+                         heads: int, kv_heads: int, **_: Any) -> int:
+    return 8 * _causal_pairs(cu_seqlens, len(turned)) * heads * turned.shape[-1]
+
+
+@_raw
+def varlen_flop(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, *_: Any, **__: Any) -> int:
+    return 4 * _causal_pairs(cu_seq_q, len(query)) * math.prod(query.shape[1:])
+
+
+@_raw
+def varlen_backward_flop(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor,
+                         cu_seq_q: Tensor, *_: Any, **__: Any) -> int:
+    return 8 * _causal_pairs(cu_seq_q, len(query)) * math.prod(query.shape[1:])
+
+
+@_raw
+def part_flop(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, **_: Any) -> int:
+    return 4 * _part_pairs(cu_seqlens, begin, len(query)) * math.prod(query.shape[1:])
+
+
+@_raw
+def part_backward_flop(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, *_: Any, **__: Any) -> int:
+    return 8 * _part_pairs(cu_seqlens, begin, len(query)) * math.prod(query.shape[1:])
+
+
+def _part_pairs(cu_seqlens: Tensor, begin: int, tokens: int) -> int:
+    found = cpu_attention.pieces(cu_seqlens, begin, tokens)
+    return sum(piece.last * (piece.last + 1) // 2 - piece.first * (piece.first + 1) // 2 for piece in found)
+
+
+def _causal(query: Tensor, per_pair: int) -> int:
+    """Of documents [documents, heads, tokens, head_dim], all whole and causal, as `attend_by_runs` makes them."""
+    documents, heads, tokens, head_dim = query.shape
+    return per_pair * documents * heads * head_dim * (tokens * (tokens + 1) // 2)
+
+
+@_raw
+def sdpa_flop(query: Tensor, *_: Any, **__: Any) -> int:
+    return _causal(query, 4)
+
+
+@_raw
+def sdpa_backward_flop(gradient: Tensor, query: Tensor, *_: Any, **__: Any) -> int:
+    return _causal(query, 8)
+
+
+@_raw
+def mm_flop(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
+@_raw
+def addmm_flop(into: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    return mm_flop(left, right)
+
+
+def _formulas() -> dict[Any, Formula]:
+    assert attention.varlen_attn is not None, "importing it defines its operators"
+    ours, theirs = torch.ops.athanor, torch.ops.torch_attn
+    found = {ours.packed_attention: packed_flop, ours.packed_attention_backward: packed_backward_flop,
+             ours.part_attention: part_flop, ours.part_attention_backward: part_backward_flop,
+             theirs._varlen_attn: varlen_flop, theirs._varlen_attn_backward: varlen_backward_flop,
+             aten.mm: mm_flop, aten.addmm: addmm_flop, aten.addmm_: addmm_flop}
+    for kernel in ("flash_attention_for_cpu", "flash_attention", "cudnn_attention", "efficient_attention"):
+        found[getattr(aten, f"_scaled_dot_product_{kernel}")] = sdpa_flop
+        found[getattr(aten, f"_scaled_dot_product_{kernel}_backward")] = sdpa_backward_flop
+    return found
+
+
+FORMULAS = _formulas()  # what torch.utils.flop_counter lacks or counts otherwise; FlopCounterMode(custom_mapping=FORMULAS)
+
+
+def count(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """FLOPs of one call of an operator that was not cut into smaller ones."""
+    if (formula := FORMULAS.get(packet)) is None and (formula := flop_registry.get(packet)) is None:
+        return 0
+    return int(formula(*args, **kwargs, out_val=out))

@@ -1,0 +1,59 @@
+"""The verb `rehearse`: one JSON document or tables, a book beside the forecast, and a verdict about the accelerator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from athanor.cli.rehearse import command
+from athanor.foundation.errors import UserError
+from athanor.ledger.book import read_book
+
+ARGUMENTS = ["data.vocab_size=320", "--world", "2"]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ATHANOR_RUNS", str(tmp_path))
+    return tmp_path
+
+
+def test_a_rehearsal_writes_its_book_and_says_what_fits(recipe_file: Path, runs: Path) -> None:
+    result = CliRunner().invoke(command, [str(recipe_file), *ARGUMENTS, "cluster.accelerator=H100-80", "--json",
+                                          "stage.pretrain.precision=bf16"], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert found["fits"] and found["capacity_bytes"] == 8e10 and found["devices"] == 2 and found["layout"] == "dp_shard=2"
+    book = read_book(runs / "tiny" / "pretrain" / "rehearsal.json")
+    assert book.kind == "rehearsal" and book.tokens == 4 * 512 and book.peak_flops == 9.89e14 and not book.accounts
+    assert sum(sizes[0] for sizes in book.memory_bytes.values()) == found["peak_bytes"] == book.rehearsed[0]["peak_bytes"]
+    kinds = {(row["axis"], row["kind"]) for row in book.rehearsed[0]["collectives"]}
+    assert {("shard", "all_gather"), ("shard", "reduce_scatter")} <= kinds
+    per_rank = book.rehearsed[0]["flops"]["model"]
+    assert per_rank * 2 * 4 == pytest.approx(book.model_flops, rel=0.01), "four steps on two ranks"
+
+
+def test_people_get_tables_and_a_verdict(recipe_file: Path, runs: Path) -> None:
+    result = CliRunner().invoke(command, [str(recipe_file), *ARGUMENTS], catch_exceptions=False)
+    assert result.stdout == "" and "whether that fits is unknown" in result.stderr
+    for word in ("parameters", "activations", "together", "all_gather", "shard", "model FLOPs of a step", "written to"):
+        assert word in result.stderr, word
+
+
+def test_what_does_not_fit_is_told_with_remedies(recipe_file: Path, runs: Path) -> None:
+    from athanor.cluster.spec import from_dict
+
+    spec = from_dict({"schema": 1, "accelerator": "tiny", "device_type": "cpu", "devices": 2, "per_node": 2, "memory_bytes": 1e5,
+                      "threads_per_device": 1, "peak_flops": {"fp32": 1e9}, "memory_bytes_per_second": 1e9}, "cluster.toml")
+    spec.write(runs / "cluster.toml")
+    result = CliRunner().invoke(command, [str(recipe_file), *ARGUMENTS, f"cluster.file={runs / 'cluster.toml'}"],
+                                catch_exceptions=False)
+    assert "It would not fit: rank 0 takes" in result.stderr and "Cheapest first:" in result.stderr
+    assert result.stderr.count("saves about") == 3
+
+
+def test_a_world_that_cannot_be_laid_out_is_refused(recipe_file: Path, runs: Path) -> None:
+    with pytest.raises(UserError, match="does not divide the 4 ranks"):
+        CliRunner().invoke(command, [str(recipe_file), "parallel.tp=3", "--world", "4"], catch_exceptions=False)

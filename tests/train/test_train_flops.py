@@ -1,0 +1,58 @@
+"""The model's arithmetic is what operators really compute: MFU in both conventions rests on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from athanor.models.context import Packed
+from athanor.models.decoder import Decoder
+from athanor.models.initialize import initialize
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.train import flops
+
+SHAPE = DecoderShape(vocab_size=384, hidden_size=48, intermediate_size=112, num_hidden_layers=3, num_attention_heads=6,
+                     num_key_value_heads=2, tie_word_embeddings=False)
+
+
+def counted(lengths: Sequence[int]) -> float:
+    """FLOPs of forward and backward over documents of these lengths, as torch's counter sees them."""
+    model = Decoder(SHAPE)
+    initialize(model, 0)
+    total = sum(lengths)
+    tokens = torch.arange(total) % SHAPE.vocab_size
+    with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as counter:
+        scored = model(tokens, Packed.of(lengths), tokens, torch.ones(total))
+        scored.weighted_sum.backward()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("lengths", [[64], [64, 64, 64], [7, 1, 50, 3, 90, 41]], ids=str)
+def test_flops_of_the_shape_are_those_of_the_operators(lengths: list[int]) -> None:
+    total = sum(lengths)
+    keys_seen = sum(length * (length + 1) // 2 for length in lengths)
+    assert counted(lengths) == pytest.approx(SHAPE.flops(total, keys_seen / total), rel=1e-3)
+    assert counted(lengths) != pytest.approx(SHAPE.flops(total, keys_seen / total + 4), rel=1e-3), "attention counts"
+
+
+def test_full_squares_are_those_of_full_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def square(cu_seqlens: torch.Tensor, tokens: int) -> int:
+        return int(cu_seqlens.diff().square().sum())
+
+    monkeypatch.setattr(flops, "_causal_pairs", square)
+    assert counted([64, 64, 64]) == pytest.approx(SHAPE.flops_full(192, 64), rel=1e-3)
+
+
+def test_every_way_of_attending_counts_the_same() -> None:
+    """torch's kernels for whole documents, and parts of them on a context-parallel rank, against the pairs by hand."""
+    query = torch.randn(2, 3, 16, 8, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+    assert counter.get_total_flops() == 12 * 2 * (16 * 17 // 2) * 3 * 8
+    ends: Any = torch.tensor([0, 5, 12, 12], dtype=torch.int32)
+    parts = sum(flops.part_flop(torch.empty(6, 3, 8), torch.empty(12, 6, 8), ends, begin) for begin in (0, 6))
+    assert parts == 4 * (5 * 6 // 2 + 7 * 8 // 2) * 3 * 8 == flops.packed_flop(torch.empty(12, 9, 8), ends, ends, 3, 3)
