@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -141,11 +141,20 @@ def _divisors(size: int) -> str:
 def _nearest(layout: Layout, world_size: int) -> str:
     """Layouts of this world size that differ least from the one asked for."""
     wanted = np.log([max(1, size) for size in layout.sizes()])
-    options = []
-    for sizes in itertools.product(*([[d for d in range(1, world_size + 1) if world_size % d == 0]] * len(AXES))):
-        if int(np.prod(sizes)) == world_size:
-            options.append((float(np.abs(np.log(sizes) - wanted).sum()), Layout(*sizes)))
-        if len(options) > 20000:
-            break
-    options.sort(key=lambda pair: pair[0])
-    return "nearest layouts: " + "; ".join(str(option) for _, option in options[:3])
+
+    def distance(sizes: tuple[int, ...]) -> float:
+        return float(np.abs(np.log(sizes) - wanted).sum())
+
+    nearest = sorted(_factorings(world_size, len(AXES)), key=distance)[:3]
+    return "nearest layouts: " + "; ".join(str(Layout(*sizes)) for sizes in nearest)
+
+
+def _factorings(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write a number as a product of so many factors, in order."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            for rest in _factorings(number // first, count - 1):
+                yield first, *rest
