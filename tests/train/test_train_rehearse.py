@@ -88,7 +88,7 @@ def test_a_rehearsal_is_what_a_real_run_does(make_job: Callable[..., Any], rehea
         assert found.flops["model"] == pytest.approx(seen.flops["model"], rel=0.01) and seen.flops["model"] > 1e7
         assert found.flops["recompute"] == pytest.approx(seen.flops["recompute"], rel=0.01)
         assert (found.flops["recompute"] > 0) == ("recompute=full" in overrides)  # selective recomputes nothing that has FLOPs
-        assert found.peak_bytes == pytest.approx(seen.peak_bytes, rel=0.002)
+        assert found.peak_bytes == pytest.approx(seen.peak_bytes, rel=0.01)
 
 
 def test_what_can_be_counted_by_hand_is_counted_exactly(make_job: Callable[..., Any], rehearsed: Rehearse) -> None:
