@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from athanor.foundation.intervals import interval
 
@@ -30,39 +29,6 @@ def size(group: Group) -> int:
 def rank(group: Group) -> int:
     """This rank's number in the group."""
     return 0 if group is None else group.rank()
-
-
-def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter; its gradient is taken to be that part's alone.
-
-    Of a parameter that tensor-parallel ranks hold in full, each gets the gradient of its own tokens or parts; they are
-    summed once a step (`parallel/stages.py`).
-    """
-    (found,) = local_parts(parameter)
-    return found
-
-
-def local_parts(*parameters: Tensor) -> tuple[Tensor, ...]:
-    """The same of several parameters at once."""
-    if not isinstance(parameters[0], DTensor):
-        return parameters
-    if torch.compiler.is_compiling():
-        return tuple(parameter.to_local() for parameter in parameters)  # type: ignore[attr-defined]
-    return _Local.apply(*parameters)  # type: ignore[no-any-return]
-
-
-class _Local(torch.autograd.Function):
-    """What DTensor.to_local does, without working out anew on the way back what the parameter's layout is."""
-
-    @staticmethod
-    def forward(ctx: Any, *parameters: DTensor) -> tuple[Tensor, ...]:
-        ctx.specs = [parameter._spec for parameter in parameters]
-        return tuple(parameter._local_tensor.detach() for parameter in parameters)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return tuple(DTensor(part, spec, requires_grad=False)  # type: ignore[call-arg]
-                     for part, spec in zip(gradients, ctx.specs, strict=True))
 
 
 def _waiting(account: str, group: Group) -> contextlib.AbstractContextManager[None]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from athanor.models.attention import attention
-from athanor.models.collectives import all_gather, gather, local, local_parts, rank, scatter, size
+from athanor.models.collectives import all_gather, gather, rank, scatter, size
 from athanor.models.context import Context, Packed, Rope, Scored
 from athanor.models.experts import Mixture
 from athanor.models.fused import rms_norm, rope_table, swiglu
@@ -43,7 +43,7 @@ class Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return rms_norm(x, local(self.weight), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -63,12 +63,12 @@ class Attention(nn.Module):
         qkv = self.linear(x, context.prepared(self, self.fuse)).unflatten(1, (-1, self.head_dim))
         kv_heads = qkv.shape[1] // (self.group_heads + 2)
         heads = self.group_heads * kv_heads
-        return self.linear(attention(qkv, context, self.layer, heads, kv_heads), local(self.o_proj.weight))
+        return self.linear(attention(qkv, context, self.layer, heads, kv_heads), self.o_proj.weight)
 
     def fuse(self) -> Tensor:
         """One weight for queries, keys and values, with the two channels of a rotary pair side by side in q and k."""
         half = self.head_dim // 2
-        query, key, value = local_parts(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        query, key, value = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
         turned = [part.unflatten(0, (-1, 2, half)).transpose(1, 2) for part in (query, key)]
         return torch.cat([*turned, value.unflatten(0, (-1, half, 2))]).flatten(0, 2)
 
@@ -86,10 +86,10 @@ class MLP(nn.Module):
         self.down_proj = Matrix(shape.hidden_size, shape.intermediate_size)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.linear(swiglu(self.linear(x, context.prepared(self, self.fuse))), local(self.down_proj.weight))
+        return self.linear(swiglu(self.linear(x, context.prepared(self, self.fuse))), self.down_proj.weight)
 
     def fuse(self) -> Tensor:
-        return torch.cat(local_parts(self.gate_proj.weight, self.up_proj.weight))
+        return torch.cat([self.gate_proj.weight, self.up_proj.weight])
 
 
 class Block(nn.Module):
@@ -159,15 +159,16 @@ class Decoder(nn.Module):
         head: Any = self.model.embed_tokens if self.shape.tie_word_embeddings else self.lm_head
         if targets is not None:
             z_loss = context.z_loss if isinstance(context, Packed) else 0.0
-            return score(hidden, local(head.weight), targets, weights, tp, z_loss)
+            return score(hidden, head.weight, targets, weights, tp, z_loss)
         if context.wanted is not None:
             hidden = hidden[context.wanted]
-        logits = F.linear(hidden, local(head.weight))
+        logits = F.linear(hidden, head.weight)
         return logits if size(tp) == 1 else all_gather(logits.t(), tp).t()
 
     def _embed(self, tokens: Tensor, context: Context) -> Tensor:
         """Token ids [T] -> [t, H]; each tensor-parallel rank knows a part of the vocabulary."""
-        weight, tp = local(self.model.embed_tokens.weight), context.groups.tp  # type: ignore[union-attr, arg-type]
+        weight: Tensor = self.model.embed_tokens.weight  # type: ignore[union-attr, assignment]
+        tp = context.groups.tp
         if size(tp) == 1:
             return F.embedding(tokens, weight)
         row = tokens - rank(tp) * weight.shape[0]

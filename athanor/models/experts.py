@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athanor.models.collectives import all_to_all, exchange, local, size
+from athanor.models.collectives import all_to_all, exchange, size
 from athanor.models.context import Context
 from athanor.models.fused import swiglu
 from athanor.models.rehearsed import on_host
@@ -45,7 +45,7 @@ class Router(nn.Module):
 
         A tensor-parallel rank sees a part of every expert, so its gradient of the weight is one of several summands.
         """
-        logits = F.linear(x, local(self.weight))
+        logits = F.linear(x, self.weight)
         gates, experts = logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).topk(self.top, -1)
         return gates / gates.sum(-1, keepdim=True) if self.is_normalised else gates, experts
 
@@ -62,8 +62,8 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Rows [N, H] sorted by expert -> the experts' answers [N, H]; ends [E] int32, where each expert's rows end."""
-        gate_up = [multiply(rows, local(each.weight), ends) for each in (self.gate_proj, self.up_proj)]
-        return multiply(swiglu(torch.cat(gate_up, -1)), local(self.down_proj.weight), ends)
+        gate_up = [multiply(rows, each.weight, ends) for each in (self.gate_proj, self.up_proj)]
+        return multiply(swiglu(torch.cat(gate_up, -1)), self.down_proj.weight, ends)
 
 
 class Mixture(nn.Module):
@@ -81,7 +81,7 @@ class Mixture(nn.Module):
 
         To be asked before fully_shard, which cuts the experts for another reason.
         """
-        return local(self.experts.gate_proj.weight).shape[0] == self.num_experts
+        return self.experts.gate_proj.weight.shape[0] == self.num_experts
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gates, experts = self.gate(x, context)

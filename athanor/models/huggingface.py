@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from athanor.foundation.errors import ModelError, did_you_mean
+from athanor.foundation.placement import placements
 from athanor.foundation.run_folder import disk_errors, read_json, write_json
 from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
@@ -73,16 +73,17 @@ def load_weights(module: Decoder, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(_open(file)) for file in set(files.values())}
         for name, parameter in module.named_parameters():
-            parts = [opened[files[part]].get_tensor(part) for part in on_disk(module, name, parameter)]
-            fill(parameter, (parts[0] if len(parts) == 1 else torch.stack(parts)).view(parameter.shape))
+            parts = [opened[files[part]].get_tensor(part) for part in on_disk(module, name)]
+            placement = placements(module)[name]
+            fill(parameter, placement, (parts[0] if len(parts) == 1 else torch.stack(parts)).view(placement.shape))
 
 
-def on_disk(module: Decoder, name: str, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+def on_disk(module: Decoder, name: str) -> dict[str, tuple[int, ...]]:
     """The tensors of a folder, with their shapes, that a parameter is made of: itself unless `module.on_disk` says otherwise.
 
     That maps ends of names to those on disk; with {} in it each part of dim 0 is a tensor of its own.
     """
-    shape = tuple(parameter.shape)
+    shape = placements(module)[name].shape
     for end, written in module.on_disk.items():
         if name.endswith(end):
             written = name.removesuffix(end) + written
@@ -91,7 +92,7 @@ def on_disk(module: Decoder, name: str, parameter: Tensor) -> dict[str, tuple[in
 
 
 def _all_on_disk(module: Decoder) -> dict[str, tuple[int, ...]]:
-    return {part: shape for name, p in module.named_parameters() for part, shape in on_disk(module, name, p).items()}
+    return {part: shape for name in placements(module) for part, shape in on_disk(module, name).items()}
 
 
 def _check_tensors(module: Decoder, folder: Path) -> dict[str, Path]:
@@ -159,8 +160,8 @@ def _open(file: Path) -> Any:
 def save_model(module: Decoder, folder: Path, whole: Callable[[str], Tensor | None] | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors into a folder.
 
-    Sharded parameters are gathered one at a time, so all ranks must call; rank 0 writes. The weights keep their dtype.
-    `whole` gives each parameter on rank 0, where `module` only describes them (a pipeline's stages lie on several ranks).
+    All ranks must call; rank 0 writes. The weights keep their dtype. `whole` gives each parameter in full on rank 0, where
+    `module` only describes them, since ranks have parts of them.
     The folder is complete only when this returns: build it under `folder_renamed_last`.
     """
     folder = Path(folder)
@@ -171,7 +172,7 @@ def save_model(module: Decoder, folder: Path, whole: Callable[[str], Tensor | No
         if file is not None:
             file.write(_header(module))
         for name, parameter in parameters.items():
-            full = _full(parameter) if whole is None else whole(name)
+            full = parameter.detach() if whole is None else whole(name)
             if file is not None:
                 assert full is not None, f"{name} is whole on the rank that writes"
                 file.write(full.cpu().contiguous().view(torch.uint8).numpy().data if full.numel() else b"")
@@ -181,12 +182,6 @@ def save_model(module: Decoder, folder: Path, whole: Callable[[str], Tensor | No
         write_json(folder / "config.json", {**shape.to_config(), "dtype": name, "torch_dtype": name})
         write_json(folder / "generation_config.json", {"bos_token_id": shape.bos_token_id, "eos_token_id": shape.eos_token_id,
                                                        "pad_token_id": shape.pad_token_id})
-
-
-@torch.no_grad()
-def _full(parameter: Tensor) -> Tensor:
-    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return full.detach().cpu()
 
 
 @contextlib.contextmanager
@@ -202,7 +197,7 @@ def _header(module: Decoder) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, parameter in module.named_parameters():
-        for part, shape in on_disk(module, name, parameter).items():
+        for part, shape in on_disk(module, name).items():
             start, end = end, end + math.prod(shape) * parameter.element_size()
             entries[part] = {"dtype": NAMES[parameter.dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from athanor.foundation.intervals import interval
+from athanor.foundation.placement import Cut, placements
 from athanor.parallel.mesh import Mesh
 
 ACCOUNT = "data_parallel"
@@ -40,6 +42,11 @@ def apply(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, dtype: torc
     where += [(module, axis) for module in (*blocks, model)]
     for module, on in where:
         fully_shard(module, mesh=on, mp_policy=policy, reshard_after_forward=not keeps_whole and module is not model)
+    table = placements(model)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), "every parameter lies in the model"
+        on = parameter.device_mesh
+        table[name] = table[name].then(Cut((on.mesh_dim_names or ("",))[0], on.size(), on.get_local_rank(), 0))
     group = mesh.group("dp_replicate")
     replicas = None if group is None else Replicas(group, mesh.label("dp_replicate"))
     for number, (unit, on) in enumerate(where):

@@ -10,9 +10,10 @@ from torch import nn
 
 from athanor.foundation.intervals import interval
 from athanor.foundation.layout import Layout
+from athanor.foundation.placement import Placement, placements
 from athanor.foundation.schedules import Pipeline
 from athanor.parallel.mesh import Mesh
-from athanor.parallel.tensor import full, is_copied, is_first_copy, sum_copies
+from athanor.parallel.tensor import full, sum_copies
 
 
 class Stages:
@@ -33,7 +34,7 @@ class Stages:
         for number, part in sorted((described or parts).items()):
             for name, parameter in part.named_parameters():
                 self.holders.setdefault(name, []).append(number)
-                self.tensors.setdefault(name, (tuple(parameter.shape), parameter.dtype))
+                self.tensors.setdefault(name, (placements(part)[name].shape, parameter.dtype))
 
     @classmethod
     def alone(cls, model: nn.Module, mesh: Mesh | None = None) -> Stages:
@@ -58,6 +59,10 @@ class Stages:
         for part in self.parts.values():
             yield from part.named_parameters()
 
+    def placed(self) -> dict[nn.Parameter, Placement]:
+        """Which part of each parameter this rank has."""
+        return {parameter: placements(part)[name] for part in self.parts.values() for name, parameter in part.named_parameters()}
+
     def train(self, mode: bool = True) -> None:
         for part in self.parts.values():
             part.train(mode)
@@ -67,7 +72,7 @@ class Stages:
         if not self.mesh.counts_parameters:
             return set()
         return {parameter for number, part in self.parts.items() for name, parameter in part.named_parameters()
-                if self.holders[name][0] == number and is_first_copy(parameter)}
+                if self.holders[name][0] == number and placements(part)[name].is_first_copy()}
 
     def complete(self, gradient: Callable[[nn.Parameter], torch.Tensor | None]) -> None:
         """Add up what several ranks have of one gradient, once a step, alike on all of them.
@@ -76,7 +81,7 @@ class Stages:
         those that two stages hold. `gradient` gives this rank's part of a parameter's.
         """
         if (group := self.mesh.group("tp")) is not None:
-            held = [gradient(parameter) for _, parameter in self.named_parameters() if is_copied(parameter)]
+            held = [gradient(parameter) for parameter, placement in self.placed().items() if placement.is_copied]
             with interval("tensor", group=self.mesh.label("tp")):
                 sum_copies([part for part in held if part is not None], group)
         for name, (first, *others) in self.holders.items():
@@ -109,7 +114,8 @@ class Stages:
         holder = self.pipeline.ranks[self.holders[name][0]]
         found: torch.Tensor | None = None
         if self.holders[name][0] in self.parts:
-            found = full(dict(self.parts[self.holders[name][0]].named_parameters())[name].detach())
+            part = self.parts[self.holders[name][0]]
+            found = full(part.get_parameter(name).detach(), placements(part)[name], self.mesh.group)
         if holder != 0 and self.mesh.rank % self._stage_size == 0:  # the chain of rank 0
             if found is not None:
                 dist.send(found.contiguous(), group=self.group, group_dst=0)

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from athanor.foundation.errors import LayoutError, ModelError
+from athanor.foundation.placement import Cut, Placement, placements
 
 EXPERTS = ".experts."  # in the names of parameters whose dim 0 counts experts
-
-
-@dataclass(frozen=True)
-class Box:
-    """The part of a global tensor that a rank holds: where it begins and how far it goes, per dim."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def overlap(self, other: Box) -> Box | None:
-        """What two boxes share, in global coordinates; None when they share nothing."""
-        begin = tuple(map(max, zip(self.offset, other.offset, strict=True)))
-        end = tuple(min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True))
-        if any(e <= b for b, e in zip(begin, end, strict=True)):
-            return None
-        return Box(begin, tuple(e - b for b, e in zip(begin, end, strict=True)))
-
-    def slices(self, within: Box) -> tuple[slice, ...]:
-        """Indices of this box inside the tensor that holds `within`."""
-        return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.offset, within.offset, self.shape, strict=True))
+EVEN_AXES = ("ep", "tp")  # those of `shard_parameters`; what fully_shard has cut is a DTensor
 
 
 def shard_parameters(module: nn.Module, tensor_dims: Mapping[str, int | None], tp: DeviceMesh | None,
                      experts: DeviceMesh | None = None) -> None:
-    """Replace parameters by DTensors, cut along the dim their names say: experts on their mesh, all others on that of tp.
+    """Replace parameters by this rank's part of them, cut along the dim their names say: experts on their mesh, all others on
+    that of tp. Which part it is stands in the module's `placements`.
 
     `tensor_dims` maps the end of a name, such as `q_proj.weight`, to a dim, or to None for a copy on each rank. `experts` is
     the mesh with the axes ep and (with tensor parallelism) tp, on which stacked experts are cut along dim 0 and that dim;
@@ -46,7 +28,7 @@ def shard_parameters(module: nn.Module, tensor_dims: Mapping[str, int | None], t
     dim that does not divide.
     """
     assert tp is None or experts is None or "tp" in (experts.mesh_dim_names or ()), "experts are cut by tp as well"
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    table, made = placements(module), dict[nn.Parameter, nn.Parameter]()
     for path, owner in list(module.named_modules()):
         for leaf, parameter in list(owner.named_parameters(recurse=False)):
             name = f"{path}.{leaf}" if path else leaf
@@ -55,16 +37,18 @@ def shard_parameters(module: nn.Module, tensor_dims: Mapping[str, int | None], t
                 continue
             if parameter not in made:  # tied parameters stay one
                 axes = (mesh.mesh_dim_names or ()) if mesh is experts else ("tp",)
-                dims = [0 if axis == "ep" else tensor_dim(name, tensor_dims) for axis in axes]
-                made[parameter] = nn.Parameter(_distribute(name, parameter.data, mesh, axes, dims))
+                for number, axis in enumerate(axes):
+                    dim = 0 if axis == "ep" else tensor_dim(name, tensor_dims)
+                    table[name] = _cut(name, table[name], Cut(axis, mesh.size(number), mesh.get_local_rank(number), dim))
+                part = parameter.data[table[name].box().slices()].clone(memory_format=torch.contiguous_format)
+                made[parameter] = nn.Parameter(part, parameter.requires_grad)
             setattr(owner, leaf, made[parameter])
 
 
-def _distribute(name: str, full: torch.Tensor, mesh: DeviceMesh, axes: Sequence[str], dims: Sequence[int | None]) -> DTensor:
-    for number, (axis, dim) in enumerate(zip(axes, dims, strict=True)):
-        if dim is not None and full.shape[dim] % mesh.size(number):
-            raise LayoutError(f"{axis} = {mesh.size(number)} does not divide dim {dim} of {name}, which is {full.shape[dim]}")
-    return distribute_tensor(full, mesh, [Replicate() if dim is None else Shard(dim) for dim in dims], src_data_rank=None)
+def _cut(name: str, placement: Placement, cut: Cut) -> Placement:
+    if cut.dim is not None and (length := placement.box().shape[cut.dim]) % cut.ranks:
+        raise LayoutError(f"{cut.axis} = {cut.ranks} does not divide dim {cut.dim} of {name}, which is {length}")
+    return placement.then(cut)
 
 
 def tensor_dim(name: str, tensor_dims: Mapping[str, int | None]) -> int | None:
@@ -76,34 +60,8 @@ def tensor_dim(name: str, tensor_dims: Mapping[str, int | None]) -> int | None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part that this rank holds, sharing its memory."""
+    """This rank's part of what fully_shard may have cut, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def box_of(tensor: torch.Tensor, place: Mapping[str, int] | None = None) -> Box:
-    """Which part of the global tensor a rank has: this one, or the one with these coordinates by axis.
-
-    Tensor parallelism cuts first and data parallelism cuts what is left, so the mesh's axes are walked from the inside.
-    """
-    sizes, offset = list(tensor.shape), [0] * tensor.ndim
-    for index, count, dim in reversed(_cuts(tensor, place)):
-        if dim is not None:
-            part = -(-sizes[dim] // count)
-            begin = min(sizes[dim], part * index)
-            offset[dim] += begin
-            sizes[dim] = min(sizes[dim], begin + part) - begin
-    return Box(tuple(offset), tuple(sizes))
-
-
-def is_first_copy(tensor: torch.Tensor, place: Mapping[str, int] | None = None) -> bool:
-    """Whether no earlier rank of the tensor's mesh holds the same part as this one, or the one at `place`."""
-    return all(dim is not None or index == 0 for index, _, dim in _cuts(tensor, place))
-
-
-def is_copied(tensor: torch.Tensor) -> bool:
-    """Whether tensor-parallel ranks hold the same part of it."""
-    names = tensor.device_mesh.mesh_dim_names or () if isinstance(tensor, DTensor) else ()
-    return isinstance(tensor, DTensor) and "tp" in names and tensor.placements[names.index("tp")].is_replicate()
 
 
 def sum_copies(gradients: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
@@ -115,15 +73,12 @@ def sum_copies(gradients: Sequence[torch.Tensor], group: dist.ProcessGroup) -> N
             gradient.copy_(part.view_as(gradient))
 
 
-def _cuts(tensor: torch.Tensor, place: Mapping[str, int] | None) -> list[tuple[int, int, int | None]]:
-    """Per axis of the tensor's mesh, outer to inner: the rank's index, the axis' size, and the dim that it cuts."""
-    if not isinstance(tensor, DTensor):
-        return []
-    mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names or ()
-    return [(mesh.get_local_rank(axis) if place is None else place[names[axis]], mesh.size(axis),
-             getattr(tensor.placements[axis], "dim", None)) for axis in range(mesh.ndim)]
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, on every rank of its mesh."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def full(tensor: torch.Tensor, placement: Placement, group: Callable[[str], dist.ProcessGroup | None]) -> torch.Tensor:
+    """The whole of what has the parts that `placement` says, on every rank that has one; `group` is that of an axis."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    for cut in reversed(placement.cuts):
+        if cut.axis in EVEN_AXES and cut.dim is not None:
+            parts = [torch.empty_like(whole, memory_format=torch.contiguous_format) for _ in range(cut.ranks)]
+            dist.all_gather(parts, whole.contiguous(), group=group(cut.axis))
+            whole = torch.cat(parts, cut.dim)
+    return whole

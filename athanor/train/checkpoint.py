@@ -6,6 +6,7 @@ under another name and renamed last; a folder without an intact COMPLETE is no c
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -19,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from athanor.foundation.errors import CheckpointError, DiskError, UserError
+from athanor.foundation.placement import Box, Placement
 from athanor.foundation.run_folder import disk_errors, hash_file, read_json, sweep, write_json
 from athanor.parallel.mesh import Mesh
 from athanor.parallel.stages import Stages
-from athanor.parallel.tensor import Box, box_of
 from athanor.train.optimizer import Optimizer
 
 FORMAT = 1
@@ -48,19 +49,19 @@ class Meta:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to save or to fill: its key, the parameter that lays it out, and this rank's part."""
+    """One tensor to save or to fill: its key, where this rank's part of it lies, whether it is saved here, and the part."""
 
     key: str
-    parameter: torch.Tensor
+    placement: Placement
+    is_owned: bool
     shard: torch.Tensor
 
 
 def entries(stages: Stages, optimizer: Optimizer) -> Iterator[Entry]:
     """Weights of this rank's stages under their Hugging Face names, then optimizer state."""
-    for name, parameter, shard in optimizer.weights():
-        yield Entry(name, parameter, shard)
-    for key, parameter, shard in optimizer.state():
-        yield Entry(key, parameter, shard)
+    placed, owned = stages.placed(), stages.owned()
+    for key, parameter, shard in itertools.chain(optimizer.weights(), optimizer.state()):
+        yield Entry(key, placed[parameter], parameter in owned, shard)
 
 
 def save(folder: Path, meta: Meta, stages: Stages, optimizer: Optimizer) -> Path:
@@ -110,13 +111,13 @@ def _together(mesh: Mesh, building: Path, work: Callable[[], Any]) -> list[Any]:
 
 def _write_shards(building: Path, stages: Stages, optimizer: Optimizer) -> dict[str, Any]:
     """Write this rank's file, if it has anything that no rank before it has. Returns its tensors, parts and hash."""
-    tensors, described, parts, owned = {}, {}, {}, stages.owned()
+    tensors, described, parts = {}, {}, {}
     for entry in entries(stages, optimizer):
-        described[entry.key] = {"dtype": str(entry.shard.dtype).removeprefix("torch."), "shape": list(entry.parameter.shape),
+        described[entry.key] = {"dtype": str(entry.shard.dtype).removeprefix("torch."), "shape": list(entry.placement.shape),
                                 "parts": []}
-        if entry.parameter in owned and entry.shard.numel():
+        if entry.is_owned and entry.shard.numel():
             tensors[entry.key] = entry.shard.contiguous()
-            parts[entry.key] = asdict(box_of(entry.parameter))
+            parts[entry.key] = asdict(entry.placement.box())
     if not tensors:
         return {"file": None, "tensors": described, "parts": {}, "hash": None}
     path = building / f"rank-{stages.mesh.rank:05d}.safetensors"
@@ -198,13 +199,13 @@ def load(path: Path, stages: Stages, optimizer: Optimizer) -> Meta:
     meta = read_meta(path)
     tensors = read_json(path / "index.json")["tensors"]
     wanted = list(entries(stages, optimizer))
-    shapes = {entry.key: list(entry.parameter.shape) for entry in wanted}
+    shapes = {entry.key: list(entry.placement.shape) for entry in wanted}
     for others in stages.mesh.collect(shapes) if stages.group is not None else ():
         shapes |= others
     _check_same_model(path, tensors, shapes)
     files: dict[str, Any] = {}
     for entry in wanted:
-        mine = box_of(entry.parameter)
+        mine = entry.placement.box()
         for part in tensors[entry.key]["parts"]:
             box = Box(tuple(part["offset"]), tuple(part["shape"]))
             shared = box.overlap(mine)

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from athanor.parallel.tensor import local
-
 
 class Masters:
     """Turns a model's parameters into copies in `dtype`, in place; their weights stay here, in the dtype they had.
@@ -32,11 +30,11 @@ class Masters:
         """This rank's part of the gradient over the micro-batches so far."""
         if parameter in self.sums:
             return self.sums[parameter]
-        return None if parameter.grad is None else local(parameter.grad)
+        return parameter.grad
 
     def publish(self) -> None:
         """Round the exact weights into the model, after an update or a restart."""
-        torch._foreach_copy_([local(copy) for copy in self.copies.values()], [local(exact) for exact in self.exact.values()])
+        torch._foreach_copy_(list(self.copies.values()), list(self.exact.values()))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -52,9 +50,8 @@ class Masters:
     @torch.no_grad()
     def _add(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None, "a hook runs when a gradient is complete"
-        gradient = local(parameter.grad)
         if parameter in self.sums:
-            self.sums[parameter].add_(gradient)
+            self.sums[parameter].add_(parameter.grad)
         else:
-            self.sums[parameter] = gradient.to(self.exact[parameter].dtype)
+            self.sums[parameter] = parameter.grad.to(self.exact[parameter].dtype)
         parameter.grad = None

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from athanor.foundation.intervals import interval
+from athanor.foundation.placement import Box, Placement
 from athanor.models.rehearsed import device_type
-from athanor.parallel.stages import Stages
-from athanor.parallel.tensor import Box, box_of, is_first_copy
+from athanor.parallel.mesh import Mesh
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz step (Jordan et al. 2024)
 STEPS = 5
@@ -23,15 +23,14 @@ class Orthogonaliser:
     The ranks that hold the same pipeline stages work together. A stack of matrices [E, rows, columns] counts as one.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], stages: Stages) -> None:
-        mesh = stages.mesh
-        self.shapes = [tuple(parameter.shape) for parameter in parameters]
+    def __init__(self, placements: Sequence[Placement], mesh: Mesh) -> None:
+        self.shapes = [placement.shape for placement in placements]
         self.group, self.world_size = mesh.stage, mesh.layout.world_size // mesh.layout.pp
         first = mesh.rank - mesh.rank % self.world_size
         self.rank, self.label = mesh.rank - first, f"stage:{mesh.coordinates['pp']}"
         places = [mesh.place(first + r) for r in range(self.world_size)]
-        self.boxes = [[box_of(parameter, place) for parameter in parameters] for place in places]  # [rank][matrix]
-        self.gives = [[place["dp_replicate"] == 0 and is_first_copy(parameter, place) for parameter in parameters]
+        self.boxes = [[placement.box(place) for placement in placements] for place in places]  # [rank][matrix]
+        self.gives = [[place["dp_replicate"] == 0 and placement.is_first_copy(place) for placement in placements]
                       for place in places]
         self.owned = share_out([math.prod(shape) * min(shape[-2:]) for shape in self.shapes], self.world_size)
 
@@ -47,9 +46,9 @@ class Orthogonaliser:
             whole = parts[0].new_empty(self.shapes[m])
             for r in ranks:
                 if self.gives[r][m]:
-                    whole[_slices(self.boxes[r][m])] = incoming[r].pop(0)
+                    whole[self.boxes[r][m].slices()] = incoming[r].pop(0)
             factors[m] = newton_schulz(whole)
-        results = self._exchange([[factors[m][_slices(self.boxes[r][m])] for m in mine] for r in ranks],
+        results = self._exchange([[factors[m][self.boxes[r][m].slices()] for m in mine] for r in ranks],
                                  [[self.boxes[self.rank][m] for m in self.owned[r]] for r in ranks], parts[0])
         found = {m: part for r in ranks for m, part in zip(self.owned[r], results[r], strict=True)}
         return [found[m] for m in range(len(parts))]
@@ -93,10 +92,6 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
         loads[rank] += costs[item]
         owned[rank].append(item)
     return [sorted(items) for items in owned]
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(begin, begin + length) for begin, length in zip(box.offset, box.shape, strict=True))
 
 
 def _count(box: Box) -> int:

@@ -74,7 +74,7 @@ class Optimizer:
     def __init__(self, stages: Stages, kind: str, weight_decay: float, *, groups: Sequence[Group] = (),
                  state_dtype: torch.dtype | None = None, masters: Masters | None = None) -> None:
         self.stages, self.device, self.masters = stages, stages.mesh.device, masters
-        self.owned = stages.owned()
+        self.owned, self.placed = stages.owned(), stages.placed()
         self.adamw: list[Piece] = []
         self.muon: list[Piece] = []
         for name, parameter in stages.named_parameters():
@@ -89,7 +89,9 @@ class Optimizer:
                 piece = Piece(name, parameter, shard, slots, group.learning_rate_factor, decay, masters)
                 (self.muon if is_muon else self.adamw).append(piece)
         self.pieces = [*self.adamw, *self.muon]
-        self.orthogonaliser = Orthogonaliser([piece.parameter for piece in self.muon], stages) if self.muon else None
+        self.orthogonaliser: Orthogonaliser | None = None
+        if self.muon:
+            self.orthogonaliser = Orthogonaliser([self.placed[piece.parameter] for piece in self.muon], self.stages.mesh)
         self.counted = torch.zeros((), dtype=torch.float32, device=self.device)
 
     @property
@@ -159,7 +161,7 @@ class Optimizer:
 
     def _weight(self, parameter: nn.Parameter) -> torch.Tensor:
         if self.masters is not None and parameter in self.masters.exact:
-            return local(self.masters.exact[parameter])
+            return self.masters.exact[parameter]
         return local(parameter.detach())
 
     def _step_adamw(self, learning_rate: float, factor: torch.Tensor, is_made: torch.Tensor) -> None:
@@ -211,6 +213,6 @@ class Optimizer:
             wanted.append(gradient.lerp_(momentum, MUON_MOMENTUM))
         for piece, update in zip(self.muon, orthogonaliser(wanted), strict=True):
             rate = learning_rate * piece.rate_factor
-            scale = 0.2 * max(piece.parameter.shape[-2:]) ** 0.5
+            scale = 0.2 * max(self.placed[piece.parameter].shape[-2:]) ** 0.5
             moved = piece.shard.mul(1 - rate * piece.weight_decay).add_(update, alpha=-rate * scale)
             piece.shard.copy_(torch.where(is_made, moved, piece.shard))

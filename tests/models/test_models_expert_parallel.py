@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from athanor.foundation.launch import run_ranks
+from athanor.foundation.placement import Box
 from athanor.models.context import Packed
 from athanor.models.initialize import initialize
-from athanor.parallel.tensor import Box
 
 LENGTHS = [length for part in experts_ranks.PARTS for length in part]
 
 
 def ranks(target: str, degrees: dict[str, int], tmp_path: Path, **arguments: Any) -> list[Any]:
-    count = int(np.prod(list(degrees.values())))
+    count = int(np.prod([size for axis, size in degrees.items() if axis != "ep" or "dp_shard" not in degrees]))
     return run_ranks(f"experts_ranks:{target}", {"degrees": degrees, **arguments}, count, log_folder=tmp_path, threads=1,
                      timeout=120)
 
@@ -46,7 +46,8 @@ def test_ranks_compute_what_one_rank_does(degrees: dict[str, int], is_starved: b
 
 
 @pytest.mark.parametrize("degrees", [
-    {"ep": 2, "tp": 2}, {"dp": 2, "ep": 2}, pytest.param({"dp": 2, "ep": 2, "tp": 2}, marks=pytest.mark.slow)], ids=str)
+    {"dp_shard": 2, "ep": 2, "tp": 2}, {"dp_shard": 4, "ep": 2},
+    pytest.param({"dp_shard": 4, "ep": 2, "tp": 2}, marks=pytest.mark.slow)], ids=str)
 def test_boxes_are_what_a_rank_holds(degrees: dict[str, int], tmp_path: Path) -> None:
     model = experts_ranks.build()
     initialize(model, 7)

@@ -12,6 +12,7 @@ from torch import nn
 from athanor.foundation.errors import LayoutError, ModelError
 from athanor.foundation.launch import run_ranks
 from athanor.foundation.layout import Layout
+from athanor.foundation.placement import Box
 from athanor.models.context import Packed
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
@@ -19,7 +20,7 @@ from athanor.models.zoo.llama import TENSOR_DIMS, build
 from athanor.parallel.apply import Choices, blocks_of, parallelize
 from athanor.parallel.mesh import Mesh
 from athanor.parallel.recompute import recomputed
-from athanor.parallel.tensor import Box, tensor_dim
+from athanor.parallel.tensor import tensor_dim
 
 
 def look(tmp_path: Path, keeps_whole: bool = False, **degrees: int) -> list[dict[str, Any]]:

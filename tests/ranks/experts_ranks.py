@@ -25,19 +25,16 @@ def starve(model: Any) -> None:
     """Make every token choose among experts 0 to 3, whatever it is: v and -v, u and -u, before those that say 0."""
     import torch
 
-    from athanor.models.initialize import fill
-
     for block in model.blocks.values():
         full = torch.zeros(SIZES["num_experts"], SIZES["hidden_size"], dtype=torch.float64)
         full[0:4:2] = torch.randn(2, SIZES["hidden_size"], dtype=torch.float64, generator=torch.Generator().manual_seed(5))
         full[1:4:2] = -full[0:4:2]
-        fill(block.mlp.gate.weight, full)
+        with torch.no_grad():
+            block.mlp.gate.weight.copy_(full)
 
 
-def make(degrees: dict[str, int], is_starved: bool = False, dp: Any = None, mesh: Any = None) -> Any:
-    """The model on a mesh with the axes of `degrees`, initialised; its experts, then the rest, sharded over `dp`."""
-    from torch.distributed.fsdp import fully_shard
-
+def make(degrees: dict[str, int], is_starved: bool, mesh: Any) -> Any:
+    """The model on a mesh with the axes of `degrees`, initialised."""
     from athanor.models.initialize import initialize
     from athanor.models.zoo.mixtral import TENSOR_DIMS
     from athanor.parallel.tensor import shard_parameters
@@ -45,11 +42,6 @@ def make(degrees: dict[str, int], is_starved: bool = False, dp: Any = None, mesh
     names = tuple(name for name in ("ep", "tp") if name in degrees)
     model = build()
     shard_parameters(model, TENSOR_DIMS, mesh["tp"] if "tp" in degrees else None, mesh[names] if "ep" in degrees else None)
-    if dp is not None:
-        for block in model.blocks.values():
-            fully_shard(block.mlp.experts, mesh=dp)
-            fully_shard(block, mesh=dp)
-        fully_shard(model, mesh=dp)
     initialize(model, 7)
     if is_starved:
         starve(model)
@@ -69,11 +61,12 @@ def train(channel: Callable[..., None], degrees: dict[str, int], is_starved: boo
     import torch.distributed as dist
 
     from athanor.foundation.intervals import Recorder, activate
+    from athanor.foundation.placement import placements
     from athanor.models.context import Groups, Packed
     from athanor.parallel.tensor import full
 
     mesh = _mesh(degrees)
-    model = make(degrees, is_starved, mesh=mesh)
+    model = make(degrees, is_starved, mesh)
     groups = Groups(**{axis: mesh[axis].get_group() for axis in degrees})
     place, lengths = (mesh["ep"].get_local_rank(), PARTS) if "ep" in degrees else (0, [[*PARTS[0], *PARTS[1]]])
     before = sum(map(sum, lengths[:place]))
@@ -91,7 +84,7 @@ def train(channel: Callable[..., None], degrees: dict[str, int], is_starved: boo
         models_ranks.complete(model, groups.tp)
     loss, gradients = scored.weighted_sum.detach().clone(), {}
     for name, parameter in model.named_parameters():
-        gradients[name] = full(parameter.grad).clone()
+        gradients[name] = full(parameter.grad, placements(model)[name], lambda axis: mesh[axis].get_group()).clone()
         if groups.ep is not None and ".experts." not in name:
             dist.all_reduce(gradients[name], group=groups.ep)
     if groups.ep is not None:
@@ -105,20 +98,28 @@ def look_at_shards(channel: Callable[..., None], degrees: dict[str, int], folder
     """This rank's boxes with their content, initialised and read back from a folder."""
     import torch.distributed as dist
 
+    from athanor.foundation.layout import Layout
+    from athanor.foundation.placement import placements
     from athanor.models.huggingface import load_weights, save_model
     from athanor.models.initialize import initialize
-    from athanor.parallel.tensor import box_of, full, local
+    from athanor.models.zoo.mixtral import TENSOR_DIMS
+    from athanor.parallel.apply import Choices, parallelize
+    from athanor.parallel.mesh import leave, make_mesh
+    from athanor.parallel.stages import Stages
+    from athanor.parallel.tensor import local
 
-    mesh = _mesh(degrees)
-    model = make(degrees, dp=mesh["dp"] if "dp" in degrees else None, mesh=mesh)
-    boxes = {name: (box_of(p), local(p).detach().clone().numpy()) for name, p in model.named_parameters()}
-    whole = {name: full(p).detach().clone().numpy() for name, p in model.named_parameters()}
-    save_model(model, folder)
+    mesh = make_mesh(Layout(**degrees), "cpu")
+    model = build()
+    parallelize(model, mesh, TENSOR_DIMS, Choices(precision="fp64"))
+    initialize(model, 7)
+    boxes = {name: (placements(model)[name].box(), local(p).detach().clone().numpy()) for name, p in model.named_parameters()}
+    whole = models_ranks.whole(model, mesh)
+    save_model(build(), folder, Stages.alone(model, mesh).whole)
     dist.barrier()
     initialize(model, 8)
     load_weights(model, folder)
-    again = {name: full(p).detach().clone().numpy() for name, p in model.named_parameters()}
-    dist.destroy_process_group()
+    again = models_ranks.whole(model, mesh)
+    leave()
     return {"boxes": boxes, "whole": whole, "again": again}
 
 

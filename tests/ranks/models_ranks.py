@@ -32,30 +32,33 @@ def build(is_tied: bool, **changes: int) -> Any:
 
 
 def shard(model: Any, mesh: Any) -> None:
-    """Make every parameter a DTensor on the tensor-parallel mesh, as TENSOR_DIMS says."""
-    from torch import nn
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
+    """Leave of every parameter this rank's part on the tensor-parallel mesh, as TENSOR_DIMS says."""
     from athanor.models.zoo.llama import TENSOR_DIMS
+    from athanor.parallel.tensor import shard_parameters
 
-    for name, parameter in list(model.named_parameters()):
-        path, _, leaf = name.rpartition(".")
-        dim = next(dim for end, dim in TENSOR_DIMS.items() if name.endswith(end))
-        placement = Replicate() if dim is None else Shard(dim)
-        part = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
-        setattr(model.get_submodule(path), leaf, nn.Parameter(part))
+    shard_parameters(model, TENSOR_DIMS, mesh)
+
+
+def whole(model: Any, mesh: Any) -> dict[str, Any]:
+    """Every parameter in full, on each rank."""
+    from athanor.foundation.placement import placements
+    from athanor.parallel.tensor import full
+
+    return {name: full(p.detach(), placements(model)[name], mesh.group).clone().numpy() for name, p in model.named_parameters()}
 
 
 def complete(model: Any, group: Any) -> None:
     """Add up the gradients of what tensor-parallel ranks hold in full, as training does once a step."""
-    from athanor.parallel.tensor import is_copied, local, sum_copies
+    from athanor.foundation.placement import placements
+    from athanor.parallel.tensor import sum_copies
 
-    sum_copies([local(p.grad) for p in model.parameters() if is_copied(p)], group)
+    sum_copies([p.grad for name, p in model.named_parameters() if placements(model)[name].is_copied], group)
 
 
 def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
     """Loss and the full gradients of one forward and backward pass, as numpy."""
-    from torch.distributed.tensor import DTensor
+    from athanor.foundation.placement import placements
+    from athanor.parallel.tensor import full
 
     data = batch(len(context.positions))
     model.zero_grad()
@@ -68,7 +71,8 @@ def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
     loss.backward()
     if context.groups.tp is not None:
         complete(model, context.groups.tp)
-    gradients = {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()}
+    gradients = {name: full(p.grad, placements(model)[name], lambda axis: context.groups.tp)
+                 for name, p in model.named_parameters()}
     return {"loss": loss.item(), "logp": scored.logp.detach().numpy(),
             "gradients": {name: g.numpy() for name, g in gradients.items()}}
 
@@ -81,8 +85,10 @@ def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool)
     from torch.distributed.device_mesh import init_device_mesh
 
     from athanor.foundation.intervals import Recorder, activate
+    from athanor.foundation.placement import placements
     from athanor.models.context import Groups, Packed
     from athanor.models.initialize import initialize
+    from athanor.parallel.tensor import full
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
@@ -96,7 +102,8 @@ def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool)
     activate(None)
     with torch.no_grad():
         found["logits"] = model(batch()["tokens"], context).numpy()
-    found["weights"] = {name: p.full_tensor().detach().numpy() for name, p in model.named_parameters()}
+    found["weights"] = {name: full(p.detach(), placements(model)[name], lambda axis: mesh.get_group()).numpy()
+                        for name, p in model.named_parameters()}
     found["intervals"] = sorted({(row.name, row.group) for row in recorder.rows})
     dist.destroy_process_group()
     return found
@@ -140,25 +147,24 @@ def context_parallel(channel: Callable[..., None], lengths: list[int], is_compil
 def sharded_both_ways(channel: Callable[..., None], folder: str) -> dict[str, Any]:
     """fully_shard over 2 ranks after tensor parallelism over 2: initialise, save, and load again what was saved."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
+    from athanor.foundation.layout import Layout
     from athanor.models.huggingface import load_weights, save_model
     from athanor.models.initialize import initialize
+    from athanor.models.zoo.llama import TENSOR_DIMS
+    from athanor.parallel.apply import Choices, parallelize
+    from athanor.parallel.mesh import leave, make_mesh
+    from athanor.parallel.stages import Stages
 
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = make_mesh(Layout(dp_shard=2, tp=2), "cpu")
     model = build(False)
-    shard(model, mesh["tp"])
-    for block in model.blocks.values():
-        fully_shard(block, mesh=mesh["dp"])
-    fully_shard(model, mesh=mesh["dp"])
+    parallelize(model, mesh, TENSOR_DIMS, Choices(precision="fp64"))
     initialize(model, 7)
-    found = {name: p.full_tensor().detach().numpy() for name, p in model.named_parameters()}
-    save_model(model, folder)
+    found = whole(model, mesh)
+    save_model(build(False), folder, Stages.alone(model, mesh).whole)
     dist.barrier()
     initialize(model, 8)
     load_weights(model, folder)
-    again = {name: p.full_tensor().detach().numpy() for name, p in model.named_parameters()}
-    dist.destroy_process_group()
+    again = whole(model, mesh)
+    leave()
     return {"initial": found, "loaded": again}

@@ -13,6 +13,7 @@ def look_at_shards(channel: Callable[..., None], degrees: dict[str, int], keeps_
 
     from athanor.foundation.intervals import Recorder, activate
     from athanor.foundation.layout import Layout
+    from athanor.foundation.placement import placements
     from athanor.models.context import Groups, Packed
     from athanor.models.initialize import initialize
     from athanor.models.shapes.decoder import DecoderShape
@@ -20,7 +21,7 @@ def look_at_shards(channel: Callable[..., None], degrees: dict[str, int], keeps_
     from athanor.parallel.apply import Choices, parallelize
     from athanor.parallel.mesh import leave, make_mesh
     from athanor.parallel.stages import Stages
-    from athanor.parallel.tensor import box_of, full, local
+    from athanor.parallel.tensor import full, local
 
     mesh = make_mesh(Layout(**degrees), "cpu")
     shape = DecoderShape(vocab_size=60, hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2,
@@ -31,8 +32,9 @@ def look_at_shards(channel: Callable[..., None], degrees: dict[str, int], keeps_
     model.to_empty(device="cpu")
     initialize(model, 0)
     owned = Stages.alone(model, mesh).owned()
-    boxes = {name: (box_of(p), local(p).detach().clone().numpy(), p in owned) for name, p in model.named_parameters()}
-    whole = {name: full(p).detach().clone().numpy() for name, p in model.named_parameters()}
+    table = placements(model)
+    boxes = {name: (table[name].box(), local(p).detach().clone().numpy(), p in owned) for name, p in model.named_parameters()}
+    whole = {name: full(p, table[name], mesh.group).detach().clone().numpy() for name, p in model.named_parameters()}
     recorder = Recorder()
     activate(recorder)
     tokens = torch.arange(1, 13)
@@ -43,7 +45,7 @@ def look_at_shards(channel: Callable[..., None], degrees: dict[str, int], keeps_
         model(tokens, context, tokens + 1, torch.ones(12)).weighted_sum.backward()
     activate(None)
     Stages.alone(model, mesh).complete(lambda parameter: local(parameter.grad))
-    gradients = {name: full(p.grad).clone().numpy() for name, p in model.named_parameters()}
+    gradients = {name: full(p.grad, table[name], mesh.group).clone().numpy() for name, p in model.named_parameters()}
     place = {"rank": int(os.environ["RANK"]), "data_rank": mesh.data_rank, **mesh.coordinates}
     leave()
     return {"place": place, "boxes": boxes, "whole": whole, "gradients": gradients,

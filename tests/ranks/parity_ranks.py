@@ -59,12 +59,12 @@ def train(channel: Callable[..., None], recipe: Any, steps: int = STEPS) -> dict
     mesh = make_mesh(job.layout, "cpu", is_mixed)
     trainee = build(job, mesh)
     outcomes, gradients, samples = [], {}, 0
-    update = trainee.optimizer.step
+    update, placed = trainee.optimizer.step, trainee.stages.placed()
 
     def look(*arguments: Any) -> Any:
         if not gradients:
-            gradients.update({name: full(p.grad).double().clone().numpy() for name, p in trainee.stages.named_parameters()
-                              if p.grad is not None})
+            gradients.update({name: full(p.grad, placed[p], mesh.group).double().clone().numpy()
+                              for name, p in trainee.stages.named_parameters() if p.grad is not None})
         return update(*arguments)
 
     trainee.optimizer.step = look
@@ -72,7 +72,8 @@ def train(channel: Callable[..., None], recipe: Any, steps: int = STEPS) -> dict
         rate = job.settings.learning_rate * (step + 1) / steps
         outcomes.append(run_step(trainee, fetch(job, mesh, trainee, samples), rate, job.settings.gradient_clip))
         samples += job.settings.rows_of_step(samples)
-    weights = {name: full(p).detach().double().clone().numpy() for name, p in trainee.stages.named_parameters()}
+    weights = {name: full(p, placed[p], mesh.group).detach().double().clone().numpy()
+               for name, p in trainee.stages.named_parameters()}
     leave()
     return {"loss": [each.loss for each in outcomes], "grad_norm": [each.grad_norm for each in outcomes],
             "tokens": [each.kept_tokens for each in outcomes], "gradients": gradients, "weights": weights}
