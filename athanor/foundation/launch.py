@@ -32,7 +32,8 @@ PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distri
            "athanor.foundation.launch"]
 
 
-GRACE_SECONDS = 0.5  # how long after a failure we listen for the rank that caused it
+GRACE_SECONDS = 0.5  # how long after a failure we listen for other ranks
+SEARCH_SECONDS = 5.0  # the same while all that is known are broken connections, which another rank has caused
 
 
 def launched_from_outside() -> bool:
@@ -129,7 +130,8 @@ def _collect(processes: list[Any], pipes: list[Any], log_folder: Path,
             else:
                 failures[rank] = content if kind == "refused" else RankError(rank, f"failed: {content}", log)
         if failures:
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            grace = SEARCH_SECONDS if all(map(_is_consequence, failures.values())) else GRACE_SECONDS
+            deadline = min(deadline, time.monotonic() + grace)
     if failures:
         raise _cause(failures)
     if ranks:
@@ -139,9 +141,12 @@ def _collect(processes: list[Any], pipes: list[Any], log_folder: Path,
 
 def _cause(failures: dict[int, AthanorError]) -> AthanorError:
     """A rank that was killed or refused explains the others' broken connections, and not the other way round."""
-    consequences = ("Connection", "connection", "gloo", "NCCL", "Broken pipe")
-    causes = [e for e in failures.values() if not any(word in str(e) for word in consequences)]
+    causes = [error for error in failures.values() if not _is_consequence(error)]
     return (causes or list(failures.values()))[0]
+
+
+def _is_consequence(error: AthanorError) -> bool:
+    return any(word in str(error) for word in ("Connection", "connection", "gloo", "NCCL", "Broken pipe"))
 
 
 def _death(process: Any) -> str:
