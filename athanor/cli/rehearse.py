@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from athanor.foundation.progress import Bar, console, say
-from athanor.foundation.units import format_bytes, format_flops, format_share
+from athanor.foundation.units import format_bytes, format_count, format_flops, format_share
 
 if TYPE_CHECKING:
     from athanor.foundation.recipe import Recipe
@@ -137,7 +137,8 @@ def show(job: Job, device: Device, found: list[Rehearsed], helps: list[Any]) -> 
     from rich.table import Table
 
     titles = [f"rank {each.rank}" + (f", stage {each.pp_rank} of {job.layout.pp}" if job.layout.pp > 1 else "") for each in found]
-    table = Table(title=f"{job.settings.stage} on {job.layout.world_size} ranks ({job.layout}): peak memory", box=None,
+    size = f"{format_count(job.shape.parameters())} parameters"
+    table = Table(title=f"{job.settings.stage}, {size}, on {job.layout.world_size} ranks ({job.layout}): peak memory", box=None,
                   title_justify="left")
     table.add_column("kind")
     for title in titles:
@@ -147,7 +148,7 @@ def show(job: Job, device: Device, found: list[Rehearsed], helps: list[Any]) -> 
     table.add_row("together", *(format_bytes(each.seen.peak_bytes) for each in found))
     table.add_row("blocks", *(f"{each.blocks[0]} to {each.blocks[-1]}" for each in found))
     for kind, name in (("model", "model FLOPs of a step"), ("recompute", "computed again")):
-        table.add_row(name, *(format_flops(each.seen.flops[kind]) if each.seen.flops[kind] else "" for each in found))
+        table.add_row(name, *(format_flops(each.seen.flops[kind]) if each.seen.flops[kind] else "0" for each in found))
     console.print(table)
     show_collectives(found, titles)
     say(verdict(device, found))

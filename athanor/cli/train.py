@@ -17,6 +17,7 @@ import click
 from athanor.cli.board import Board
 from athanor.cli.chain import locked
 from athanor.cli.live import View, format_loss
+from athanor.foundation.errors import UserError
 from athanor.foundation.events import EXIT_REQUEUE
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
@@ -29,9 +30,11 @@ from athanor.foundation.units import format_count
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--stage", required=True, help="the stage to train")
 @click.option("--run", "run_folder", type=click.Path(path_type=Path), help="the run folder; runs/<name> when left out")
+@click.option("--data", type=click.Path(path_type=Path), help="a data folder to train on; the run's own when left out")
 @click.option("--fresh", "is_fresh", is_flag=True, help="begin anew, even where the folder holds another configuration's work")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
-def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Path | None, is_fresh: bool, as_json: bool) -> None:
+def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Path | None, data: Path | None, is_fresh: bool,
+            as_json: bool) -> None:
     """Train one stage of RECIPE, from its newest checkpoint when there is one.
 
     KEY=VALUE overrides what recipe and plan say, such as stage.pretrain.steps=100. Under torchrun, srun or mpirun this
@@ -44,6 +47,8 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Pa
     wanted.get_stage(stage)
     is_first = os.environ.get("RANK", "0") == "0"  # of ranks that another launcher made, one holds the run for all
     with locked(run) if is_first else contextlib.nullcontext():
+        if data is not None and is_first:
+            borrow(data, run)
         result = train(wanted, run, stage, is_fresh=is_fresh)
     if result["is_asked_to_stop"]:
         say(f"stopped after step {result['step']} of {result['steps']}, as asked; run the same command to go on")
@@ -54,6 +59,14 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Pa
         loss = format_loss(result["loss"][-1]) if result["loss"] else "not recorded"
         say(f"{stage}: {result['steps']} steps, loss {loss}, {format_count(result['tokens_per_second'])} "
             f"tokens/s; the model is in {run.stage(stage).model}")
+
+
+def borrow(data: Path, run: RunFolder) -> None:
+    """Let a run train on a data folder that lies elsewhere. Raises UserError when it has data of its own."""
+    if run.data.exists() and not run.data.samefile(data):
+        raise UserError(f"{run.data} exists already, so --data {data} would not be used; give the run another name with --run")
+    if not run.data.exists():
+        run.data.symlink_to(data.resolve(strict=False), target_is_directory=True)
 
 
 def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False) -> dict[str, Any]:

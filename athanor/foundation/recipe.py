@@ -89,7 +89,8 @@ class Parallel(Section):
     cp: int | None = Field(None, ge=1, description="context-parallel ranks")
     tp: int | None = Field(None, ge=1, description="tensor-parallel ranks")
     ep: int | None = Field(None, ge=1, description="expert-parallel ranks")
-    pipeline_schedule: str | None = Field(None, description="a schedule of torch.distributed.pipelining, such as 1F1B")
+    pipeline_schedule: str | None = Field(None, description="GPipe, 1F1B, Interleaved1F1B, LoopedBFS, or (not with "
+                                          "compile) InterleavedZeroBubble, ZBVZeroBubble, DualPipeV")
     num_microbatches: int | None = Field(None, ge=1, description="micro-batches per pipeline step")
     recompute: str | None = Field(None, description="none, full, selective (all but matmuls and attention), or 'every-k' blocks")
     split: list[int] | None = Field(None, description="decoder blocks of each pipeline stage")
@@ -321,7 +322,10 @@ def _sentence(problem: Any, raw: dict[str, Any]) -> str:
         options = [o.strip("'") for o in context["expected"].replace(" or ", ", ").split(", ")]
         return f"'{key}' is {problem['input']!r}; {did_you_mean(str(problem['input']), options)}"
     reason = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"'{key}' is {problem['input']!r}: {reason}"
+    if kind in ("list_type", "too_short", "too_long"):
+        reason = f"it must be a list of {context.get('min_length') or context.get('max_length') or 'several'} values"
+    field = _section_at(location[:-1]).model_fields.get(str(location[-1])) if location else None
+    return f"'{key}' is {problem['input']!r}: {reason}" + (f" ({field.description})" if field is not None else "")
 
 
 def _dotted(location: list[str | int], raw: Any) -> str:

@@ -30,6 +30,8 @@ def recomputed(policy: str, count: int) -> list[bool]:
     match = re.fullmatch(r"every-([1-9]\d*)", policy)
     if match is None:
         raise LayoutError(f"parallel.recompute is '{policy}'; allowed: none, full, selective, every-2, every-3, …")
+    if int(match[1]) > count:
+        raise LayoutError(f"parallel.recompute is '{policy}', but of {count} blocks none would be; at most every-{count}")
     return [(index + 1) % int(match[1]) == 0 for index in range(count)]
 
 

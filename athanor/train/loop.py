@@ -38,7 +38,6 @@ from athanor.parallel.mesh import Mesh, leave, make_mesh
 from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
-from athanor.train.groups import check_groups
 from athanor.train.masters import Masters
 from athanor.train.memory import explain, is_out_of_memory
 from athanor.train.meter import Meter
@@ -184,7 +183,6 @@ def lay_out(job: Job, mesh: Mesh) -> tuple[Stages, list[DataParallel]]:
 def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
     """What trains the stages: objective, optimizer and, where there is one, the pipeline's runner."""
     settings, mesh = job.settings, stages.mesh
-    check_groups(stages.tensors, settings.groups or (), settings.stage)
     dtype, masters = compute_dtype(settings.precision), None
     if dtype is not None and keeps_masters(job):
         masters = Masters((p for _, p in stages.named_parameters()), dtype, is_accumulated=settings.num_microbatches > 1)

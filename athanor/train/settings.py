@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from athanor.foundation.errors import LayoutError, ModelError, UserError
-from athanor.foundation.layout import AXES, Layout, check_batch, check_model
+from athanor.foundation.layout import AXES, Layout, check_batch, check_model, resolve
 from athanor.foundation.recipe import Recipe, Stage
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.train.groups import Group
@@ -78,6 +78,8 @@ def layout_of(recipe: Recipe) -> Layout:
 def world_size_of(recipe: Recipe, devices: int) -> int:
     """Ranks to start for a recipe: the product of its degrees, or all of `devices` when dp_shard is open."""
     layout = layout_of(recipe)
+    if recipe.cluster.devices is not None:
+        resolve(layout, recipe.cluster.devices)  # so many were asked for, and none is to stand idle unnoticed
     return devices if layout.dp_shard == -1 else layout.world_size
 
 
@@ -153,7 +155,7 @@ def _batch(recipe: Recipe, stage: Stage, seq_len: int, data_ranks: int) -> tuple
         fitting = max(1, rows // (count * data_ranks))
         is_given = recipe.origin(f"stage.{stage.name}.micro_batch_size") in ("override", "recipe")
         if rows != fitting * count * data_ranks or (is_given and micro != fitting):
-            raise LayoutError(f"parallel.num_microbatches = {count}, but {rows} rows a step on {data_ranks} data ranks are "
+            raise LayoutError(f"parallel.num_microbatches = {count}, but {rows} rows a step on {data_ranks} data rank(s) are "
                               f"{rows / data_ranks / (micro or fitting):g} micro-batches of {micro or fitting}; leave it or "
                               f"stage.{stage.name}.micro_batch_size out")
         micro = fitting

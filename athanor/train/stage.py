@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from athanor.data.lineage import open_manifest
 from athanor.data.rows import Rows, open_rows
 from athanor.foundation.errors import ModelError, UserError, did_you_mean
@@ -15,12 +17,15 @@ from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe, Stage, toml_value
 from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, hash_file, hash_folder, write_atomic
-from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, check_pipeline, cut
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, check_pipeline, cut, find_schedule
 from athanor.models import fp8
+from athanor.models.find import load_architecture
 from athanor.models.huggingface import read_shape
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.models.shapes.find import shape_class
+from athanor.models.shapes.find import architectures, shape_class
 from athanor.objectives.find import load_objective
+from athanor.parallel.recompute import recomputed
+from athanor.train.groups import check_groups
 from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
 
 VOCABULARY_MULTIPLE = 64  # a new model's vocabulary is filled up to it, so that it can be cut into equal parts
@@ -64,6 +69,10 @@ def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) ->
     pipeline = make_pipeline(recipe, layout, settings, shape)
     if settings.precision == "fp8":
         fp8.check(shape, layout.tp)
+    recomputed(settings.recompute, shape.num_hidden_layers)
+    with torch.device("meta"):
+        model = load_architecture(recipe.model.architecture).build(shape)
+    check_groups([name for name, _ in model.named_parameters()], settings.groups or (), stage.name)
     rows = open_rows(run.data, settings.data, settings.seq_len, settings.seed)
     held_out = open_rows(run.data, settings.data, settings.seq_len, settings.seed, "evaluation")
     hashes = {"data": manifest["hash"], "rows": rows.fingerprint, "tokenizer": manifest["tokenizer_hash"],
@@ -73,9 +82,10 @@ def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) ->
 
 def make_pipeline(recipe: Recipe, layout: Layout, settings: Settings, shape: DecoderShape) -> Pipeline:
     """How the model is cut into stages; a single one without a pipeline. Raises LayoutError for what cannot be."""
+    schedule = recipe.parallel.pipeline_schedule or DEFAULT_SCHEDULE
+    find_schedule(schedule)
     if layout.pp == 1:
         return Pipeline("", (range(shape.num_hidden_layers),), (0,))
-    schedule = recipe.parallel.pipeline_schedule or DEFAULT_SCHEDULE
     pipeline = cut(layout.pp, schedule, shape.block_costs(settings.seq_len / 2), recipe.parallel.split)
     for count in settings.micro_batch_counts:
         check_pipeline(layout, schedule, stages=len(pipeline.blocks), num_microbatches=count, is_compiled=settings.compile,
@@ -117,8 +127,9 @@ def fresh_shape(recipe: Recipe, manifest: dict[str, Any]) -> DecoderShape:
     sizes = [field.name for field in fields(shape)]
     for key in given:
         if key not in sizes:
+            having = [name for name in architectures() if key in {field.name for field in fields(shape_class(name))}]
             raise ModelError(f"model.{key} is no size of the architecture '{recipe.model.architecture}'; "
-                             f"{did_you_mean(key, sizes)}")
+                             + (f"it is one of {', '.join(having)}" if having else did_you_mean(key, sizes)))
     return shape(vocab_size=vocabulary, bos_token_id=manifest["bos_id"], eos_token_id=manifest["eos_id"],
                  pad_token_id=manifest["pad_id"], **given)
 

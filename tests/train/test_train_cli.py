@@ -34,6 +34,14 @@ def test_json_is_one_document(recipe_file: Path, run_folder: Path) -> None:
         CliRunner().invoke(command, [str(recipe_file), "--stage", "pretrian"], catch_exceptions=False)
 
 
+def test_runs_share_a_data_folder(recipe_file: Path, run_folder: Path, tmp_path: Path) -> None:
+    arguments = [str(recipe_file), "--stage", "pretrain", "--json", "stage.pretrain.steps=1", "parallel.dp_shard=1"]
+    other = ["--run", str(tmp_path / "other"), "--data", str((run_folder / "data").resolve())]
+    assert len(json.loads(CliRunner().invoke(command, [*arguments, *other], catch_exceptions=False).stdout)["loss"]) == 1
+    with pytest.raises(UserError, match="exists already, so --data .* would not be used; give the run another name"):
+        CliRunner().invoke(command, [*arguments, *other[:2], "--data", str(tmp_path)], catch_exceptions=False)
+
+
 @pytest.mark.slow
 def test_under_torchrun_it_is_a_rank(recipe_file: Path, run_folder: Path, tmp_path: Path) -> None:
     own = subprocess.run([ATHANOR, "train", recipe_file, "--stage", "pretrain", "--json", "--run", run_folder,

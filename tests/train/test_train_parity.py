@@ -16,6 +16,8 @@ LAYOUTS = {
     "dp_shard 2, accumulated": ["parallel.dp_shard=2", "stage.pretrain.micro_batch_size=2"],
     "dp_replicate 2, accumulated": ["parallel.dp_replicate=2", "stage.pretrain.micro_batch_size=2"],
     "tp 2": ["parallel.tp=2"],
+    "pp 2": ["parallel.pp=2"],
+    "cp 2": ["parallel.cp=2"],
     "dp_shard 2, selective": ["parallel.dp_shard=2", "parallel.recompute=selective", "stage.pretrain.micro_batch_size=4"],
     "pp 2, selective": ["parallel.pp=2", "parallel.recompute=selective", "stage.pretrain.micro_batch_size=4"],
     "recomputed": ["parallel.recompute=every-2", "stage.pretrain.micro_batch_size=8"],
@@ -23,7 +25,8 @@ LAYOUTS = {
     "dp_shard 2 x tp 2": ["parallel.dp_shard=2", "parallel.tp=2", "stage.pretrain.micro_batch_size=2"],
 }
 QUICK = [("accumulated", "adamw"), ("dp_shard 2, accumulated", "adamw"), ("dp_replicate 2, accumulated", "adamw"),
-         ("tp 2", "adamw"), ("recomputed", "adamw"), ("dp_shard 2, selective", "adamw"), ("dp_shard 2, accumulated", "muon")]
+         ("tp 2", "adamw"), ("pp 2", "muon"),
+         ("recomputed", "adamw"), ("dp_shard 2, selective", "adamw"), ("dp_shard 2, accumulated", "muon")]
 SLOW = [(layout, optimizer) for layout in LAYOUTS for optimizer in ("adamw", "muon") if (layout, optimizer) not in QUICK]
 
 

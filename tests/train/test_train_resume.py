@@ -89,6 +89,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train: Train, 
 
 
 @pytest.mark.parametrize("layout", [pytest.param(("parallel.tp=2",), id="tp 2"),
+                                    pytest.param(("parallel.pp=2",), id="pp 2"),
+                                    pytest.param(("parallel.pp=2", "parallel.tp=2"), id="pp 2 x tp 2", marks=pytest.mark.slow),
                                     pytest.param((), id="one rank", marks=pytest.mark.slow)])
 def test_another_layout_goes_on(train: Train, run_folder: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
     precise = ("stage.pretrain.precision=fp64", "stage.pretrain.steps=6")

@@ -143,9 +143,9 @@ def test_what_is_open_is_filled_and_what_cannot_be_is_refused(recipe_file: Path)
         settings(recipe, global_batch_tokens=32 * 12)
     with pytest.raises(ModelError, match="longer than the model's max_position_embeddings = 2048"):
         settings(recipe, seq_len=4096)
-    with pytest.raises(LayoutError, match=r"num_microbatches = 4, but 16 rows a step on 2 data ranks are 2 micro-batches of 4"):
+    with pytest.raises(LayoutError, match=r"num_microbatches = 4, but 16 rows a step on 2 data rank.s. are 2 micro-batches of 4"):
         settings(load_recipe(recipe_file, ["parallel.num_microbatches=4"]))
-    with pytest.raises(LayoutError, match=r"num_microbatches = 3, but 16 rows a step on 2 data ranks are 2 micro-batches of 4"):
+    with pytest.raises(LayoutError, match=r"num_microbatches = 3, but 16 rows a step on 2 data rank.s. are 2 micro-batches of 4"):
         settings(load_recipe(recipe_file, ["parallel.num_microbatches=3"]))
     assert settings(load_recipe(recipe_file, ["parallel.num_microbatches=2"])).micro_batch_size == 4
     open_ = recipe_file.with_name("open.toml")
@@ -162,6 +162,14 @@ def test_a_stage_that_cannot_begin_says_why(recipe_file: Path, run_folder: Path,
         resolve(run, load_recipe(recipe_file, ["stage.chat.start_from=nowhere"]), "chat", 1)
     with pytest.raises(DataError, match="is not a data folder"):
         resolve(RunFolder(tmp_path / "empty"), load_recipe(recipe_file), "pretrain", 1)
+    with pytest.raises(LayoutError, match="every-9', but of 2 blocks none would be; at most every-2"):
+        resolve(run, load_recipe(recipe_file, ["parallel.recompute=every-9"]), "pretrain", 1)
+    with pytest.raises(LayoutError, match="'selektive'; allowed: none, full, selective"):
+        resolve(run, load_recipe(recipe_file, ["parallel.recompute=selektive"]), "pretrain", 1)
+    with pytest.raises(LayoutError, match="pipeline_schedule '1F2B' is unknown"):
+        resolve(run, load_recipe(recipe_file, ["parallel.pipeline_schedule=1F2B"]), "pretrain", 1)
+    with pytest.raises(ModelError, match="num_experts is no size of the architecture 'llama'; it is one of mixtral"):
+        resolve(run, load_recipe(recipe_file, ["model.num_experts=4"]), "pretrain", 1)
     with pytest.raises(LayoutError, match="pp = 3 is more than the 2 blocks of the model"):
         resolve(run, load_recipe(recipe_file, ["parallel.pp=3"]), "pretrain", 3)
     small = tmp_path / "small"
