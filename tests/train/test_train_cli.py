@@ -38,7 +38,7 @@ def test_runs_share_a_data_folder(recipe_file: Path, run_folder: Path, tmp_path:
     arguments = [str(recipe_file), "--stage", "pretrain", "--json", "stage.pretrain.steps=1", "parallel.dp_shard=1"]
     other = ["--run", str(tmp_path / "other"), "--data", str((run_folder / "data").resolve())]
     assert len(json.loads(CliRunner().invoke(command, [*arguments, *other], catch_exceptions=False).stdout)["loss"]) == 1
-    with pytest.raises(UserError, match="exists already, so --data .* would not be used; give the run another name"):
+    with pytest.raises(UserError, match=r"exists already, so --data .* would not be used; give the run another name"):
         CliRunner().invoke(command, [*arguments, *other[:2], "--data", str(tmp_path)], catch_exceptions=False)
 
 
