@@ -74,7 +74,7 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
 
     Returns what the rank function `train_stage` returns, and "rank": whose words these are.
     """
-    from athanor.foundation.launch import launched_from_outside
+    from athanor.foundation.launch import launched_from_outside, start_server
 
     machine = describe_machine(recipe, run, stage)
     arguments: dict[str, Any] = {"run_folder": str(run.root), "recipe": recipe, "stage": stage, "launched": time.perf_counter(),
@@ -91,6 +91,10 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
             from athanor.train.loop import train_stage
 
             return {**train_stage(lambda **message: show(message), **arguments), "rank": int(os.environ["RANK"])}
+        start_server()
+        from athanor.train.stage import resolve
+
+        resolve(run, recipe, stage, machine["world_size"])  # what cannot be trained starts no rank
         return _train_on_ranks(arguments, run.stage(stage).logs, machine, show)
 
 

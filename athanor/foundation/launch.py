@@ -175,7 +175,10 @@ def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, st
         sys.exit(error.exit_code)
     except BaseException as error:
         traceback.print_exc()
-        _send(pipe, "failed", f"{type(error).__name__}: {error}")
+        while error.__cause__ is not None:  # what torch's pipeline wraps, for one
+            error = error.__cause__
+        is_ours = isinstance(error, AthanorError)
+        _send(pipe, "refused" if is_ours else "failed", error if is_ours else f"{type(error).__name__}: {error}")
         sys.exit(1)
 
 

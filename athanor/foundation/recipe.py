@@ -28,7 +28,7 @@ TAKEN = {"data", "logs", "recipe.toml", "cluster.toml", "plan.toml", "forecast.j
 class Section(BaseModel):
     """A table of a recipe: unknown keys are errors, and None means "left open for the plan"."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class Budget(Section):

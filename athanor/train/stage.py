@@ -12,7 +12,7 @@ import torch
 
 from athanor.data.lineage import open_manifest
 from athanor.data.rows import Rows, open_rows
-from athanor.foundation.errors import ModelError, UserError, did_you_mean
+from athanor.foundation.errors import LayoutError, ModelError, UserError, did_you_mean
 from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe, Stage, toml_value
@@ -82,11 +82,14 @@ def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) ->
 
 def make_pipeline(recipe: Recipe, layout: Layout, settings: Settings, shape: DecoderShape) -> Pipeline:
     """How the model is cut into stages; a single one without a pipeline. Raises LayoutError for what cannot be."""
-    schedule = recipe.parallel.pipeline_schedule or DEFAULT_SCHEDULE
+    chosen, split = recipe.parallel.pipeline_schedule, recipe.parallel.split
+    schedule = DEFAULT_SCHEDULE if chosen is None else chosen
     find_schedule(schedule)
     if layout.pp == 1:
+        if split is not None and split != [shape.num_hidden_layers]:
+            raise LayoutError(f"parallel.split = {split} cuts the model into {len(split)} stages, but pp is 1; leave it out")
         return Pipeline("", (range(shape.num_hidden_layers),), (0,))
-    pipeline = cut(layout.pp, schedule, shape.block_costs(settings.seq_len / 2), recipe.parallel.split)
+    pipeline = cut(layout.pp, schedule, shape.block_costs(settings.seq_len / 2), split)
     for count in settings.micro_batch_counts:
         check_pipeline(layout, schedule, stages=len(pipeline.blocks), num_microbatches=count, is_compiled=settings.compile,
                        recompute=settings.recompute)

@@ -32,8 +32,9 @@ def test_an_exception_is_told_with_its_log_and_a_refusal_as_itself(tmp_path: Pat
     with pytest.raises(RankError, match="rank 1 failed: ZeroDivisionError"):
         run_ranks("launch_ranks:divide", {}, 2, log_folder=tmp_path)
     assert "ZeroDivisionError" in (tmp_path / "rank-1.log").read_text()
-    with pytest.raises(RecipeError, match="not like this"):
-        run_ranks("launch_ranks:refuse", {}, 2, log_folder=tmp_path)
+    for target in ("refuse", "wrap"):
+        with pytest.raises(RecipeError, match="not like this"):
+            run_ranks(f"launch_ranks:{target}", {}, 2, log_folder=tmp_path)
 
 
 def test_a_time_limit_ends_ranks_that_hang(tmp_path: Path) -> None:

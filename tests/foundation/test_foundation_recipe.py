@@ -104,3 +104,11 @@ def test_names_with_dots_take_overrides_and_plans(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ['a"b\\c', "line\nend\ttab\r", "\x01\x1b\x7f", "中 é"])
 def test_any_text_comes_back_from_toml(value: str) -> None:
     assert tomllib.loads(f"x = {toml_value(value)}") == {"x": value}
+
+
+@pytest.mark.parametrize("value", ["true", "1e3", "2.0", "'2'"])
+def test_whole_numbers_are_written_as_such(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('name = "x"\n[[data.source]]\nname = "a"\nkind = "text"\n[[stage]]\nname = "s"\n')
+    with pytest.raises(RecipeError, match=r"'parallel\.pp' is .*pipeline stages"):
+        load_recipe(file, [f"parallel.pp={value}"])

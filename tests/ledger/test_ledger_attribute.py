@@ -6,7 +6,7 @@ import time
 import pytest
 
 from athanor.foundation.intervals import Interval, Recorder, activate, interval
-from athanor.ledger.attribute import attribute, condense
+from athanor.ledger.attribute import RankWindow, attribute, condense
 
 
 def row(name: str, start: float, end: float, depth: int = 0, group: str | None = None,
@@ -88,3 +88,13 @@ def test_nothing_is_lost_or_counted_twice_in_random_nests() -> None:
     for _ in range(20):
         nest(0)
     assert sum(condense(rows).seconds.values()) == sum(r.end - r.start for r in rows if r.depth == 0)
+
+
+def test_waiting_is_for_the_own_chain_first_and_for_others_then() -> None:
+    """Two stages of two ranks meet: waiting for the other stage of one's own chain is bubble, for another chain skew."""
+    arrivals = [0.0, 5.0, 2.0, 1.0]  # ranks 0 and 2 are a chain, 1 and 3 the other
+    windows = [RankWindow(waits={("data_parallel", "world"): [(at, at, 6.0)]}) for at in arrivals]
+    found = attribute(windows, [[0, 1], [2, 3]])
+    # rank 0 waits 2 s for rank 2 and 3 s for rank 1; rank 2 waits 3 s for rank 1; rank 3 waits 4 s for rank 1, its own chain
+    assert found == {"bubble": pytest.approx(6.0), "skew": pytest.approx(6.0), "data_parallel": pytest.approx(4.0)}
+    assert attribute(windows) == {"skew": pytest.approx(12.0), "data_parallel": pytest.approx(4.0)}

@@ -43,6 +43,14 @@ def divide(channel: Callable[..., None]) -> float:
     return 1 / 0
 
 
+def wrap(channel: Callable[..., None]) -> None:
+    """Refuse from within somebody else's code, which wraps it."""
+    try:
+        refuse(channel)
+    except Exception as error:
+        raise RuntimeError("a page of arguments") from error
+
+
 def refuse(channel: Callable[..., None]) -> None:
     from athanor.foundation.errors import RecipeError
 
