@@ -65,13 +65,14 @@ def train_with(channel: Callable[..., None], place: str, seconds: float, **argum
         step.Trainee.score = once.delayed(step.Trainee.score)
     elif place == "link" and is_second:
         pipeline.idle = once.delayed(pipeline.idle)
-    elif place in ("gather", "exchange"):
-        name = {"gather": "all_gather_into_tensor", "exchange": "all_to_all_single"}[place]
+    elif place == "gather":
+        collectives._all_gather = once.delayed(collectives._all_gather)
+    elif place == "exchange":
 
         class Slow:
             def __getattr__(self, asked: str) -> Any:
                 found = getattr(collectives_dist, asked)
-                return once.delayed(found) if asked == name else found
+                return once.delayed(found) if asked == "all_to_all_single" else found
 
         collectives_dist, collectives.dist = collectives.dist, Slow()
     elif place == "reduction":
