@@ -49,7 +49,7 @@ def book_with(train: Any, folder: Path, data: Path, place: str, *overrides: str)
 def test_injected_seconds_appear_in_exactly_one_account(train: Any, tmp_path: Path, data_folder: Path, place: str,
                                                         layout: list[str], expected: dict[str, int]) -> None:
     seen = []
-    for attempt in range(3):  # other processes on the machine can spoil a pair of runs, but never make a wrong one right
+    for attempt in range(6):  # other processes on the machine can spoil a pair of runs, but never make a wrong one right
         before = book_with(train, tmp_path / f"before-{attempt}", data_folder, "nowhere", *layout)
         after = book_with(train, tmp_path / f"after-{attempt}", data_folder, place, *layout)
         change = {name: after.accounts.get(name, 0.0) - before.accounts.get(name, 0.0) for name in after.accounts}
