@@ -62,7 +62,9 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Pa
 
 
 def borrow(data: Path, run: RunFolder) -> None:
-    """Let a run train on a data folder that lies elsewhere. Raises UserError when it has data of its own."""
+    """Let a run train on a data folder that lies elsewhere. Raises UserError when it is none, or the run has data of its own."""
+    if not (data / "manifest.json").is_file():
+        raise UserError(f"--data {data} is not a data folder: it has no manifest.json; `athanor data build` makes one")
     if run.data.exists() and not run.data.samefile(data):
         raise UserError(f"{run.data} exists already, so --data {data} would not be used; give the run another name with --run")
     if not run.data.exists():

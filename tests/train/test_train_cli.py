@@ -37,9 +37,15 @@ def test_json_is_one_document(recipe_file: Path, run_folder: Path) -> None:
 def test_runs_share_a_data_folder(recipe_file: Path, run_folder: Path, tmp_path: Path) -> None:
     arguments = [str(recipe_file), "--stage", "pretrain", "--json", "stage.pretrain.steps=1", "parallel.dp_shard=1"]
     other = ["--run", str(tmp_path / "other"), "--data", str((run_folder / "data").resolve())]
+    with pytest.raises(UserError, match=r"--data nowhere is not a data folder: it has no manifest.json"):
+        CliRunner().invoke(command, [*arguments, *other[:2], "--data", "nowhere"], catch_exceptions=False)
+    assert not (tmp_path / "other" / "data").is_symlink(), "nothing is left of a wrong folder"
     assert len(json.loads(CliRunner().invoke(command, [*arguments, *other], catch_exceptions=False).stdout)["loss"]) == 1
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"exists already, so --data .* would not be used; give the run another name"):
-        CliRunner().invoke(command, [*arguments, *other[:2], "--data", str(tmp_path)], catch_exceptions=False)
+        CliRunner().invoke(command, [*arguments, *other[:2], "--data", str(own)], catch_exceptions=False)
 
 
 @pytest.mark.slow
