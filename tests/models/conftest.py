@@ -1,7 +1,8 @@
-"""One thread for torch, and small random models next to transformers' own."""
+"""One thread for torch, nothing compiled left behind, and small random models next to transformers' own."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """The tracer keeps at most 8 variants of a function, whichever test they came from."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def small(dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
