@@ -1,0 +1,85 @@
+"""Configurations side by side: what the planner prices, as arrays with one entry per configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+NONE, FULL, SELECTIVE = 0.0, 1.0, 2.0  # recomputation
+
+
+@dataclass(frozen=True)
+class Case:
+    """C configurations of models, layouts and runs. Arrays are [C], those of products [P, C]; a first dim of 1 holds for all.
+
+    Products are the matrices that a token is multiplied with, the head's apart; sizes are the model's, before any cut.
+    """
+
+    # the model; counts of products and of attention are of all layers together
+    layers: Array
+    hidden: Array
+    vocab: Array
+    inputs: Array  # [P, C]
+    outputs: Array  # [P, C]
+    uses: Array  # [P, C] how often a token meets such a matrix: layers x times
+    copies: Array  # [P, C] matrices of this kind in a layer; more than one: experts, shared out over ep
+    is_row: Array  # [P, C] 1: tensor parallelism cuts the inputs; 0: the outputs
+    is_whole: Array  # [P, C] 1: not cut
+    heads: Array
+    key_value_heads: Array
+    key_size: Array  # of one head
+    value_size: Array
+    block_parameters: Array  # of all layers together, all experts
+    expert_parameters: Array  # of them, in routed experts
+    end_parameters: Array  # embedding and head; a tied head counts once
+    moe_layers: Array
+    top_k: Array
+    # the layout
+    pp: Array
+    chunks: Array  # stages per pipeline rank
+    dp: Array  # data ranks: dp_replicate x dp_shard
+    shard: Array  # ranks that share out optimizer state (and more, by zero)
+    cp: Array
+    tp: Array
+    ep: Array
+    zero: Array  # 0: all on each rank; 1: optimizer state sharded, 2: gradients too, 3: parameters too
+    is_sequence_parallel: Array
+    # the run
+    seq_len: Array
+    mean_context: Array  # keys that a query sees on average
+    micro_batch_size: Array
+    num_microbatches: Array
+    recompute: Array
+    weight_bytes: Array  # of a number as computed with: 2, 4, 8
+    product_bytes: Array  # of a number in the blocks' products: 0.5, 1, 2, 4, 8
+
+    @property
+    def tokens(self) -> Array:
+        """Tokens of a micro-batch on one rank, before tensor parallelism shares them out."""
+        return self.micro_batch_size * self.seq_len / self.cp
+
+    @property
+    def devices(self) -> Array:
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def global_batch_tokens(self) -> Array:
+        return self.micro_batch_size * self.num_microbatches * self.seq_len * self.dp
+
+    def model_flops(self) -> Array:
+        """FLOPs of a step: products and causal attention, forward and backward, nothing recomputed."""
+        matrices = (self.inputs * self.outputs * self.uses).sum(axis=0) + self.hidden * self.vocab
+        attention = self.layers * self.heads * (self.key_size + self.value_size) * self.mean_context
+        return np.asarray(6.0 * self.global_batch_tokens * (matrices + attention))
+
+    def take(self, index: Any) -> Case:
+        """Some of the configurations."""
+        return Case(**{f.name: _taken(getattr(self, f.name), index) for f in fields(self)})
+
+
+def _taken(values: Array, index: Any) -> Array:
+    return values if values.shape[-1] == 1 else values[..., index]

@@ -1,0 +1,160 @@
+"""Rates of accelerators known by name: datasheet peaks times fitted efficiencies (coefficients.toml says from what data)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from athanor.planner.case import FULL, Array, Case
+
+GENERATIONS = ("volta", "ampere", "hopper", "blackwell", "other")
+PROGRAMS = ("megatron", "scaling", "megatron-core", "fsdp", "zero3", "jax")
+KERNELS = ("flash", "flash1", "fused", "eager")
+SHARPNESS = 4.0  # of the smooth maximum of two times of which the longer one hides most of the other
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Accelerators, links and program of each configuration, [C] or [1]; SI units, rates of one device in one direction."""
+
+    peak_flops: Array  # in the dtype of the weights
+    product_flops: Array  # in that of the blocks' products
+    attainable: Array  # best matmul rate ever measured on this accelerator / its peak
+    product_attainable: Array
+    memory_bytes_per_second: Array
+    scale_up: Array  # bytes per second
+    domain: Array  # devices that scale_up links
+    network: Array  # bytes per second
+    memory_bytes: Array
+    generation: Array  # index into GENERATIONS
+    program: Array  # index into PROGRAMS
+    kernel: Array  # index into KERNELS
+
+    def take(self, index: object) -> Machine:
+        return Machine(**{f.name: v if (v := getattr(self, f.name)).shape[-1] == 1 else v[..., index] for f in fields(self)})
+
+
+def smooth_max(a: Array, b: Array) -> Array:
+    """Close to the larger of two positive times, and a fifth above both where they are equal."""
+    return np.asarray((a**SHARPNESS + b**SHARPNESS) ** (1 / SHARPNESS))
+
+
+@dataclass
+class Work:
+    """Seconds of one micro-batch on one device: of an average layer, forward, backward and computed again, and of the ends."""
+
+    forward: Array
+    backward: Array
+    recomputed: Array
+    ends: Array  # embedding, head and loss, forward and backward
+
+
+class Datasheet:
+    """Seconds of the operations of each configuration, by the coefficients of `coefficients.toml` [datasheet].
+
+    `coefficients` has base values under their names and factors for a program or generation under "name.group".
+    """
+
+    def __init__(self, machine: Machine, coefficients: Mapping[str, float]) -> None:
+        self.machine, self._c = machine, coefficients
+
+    def coefficient(self, name: str) -> Array | float:
+        """A base value, times the factor of each configuration's program or generation where it has one."""
+        for groups, index in ((PROGRAMS, self.machine.program), (GENERATIONS, self.machine.generation)):
+            if f"{name}.{groups[0]}" in self._c:
+                return np.asarray([self._c[name] * self._c[f"{name}.{group}"] for group in groups])[index.astype(int)]
+        return self._c[name]
+
+    def matmul(self, m: Array, n: Array, k: Array, peak: Array) -> Array:
+        """Seconds of an m x k by k x n product: small sides and few tiles leave parts of the device idle."""
+        c = self._c
+        share = m / (m + c["m0"]) * n / (n + c["n0"]) * k / (k + c["k0"]) * (m * n) / (m * n + c["tiles"])
+        return np.asarray(2.0 * m * n * k / (peak * np.maximum(share, 1e-9)))
+
+    def linear(self, m: Array, n: Array, k: Array, peak: Array) -> tuple[Array, Array]:
+        """Forward, and both gradients."""
+        return self.matmul(m, n, k, peak), self.matmul(m, k, n, peak) + self.matmul(n, k, m, peak)
+
+    def work(self, case: Case) -> Work:
+        machine, c, tokens = self.machine, self._c, case.tokens
+        reach = self.coefficient("matmul")
+        peak = machine.product_flops * np.where(case.product_bytes < 2, machine.product_attainable * c["eight_bits"],
+                                                machine.attainable) * reach
+        peak = peak * np.where(case.product_bytes < 1, c["four_bits"], 1.0)
+        local = np.maximum(1.0, case.copies / case.ep)
+        is_expert = case.copies > 1
+        # routed tokens of a rank spread evenly over the experts it holds; experts are whole, tensor ranks bring their own tokens
+        rows = np.where(is_expert, tokens * case.ep / case.copies / case.tp * _times(case), tokens)
+        cut = np.where(is_expert | (case.is_whole > 0), 1.0, case.tp)
+        inputs, outputs = (np.where(case.is_row > 0, case.inputs / cut, case.inputs),
+                           np.where(case.is_row > 0, case.outputs, case.outputs / cut))
+        number = np.where(is_expert, local * case.moe_layers, case.uses) / case.layers
+        forward, backward = ((time * number).sum(axis=0) for time in self.linear(np.maximum(rows, 1.0), outputs, inputs, peak))
+        attention = self.attention(case)
+        passes = self.passes(case)
+        moved = self.coefficient("dispatch") * case.moe_layers / case.layers * tokens / case.tp * case.top_k * case.hidden * (
+            2.0 / machine.memory_bytes_per_second)
+        floor = self.coefficient("launch") * (1.0 + c["launch_experts"] * case.moe_layers / case.layers)
+        one = smooth_max(forward + attention + passes + moved, np.asarray(floor))
+        two = smooth_max(backward + 2.5 * attention + c["passes_backward"] * passes + 2 * moved, np.asarray(1.5 * floor))
+        again = np.where(case.recompute == FULL, one, np.where(case.recompute > FULL, attention, 0.0))
+        width = case.vocab / case.tp
+        reach = machine.peak_flops * machine.attainable * reach
+        ends = sum(self.linear(tokens, width, case.hidden, reach)) + c["loss_passes"] * tokens * width * 4 / (
+            machine.memory_bytes_per_second)
+        return Work(one, two, again, ends)
+
+    def attention(self, case: Case) -> Array:
+        """Scores and values, forward, in an average layer: bound by arithmetic when fused, by traffic when scores exist."""
+        c, machine = self._c, self.machine
+        heads = case.heads / case.tp
+        flops = 2.0 * case.tokens * heads * (case.key_size + case.value_size) * case.mean_context
+        narrow = np.minimum(1.0, case.key_size / 128) ** 0.5
+        rate = machine.peak_flops * self.coefficient("flash") * narrow
+        flash = flops / rate / np.where(machine.kernel == 1, c["flash1"], 1.0)
+        reach = machine.peak_flops * machine.attainable * self.coefficient("matmul")
+        traffic = np.where(machine.kernel == 3, c["scores_eager"], c["scores_fused"]) * case.tokens * heads * case.seq_len * 2
+        return np.where(machine.kernel < 2, flash, 2 * flops / reach / narrow + traffic / machine.memory_bytes_per_second)
+
+    def passes(self, case: Case) -> Array:
+        """Element-wise work of an average layer forward: norms and residuals, and what is as wide as the feed-forward layer."""
+        shared = np.where(case.is_sequence_parallel > 0, 1 / case.tp, 1.0)
+        size = 2.0 * case.tokens * case.hidden * (0.5 * shared + 0.5 / case.tp)
+        quantised = np.where(case.product_bytes < 2, self._c["quantise"], 1.0)
+        return np.asarray(self.coefficient("passes") * quantised * size / self.machine.memory_bytes_per_second)
+
+    def bus(self, ranks: Array, stride: Array) -> tuple[Array, Array]:
+        """Bytes per second that a ring of ranks, `stride` devices apart, moves at each of them; and whether it leaves the domain."""
+        machine = self.machine
+        inside = np.minimum(np.maximum(1.0, machine.domain / stride), ranks)
+        outside = (ranks * stride > machine.domain) & (ranks > 1)
+        link = machine.scale_up * self._c["scale_up"]
+        return np.where(outside, np.minimum(machine.network * self._c["network"] * inside, link), link), outside
+
+    def gather(self, size: Array, ranks: Array, stride: Array) -> Array:
+        """An all-gather or reduce-scatter of `size` bytes in all."""
+        bus, outside = self.bus(ranks, stride)
+        c, own = self._c, size * (ranks - 1) / ranks
+        return np.where(ranks > 1, own / bus * (1.0 + c["knee"] / np.maximum(size, 1.0))
+                        + np.where(outside, c["network_latency"], c["latency"]), 0.0)
+
+    def exchange(self, size: Array, ranks: Array, stride: Array) -> Array:
+        """An all-to-all in which each rank sends `size` bytes in all."""
+        machine, c = self.machine, self._c
+        inside = np.minimum(np.maximum(1.0, machine.domain / stride), ranks)
+        away, near = (ranks - inside) / ranks, (inside - 1) / ranks
+        return np.where(ranks > 1, size * np.maximum(near / (machine.scale_up * c["scale_up"]),
+                                                     away / (machine.network * c["network"])) + c["latency"], 0.0)
+
+    def send(self, size: Array, stride: Array) -> Array:
+        """From one pipeline rank to the next."""
+        is_far = stride >= self.machine.domain
+        rate = np.where(is_far, self.machine.network * self._c["network"], self.machine.scale_up * self._c["scale_up"])
+        return np.asarray(size / rate + self._c["latency"])
+
+
+def _times(case: Case) -> Array:
+    """How many of a kind's matrices a token meets in a layer."""
+    return np.where(case.copies > 1, case.uses / np.maximum(case.moe_layers, 1.0), 1.0)
