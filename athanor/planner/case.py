@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from athanor.models.shapes.products import Counted
 
 Array = NDArray[np.float64]
 NONE, FULL, SELECTIVE = 0.0, 1.0, 2.0  # recomputation
@@ -38,6 +41,7 @@ class Case:
     end_parameters: Array  # embedding and head; a tied head counts once
     moe_layers: Array
     top_k: Array
+    heads_of_loss: Array  # how often a token meets the head
     # the layout
     pp: Array
     chunks: Array  # stages per pipeline rank
@@ -72,7 +76,7 @@ class Case:
 
     def model_flops(self) -> Array:
         """FLOPs of a step: products and causal attention, forward and backward, nothing recomputed."""
-        matrices = (self.inputs * self.outputs * self.uses).sum(axis=0) + self.hidden * self.vocab
+        matrices = (self.inputs * self.outputs * self.uses).sum(axis=0) + self.hidden * self.vocab * self.heads_of_loss
         attention = self.layers * self.heads * (self.key_size + self.value_size) * self.mean_context
         return np.asarray(6.0 * self.global_batch_tokens * (matrices + attention))
 
@@ -83,3 +87,47 @@ class Case:
 
 def _taken(values: Array, index: Any) -> Array:
     return values if values.shape[-1] == 1 else values[..., index]
+
+
+def case_of(shapes: Sequence[Counted], run: Mapping[str, ArrayLike]) -> Case:
+    """The configurations of some models (one for all, or one each) under layouts and runs, by the names of `Case`."""
+    columns = {name: np.atleast_1d(np.asarray(values, dtype=np.float64)) for name, values in run.items()}
+    models: dict[str, Array] = {}
+    each = {id(shape): _model_columns(shape) for shape in shapes}
+    most = max(len(found["uses"]) for found in each.values())
+    for name in next(iter(each.values())):
+        rows = [each[id(shape)][name] for shape in shapes]
+        models[name] = (np.stack([np.pad(row, (0, most - len(row)), constant_values=float(name == "copies")) for row in rows],
+                                  axis=-1) if np.ndim(rows[0]) else np.array(rows))
+    seen = np.broadcast_to((columns["seq_len"] + 1) / 2, np.broadcast_shapes(columns["seq_len"].shape, (len(shapes),)))
+    windows = [any(part.window for part in shape.attended()) for shape in shapes]
+    if any(windows):
+        seen = np.array([_mean_keys(shapes[i % len(shapes)], float(keys)) for i, keys in enumerate(seen)])
+    return Case(**{"mean_context": np.asarray(seen, dtype=np.float64), **models, **columns})
+
+
+def _mean_keys(shape: Counted, mean_context: float) -> float:
+    parts = shape.attended()
+    return sum(part.multiplications(part.keys(mean_context)) for part in parts) / sum(part.multiplications(1.0) for part in parts)
+
+
+def _model_columns(shape: Counted) -> dict[str, Any]:
+    *products, head = shape.products()
+    attended = shape.attended()
+    layers = sum(part.layers for part in attended)
+    experts = [product for product in products if product.copies > 1]
+    first = attended[0]
+    tied = shape.tie_word_embeddings
+    return {
+        "layers": float(layers), "hidden": float(head.inputs), "vocab": float(head.outputs), "heads_of_loss": head.times,
+        "inputs": np.array([p.inputs for p in products], float), "outputs": np.array([p.outputs for p in products], float),
+        "uses": np.array([p.layers * p.times for p in products], float),
+        "copies": np.array([p.copies for p in products], float),
+        "is_row": np.array([p.cut == "inputs" for p in products], float),
+        "is_whole": np.array([p.cut == "" for p in products], float),
+        "heads": float(first.heads), "key_value_heads": float(first.key_value_heads), "key_size": float(first.key_size),
+        "value_size": float(first.value_size), "block_parameters": float(sum(p.parameters for p in products)),
+        "expert_parameters": float(sum(p.parameters for p in experts)),
+        "end_parameters": float(head.inputs * head.outputs + (0 if tied else shape.embedding_parameters())),
+        "moe_layers": float(max((p.layers for p in experts), default=0)),
+        "top_k": float(max((p.times for p in experts), default=0))}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
+from athanor.cluster.spec import load_accelerator
+from athanor.foundation.errors import UserError
 from athanor.planner.case import FULL, Array, Case
 
-GENERATIONS = ("volta", "ampere", "hopper", "blackwell", "other")
-PROGRAMS = ("megatron", "scaling", "megatron-core", "fsdp", "zero3", "jax")
-KERNELS = ("flash", "flash1", "fused", "eager")
+GENERATIONS = ("volta", "ampere", "hopper", "blackwell", "blackwell-ultra", "other")
+PROGRAMS = ("megatron", "megatron-deepspeed", "scaling", "megatron-core", "fsdp", "zero3", "jax")
+KERNELS = ("flash", "flash2", "flash1", "fused", "eager")  # flash2 is made for ampere, flash for whatever the device is
+LATEST = 2026.7  # release of a program that is known by no date
+FUSED, GRAPHED = 2025.6, 2026.4  # releases since which experts are computed in few kernels, and (on Blackwell) in a graph
 SHARPNESS = 4.0  # of the smooth maximum of two times of which the longer one hides most of the other
 
 
@@ -31,9 +37,49 @@ class Machine:
     generation: Array  # index into GENERATIONS
     program: Array  # index into PROGRAMS
     kernel: Array  # index into KERNELS
+    release: Array  # of the program, in years
+    is_norm_fused: Array
 
     def take(self, index: object) -> Machine:
         return Machine(**{f.name: v if (v := getattr(self, f.name)).shape[-1] == 1 else v[..., index] for f in fields(self)})
+
+
+ATTAINABLE = 0.78, 0.72  # of the peak in 16 and in fewer bits, where nobody measured an accelerator's matmul
+
+
+@functools.cache
+def accelerator(name: str) -> dict[str, Any]:
+    """The plain values of a known accelerator. Raises UserError with the nearest name, or for one without its main figures."""
+    facts = {key: entry["value"] for key, entry in load_accelerator(name).items() if isinstance(entry, dict)}
+    facts = {key: max(value) if isinstance(value, list) else value for key, value in facts.items()}
+    for key in ("peak_bf16_flops", "memory_bytes", "memory_bytes_per_second", "scale_up_bytes_per_second"):
+        if key not in facts:
+            raise UserError(f"accelerator '{name}': its {key} is unknown, so nothing can be priced on it")
+    return facts
+
+
+def machine_of(rows: Sequence[Mapping[str, float | str]]) -> Machine:
+    """Machines of known accelerators. A row: accelerator, program, kernel, product_bytes; may have per_node (devices),
+    nic_gbps (of a device), memory_gib, release (of the program, in years)."""
+    return Machine(**{name: np.array(values) for name, values in zip(
+        (f.name for f in fields(Machine)), zip(*map(_machine_row, rows), strict=True), strict=True)})
+
+
+def _machine_row(row: Mapping[str, Any]) -> tuple[float, ...]:
+    facts, bits = accelerator(row["accelerator"]), row.get("product_bytes", 2.0) * 8
+    peak = facts["peak_bf16_flops"]
+    dtype = "bf16" if bits >= 16 else "fp8" if bits >= 8 or "peak_fp4_flops" not in facts else "fp4"
+    product = facts.get(f"peak_{dtype}_flops", peak)
+    measured = facts.get("measured_bf16_flops", facts.get("expected_bf16_flops", peak * ATTAINABLE[0])) / peak
+    few = facts.get("measured_fp8_flops", ATTAINABLE[1] * facts.get("peak_fp8_flops", 1.0)) / facts.get("peak_fp8_flops", 1.0)
+    domain = facts.get("scale_up_devices", 8)
+    if domain <= 16:
+        domain = row.get("per_node", domain)
+    nic = row["nic_gbps"] * 1e9 if "nic_gbps" in row else facts.get("nic_bits_per_second", 4e11)
+    memory = row["memory_gib"] * 2**30 if "memory_gib" in row else facts["memory_bytes"]
+    return (peak, product, measured, measured if dtype == "bf16" else few, facts["memory_bytes_per_second"],
+            facts["scale_up_bytes_per_second"], domain, nic / 8, memory, GENERATIONS.index(facts.get("generation", "other")),
+            PROGRAMS.index(row["program"]), KERNELS.index(row["kernel"]), min(LATEST, row.get("release", LATEST)), row.get("is_norm_fused", 1.0))
 
 
 def smooth_max(a: Array, b: Array) -> Array:
@@ -62,10 +108,11 @@ class Datasheet:
 
     def coefficient(self, name: str) -> Array | float:
         """A base value, times the factor of each configuration's program or generation where it has one."""
+        value: Array | float = self._c[name]
         for groups, index in ((PROGRAMS, self.machine.program), (GENERATIONS, self.machine.generation)):
             if f"{name}.{groups[0]}" in self._c:
-                return np.asarray([self._c[name] * self._c[f"{name}.{group}"] for group in groups])[index.astype(int)]
-        return self._c[name]
+                value = value * np.array([self._c[f"{name}.{group}"] for group in groups])[index.astype(int)]
+        return value
 
     def matmul(self, m: Array, n: Array, k: Array, peak: Array) -> Array:
         """Seconds of an m x k by k x n product: small sides and few tiles leave parts of the device idle."""
@@ -91,12 +138,13 @@ class Datasheet:
         inputs, outputs = (np.where(case.is_row > 0, case.inputs / cut, case.inputs),
                            np.where(case.is_row > 0, case.outputs, case.outputs / cut))
         number = np.where(is_expert, local * case.moe_layers, case.uses) / case.layers
+        peak = np.where(is_expert, peak * c["grouped"], peak)
         forward, backward = ((time * number).sum(axis=0) for time in self.linear(np.maximum(rows, 1.0), outputs, inputs, peak))
         attention = self.attention(case)
-        passes = self.passes(case)
-        moved = self.coefficient("dispatch") * case.moe_layers / case.layers * tokens / case.tp * case.top_k * case.hidden * (
-            2.0 / machine.memory_bytes_per_second)
-        floor = self.coefficient("launch") * (1.0 + c["launch_experts"] * case.moe_layers / case.layers)
+        wide = (np.where(case.is_row > 0, 0.0, np.where(is_expert, outputs / case.tp, outputs)) * case.uses).sum(axis=0) / case.layers
+        passes = self.passes(case, wide)
+        moved, launches = self.mixture(case)
+        floor = self.coefficient("launch") * (1.0 + launches)
         one = smooth_max(forward + attention + passes + moved, np.asarray(floor))
         two = smooth_max(backward + 2.5 * attention + c["passes_backward"] * passes + 2 * moved, np.asarray(1.5 * floor))
         again = np.where(case.recompute == FULL, one, np.where(case.recompute > FULL, attention, 0.0))
@@ -106,24 +154,38 @@ class Datasheet:
             machine.memory_bytes_per_second)
         return Work(one, two, again, ends)
 
+    def mixture(self, case: Case) -> tuple[Array, Array]:
+        """Seconds of sorting tokens for their experts forward, and launches beyond those of a dense layer, in an average layer.
+
+        Both shrank with the years: whole layers became fused kernels, then whole steps one CUDA graph.
+        """
+        machine, c, share = self.machine, self._c, case.moe_layers / case.layers
+        is_graphed = (machine.release >= GRAPHED) & (machine.generation >= GENERATIONS.index("blackwell"))
+        age = np.where(machine.release < FUSED, c["unfused_experts"], 1.0)
+        size = case.tokens / case.tp * case.top_k * case.hidden * 2.0
+        moved = c["dispatch"] * age * share * size / machine.memory_bytes_per_second * np.where(is_graphed, c["graphed"], 1.0)
+        return moved, c["launch_experts"] * age * share * np.where(is_graphed, 0.0, 1.0)
+
     def attention(self, case: Case) -> Array:
         """Scores and values, forward, in an average layer: bound by arithmetic when fused, by traffic when scores exist."""
         c, machine = self._c, self.machine
         heads = case.heads / case.tp
         flops = 2.0 * case.tokens * heads * (case.key_size + case.value_size) * case.mean_context
-        narrow = np.minimum(1.0, case.key_size / 128) ** 0.5
+        narrow = np.minimum(1.0, case.key_size / 128) ** c["narrow"]
         rate = machine.peak_flops * self.coefficient("flash") * narrow
-        flash = flops / rate / np.where(machine.kernel == 1, c["flash1"], 1.0)
+        is_foreign = (machine.kernel == 1) & (machine.generation > GENERATIONS.index("ampere"))
+        flash = flops / rate / np.where(machine.kernel == 2, c["flash1"], 1.0) / np.where(is_foreign, c["flash2"], 1.0)
         reach = machine.peak_flops * machine.attainable * self.coefficient("matmul")
-        traffic = np.where(machine.kernel == 3, c["scores_eager"], c["scores_fused"]) * case.tokens * heads * case.seq_len * 2
-        return np.where(machine.kernel < 2, flash, 2 * flops / reach / narrow + traffic / machine.memory_bytes_per_second)
+        traffic = np.where(machine.kernel == 4, c["scores_eager"], c["scores_fused"]) * case.tokens * heads * case.seq_len * 2
+        return np.where(machine.kernel < 3, flash, 2 * flops / reach / narrow + traffic / machine.memory_bytes_per_second)
 
-    def passes(self, case: Case) -> Array:
-        """Element-wise work of an average layer forward: norms and residuals, and what is as wide as the feed-forward layer."""
+    def passes(self, case: Case, wide: Array) -> Array:
+        """Element-wise work of an average layer forward: norms and residuals, and what the column-cut products make, `wide`."""
         shared = np.where(case.is_sequence_parallel > 0, 1 / case.tp, 1.0)
-        size = 2.0 * case.tokens * case.hidden * (0.5 * shared + 0.5 / case.tp)
+        norms = np.where(self.machine.is_norm_fused > 0, 1.0, self._c["unfused_norms"])
+        numbers = self._c["passes_hidden"] * norms * case.hidden * shared + self._c["passes_wide"] * wide
         quantised = np.where(case.product_bytes < 2, self._c["quantise"], 1.0)
-        return np.asarray(self.coefficient("passes") * quantised * size / self.machine.memory_bytes_per_second)
+        return np.asarray(self.coefficient("passes") * quantised * 2.0 * case.tokens * numbers / self.machine.memory_bytes_per_second)
 
     def bus(self, ranks: Array, stride: Array) -> tuple[Array, Array]:
         """Bytes per second that a ring of ranks, `stride` devices apart, moves at each of them; and whether it leaves the domain."""
@@ -140,13 +202,18 @@ class Datasheet:
         return np.where(ranks > 1, own / bus * (1.0 + c["knee"] / np.maximum(size, 1.0))
                         + np.where(outside, c["network_latency"], c["latency"]), 0.0)
 
-    def exchange(self, size: Array, ranks: Array, stride: Array) -> Array:
-        """An all-to-all in which each rank sends `size` bytes in all."""
+    def exchange(self, tokens: Array, size: Array, times: Array, ranks: Array, stride: Array) -> Array:
+        """An all-to-all in which each rank sends each of its `tokens`, of `size` bytes, to `times` ranks.
+
+        Between domains a token travels once to each domain that it is sent to.
+        """
         machine, c = self.machine, self._c
         inside = np.minimum(np.maximum(1.0, machine.domain / stride), ranks)
-        away, near = (ranks - inside) / ranks, (inside - 1) / ranks
-        return np.where(ranks > 1, size * np.maximum(near / (machine.scale_up * c["scale_up"]),
-                                                     away / (machine.network * c["network"])) + c["latency"], 0.0)
+        domains = np.maximum(1.0, ranks / inside)
+        far = (domains - 1) * (1 - (1 - 1 / domains) ** times)
+        near = times * (inside - 1) / inside
+        return np.where(ranks > 1, tokens * size * np.maximum(near / (machine.scale_up * c["scale_up"]),
+                                                              far / (machine.network * c["network"])) + c["latency"], 0.0)
 
     def send(self, size: Array, stride: Array) -> Array:
         """From one pipeline rank to the next."""

@@ -27,16 +27,15 @@ def price(case: Case, rates: Datasheet) -> Priced:
     tensor = both * (4 + 2 * (case.recompute == FULL)) * c("tensor")
     keys = 2 * tokens * case.key_value_heads * case.key_size / case.tp * case.weight_bytes * case.cp
     context = 3 * rates.gather(keys, case.cp, case.tp) * c("context")
-    routed = tokens / case.tp * case.top_k * case.hidden * case.weight_bytes
-    expert = case.moe_layers / case.layers * 4 * rates.exchange(routed, case.ep, np.ones(1)) * c("expert")
+    expert = case.moe_layers / case.layers * 4 * c("expert") * rates.exchange(
+        tokens / case.tp, case.hidden * case.weight_bytes, case.top_k, case.ep, np.ones(1))
     layer = work.forward + work.backward + work.recomputed + tensor + context + expert
 
     # the pipeline: whole layers, the head on the last rank; interleaved stages divide the bubble
-    stages = case.pp * case.chunks
-    is_balanced = (case.pp > 1) & (case.layers % stages != 0) & ((case.layers + 2) % stages == 0)  # ends count as a layer
-    slots = np.where(is_balanced, (case.layers + 2) / case.pp, np.ceil(case.layers / case.pp - 1e-9))
+    full = np.ceil(case.layers / case.pp - 1e-9)
+    is_even = (case.pp == 1) | (case.layers % (case.pp * case.chunks) == 0)
     mean = (case.layers * layer + work.ends) / case.pp
-    slowest = np.where(is_balanced, np.maximum(slots * layer, (slots - 1) * layer + work.ends), slots * layer + work.ends)
+    slowest = np.where(is_even, full * layer + work.ends, np.maximum(full * layer, (full - 1) * layer + work.ends))
     hops = np.where(case.pp > 1, 2 * case.chunks * rates.send(
         activations / np.where(case.is_sequence_parallel > 0, case.tp, 1.0), case.tp * case.cp * case.dp), 0.0) * c("pipeline")
     fill = (case.pp - 1) / case.chunks * (mean + hops)
@@ -50,7 +49,7 @@ def price(case: Case, rates: Datasheet) -> Priced:
     own = rates.gather(held * 2, case.dp * case.cp, case.tp)
     plain = 2 * own * c("data_parallel")
     hidden = c("sharded_overlap") * compute
-    traffic = times * 3 * own
+    traffic = times * 3 * own * c("sharded")
     sharded = smooth_max(traffic, hidden) - hidden + c("sharded_rest") * traffic
     data = np.where(case.dp * case.cp > 1, np.where(case.zero >= 3, sharded, plain), 0.0)
 
@@ -59,7 +58,7 @@ def price(case: Case, rates: Datasheet) -> Priced:
     nodes = np.maximum(1.0, case.devices / 8)
     skew = total * c("straggler") * np.sqrt(np.log2(nodes))
     seconds = total + skew
-    useful = case.model_flops() / (rates.machine.peak_flops * case.devices)
+    useful = case.model_flops() / (rates.machine.product_flops * case.devices)
     per = times * case.layers / case.pp
     computing = per * (work.forward + work.backward) + times * work.ends / case.pp
     accounts = {"useful": useful, "kernel": computing + c("host") - useful, "recompute": per * work.recomputed,

@@ -1,0 +1,102 @@
+"""Fitting the datasheet's coefficients to runs: the most likely values under their priors, in logarithms."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from athanor.planner.case import Array, Case
+from athanor.planner.datasheet import Datasheet, Machine
+from athanor.planner.step import price
+
+FILE = Path(__file__).with_name("datasheet.toml")
+SPREAD = 0.1  # relative error that a row is expected to have; larger ones count less than by their squares (soft L1)
+LIKE = 8.0  # rows of a source that say as much as all others of it together: they share a machine, a program, a shape
+LEAST_GROUP = 7  # layouts of one model and size from which on their order counts too
+STEP = 1e-4  # of a difference quotient
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Some coefficients side by side, in logarithms: values, priors, widths of the priors, and the most each may be."""
+
+    names: tuple[str, ...]
+    values: Array
+    priors: Array
+    widths: Array
+    most: Array
+
+    def mapping(self, values: Array | None = None) -> dict[str, float]:
+        return dict(zip(self.names, np.exp(self.values if values is None else values).tolist(), strict=True))
+
+
+@functools.cache
+def tables() -> dict[str, Any]:
+    parsed: dict[str, Any] = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    return parsed
+
+
+def coefficients(table: str) -> Coefficients:
+    """The coefficients "time" or "memory" of the file."""
+    rows: dict[str, dict[str, float]] = tables()[table]
+    columns = ([row.get(key, default) for row in rows.values()] for key, default in (
+        ("value", None), ("prior", None), ("width", None), ("most", np.inf)))
+    value, prior, width, most = (np.array(column, dtype=np.float64) for column in columns)
+    return Coefficients(tuple(rows), np.log(value), np.log(prior), width, np.log(most))
+
+
+def soften(errors: Array) -> Array:
+    """Numbers whose squares are soft L1 losses of errors in units of their spread, so that a few bad rows do not rule a fit."""
+    return np.asarray(np.sign(errors) * np.sqrt(2 * (np.sqrt(1 + errors**2) - 1)))
+
+
+def source_weights(sources: Sequence[str]) -> Array:
+    """A row's weight, so that a source counts like `LIKE` independent rows at most."""
+    _, code, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
+    return np.asarray(np.sqrt(LIKE / (LIKE + counts[code])))
+
+
+def most_likely(errors: Callable[[Array], Array], start: Coefficients, iterations: int = 40) -> Array:
+    """Logarithms that minimise the squares of `errors` and of the distances from the priors (Levenberg-Marquardt)."""
+    def residuals(x: Array) -> Array:
+        return np.concatenate([errors(x), (x - start.priors) / start.widths])
+
+    x, damping = start.priors.copy(), 1e-2
+    found = residuals(x)
+    for _ in range(iterations):
+        slopes = np.stack([(residuals(x + STEP * unit) - found) / STEP for unit in np.eye(len(x))], axis=-1)
+        curvature, gradient = slopes.T @ slopes, slopes.T @ found
+        for _ in range(8):
+            move = np.linalg.solve(curvature + damping * np.diag(np.diag(curvature) + 1e-9), -gradient)
+            near = np.minimum(x + np.clip(move, -0.7, 0.7), start.most)
+            after = residuals(near)
+            if after @ after < found @ found:
+                break
+            damping *= 4
+        else:
+            return x
+        gained = found @ found - after @ after
+        x, found, damping = near, after, max(damping / 3, 1e-6)
+        if gained < 1e-4 * (found @ found):
+            break
+    return x
+
+
+def fit_time(case: Case, machine: Machine, seconds: Array, weights: Array, groups: Sequence[str],
+             start: Coefficients) -> Array:
+    """Logarithms of the time's coefficients, from measured steps. In groups of many layouts their order counts as well."""
+    _, code, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    is_large, wanted = counts[code] >= LEAST_GROUP, np.log(seconds)
+
+    def errors(x: Array) -> Array:
+        off = np.log(price(case, Datasheet(machine, start.mapping(x))).seconds) - wanted
+        beside = np.where(is_large, off - (np.bincount(code, off) / counts)[code], 0.0)
+        return soften(np.concatenate([off, beside]) / SPREAD) * np.tile(weights, 2)
+
+    return most_likely(errors, start)

@@ -1,0 +1,262 @@
+"""Tables of training runs (a CSV file, a run per row): what was run, apart from what was measured, as cases that can be priced."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from athanor.foundation.errors import ModelError, UserError, did_you_mean
+from athanor.models.shapes.find import find_shape
+from athanor.models.shapes.products import Attended, Counted, Product, feed_forward
+from athanor.planner.case import FULL, NONE, SELECTIVE, Array, Case, case_of
+from athanor.planner.datasheet import Machine, machine_of
+
+WORDS = ("model", "gpu", "sequence_parallel", "recompute", "precision", "flash_attention", "framework", "attn_kernel",
+         "gated_mlp", "tied_embed")
+NUMBERS = ("year", "params_B", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "seq", "moe_experts", "moe_topk",
+           "moe_ffn_hidden", "shared_expert_ffn", "dense_layers", "global_batch_seqs", "micro_batch", "n_gpus", "gpus_per_node",
+           "tp", "pp", "vpp", "dp", "cp", "ep", "zero_stage", "nic_gbps_per_gpu", "gpu_mem_gib")
+MEASURED = ("step_time_s", "mem_gib_per_gpu")
+NAMES = ("id", "status", "group")
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # tried where a row does not say
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row: its words and numbers (NaN where blank), and what was measured, which no prediction may look at."""
+
+    id: str
+    group: str
+    status: str
+    words: Mapping[str, str]
+    numbers: Mapping[str, float]
+    step_seconds: float
+    memory_gib: float
+
+    def number(self, name: str, default: float = math.nan) -> float:
+        value = self.numbers[name]
+        return default if math.isnan(value) else value
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, as the first part of its id says."""
+        return self.id.split("-")[0]
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.number("moe_experts", 0) > 0
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Read a table of runs. Raises UserError naming the column that is missing, or the row and column that are no number."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            found = reader.fieldnames or []
+            for name in (*NAMES, *WORDS, *NUMBERS, *MEASURED):
+                if name not in found:
+                    raise UserError(f"{path} has no column '{name}'; {did_you_mean(name, found)}")
+            return [_read_row(row, f"{path}, row {number}") for number, row in enumerate(reader, 2)]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file: {error}") from None
+
+
+def _read_row(row: dict[str, str | None], where: str) -> Run:
+    if None in row or None in row.values():
+        raise UserError(f"{where}: it has not as many values as there are columns")
+    texts = {name: (value or "").strip() for name, value in row.items()}
+    numbers = {}
+    for name in (*NUMBERS, *MEASURED):
+        try:
+            numbers[name] = float(texts[name]) if texts[name] else math.nan
+        except ValueError:
+            numbers[name] = math.inf
+        if numbers[name] < 0 or math.isinf(numbers[name]):
+            raise UserError(f"{where} ({texts['id']}), column '{name}': {texts[name]!r} is not a number of at least 0")
+    return Run(texts["id"], texts["group"], texts["status"], {name: texts[name] for name in WORDS},
+               {name: numbers[name] for name in NUMBERS}, *(numbers[name] for name in MEASURED))
+
+
+@dataclass(frozen=True)
+class Sizes(Counted):
+    """A model by the sizes that a row gives."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    tie_word_embeddings: bool
+    attention: Attended
+    inner: int
+    is_gated: bool
+    dense: int
+    experts: int
+    top_k: float
+    expert_inner: int
+    shared: int
+
+    def block_attended(self, layer: int) -> Attended:
+        return self.attention
+
+    def block_vectors(self, layer: int) -> int:
+        return 2 * self.hidden_size
+
+    def embedding_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    def block_products(self, layer: int) -> list[Product]:
+        hidden, each = self.hidden_size, self.attention
+        width = each.heads * each.value_size
+        out = [Product("qkv", hidden, width + 2 * each.key_value_heads * each.key_size, "outputs"),
+               Product("attention_out", width, hidden, "inputs")]
+        if not self.experts or layer < self.dense:
+            return [*out, *feed_forward(hidden, self.inner, self.is_gated)]
+        return [*out, Product("router", hidden, self.experts, ""),
+                *feed_forward(hidden, self.expert_inner, self.is_gated, "experts_", self.top_k, self.experts),
+                *(feed_forward(hidden, self.shared, self.is_gated, "shared_") if self.shared else [])]
+
+
+def shape_of(run: Run) -> Counted:
+    """The model of a row: a known one of its name, or what its sizes say. Raises UserError for one that neither tells."""
+    known = _known(run.words["model"])
+    if known and run.number("layers", known.num_hidden_layers) == known.num_hidden_layers:
+        return known
+    missing = [name for name in ("layers", "hidden", "heads", "vocab") if math.isnan(run.numbers[name])]
+    if missing:
+        raise UserError(f"the model's {', '.join(missing)} are blank, and no shape is known by the name '{run.words['model']}'")
+    hidden, heads = int(run.numbers["hidden"]), int(run.numbers["heads"])
+    size = hidden // heads
+    experts = int(run.number("moe_experts", 0))
+    inner = int(run.number("ffn_hidden", 4 * hidden))
+    return Sizes(int(run.numbers["vocab"]), hidden, int(run.numbers["layers"]), run.words["tied_embed"] == "y",
+                 Attended(1, heads, int(run.number("kv_heads", heads)), size, size), inner, run.words["gated_mlp"] == "y",
+                 int(run.number("dense_layers", 0)), experts, run.number("moe_topk", 1), int(run.number("moe_ffn_hidden", inner)),
+                 int(run.number("shared_expert_ffn", 0)))
+
+
+def _known(model: str) -> Counted | None:
+    for name in (model, model.split("(")[0]):
+        try:
+            return find_shape("-".join(name.strip().lower().replace("_", "-").split()).replace("deepseekv3", "deepseek-v3"))
+        except ModelError:
+            pass
+    return None
+
+
+def program_of(framework: str, zero: float, year: float) -> str:
+    """The family of programs that a framework's name, its sharding and its year point to."""
+    words = framework.lower()
+    for program, parts in {"jax": ("maxtext", "paxml"), "fsdp": ("fsdp", "torchtitan", "composer", "llm-foundry"),
+                           "zero3": ("zero-3",), "scaling": ("aleph", "paddle"),
+                           "megatron-core": ("nemo", "megatron-core", "megatron-bridge", "megascale", "hai-llm"),
+                           "megatron-deepspeed": ("deepspeed",), "megatron": ("megatron", "ptd")}.items():
+        if any(part in words for part in parts):
+            return program
+    return "fsdp" if zero == 3 else "megatron-core" if year >= 2023 else "megatron"
+
+
+def kernel_of(run: Run, program: str) -> str:
+    """The kind of attention kernel."""
+    named, flash = run.words["attn_kernel"].lower(), run.words["flash_attention"]
+    if named == "torch":
+        return "eager"
+    if "fused" in named:
+        return "fused"
+    if "v1" in named:
+        return "flash1"
+    is_flash = "flash" in named or flash == "y" or (flash == "" and program in ("megatron-core", "fsdp", "scaling", "jax") and run.number("year", 2024) >= 2024)
+    own = "flash2" if program in ("fsdp", "scaling") else "flash"
+    return own if is_flash else "fused"
+
+
+def release_of(run: Run) -> float:
+    """The program's release in years: as its name says ("26.04"), or the middle of the row's year."""
+    found = re.search(r"\b2(\d)\.(0[1-9]|1[0-2])\b", run.words["framework"])
+    return 2020 + int(found[1]) + (int(found[2]) - 0.5) / 12 if found else run.number("year", 2024) + 0.5
+
+
+def layout_of(run: Run) -> dict[str, float]:
+    """Layout, batch and choices of a row under the names of `Case`; a blank micro-batch is NaN. UserError when they disagree."""
+    blank = [name for name in ("seq", "global_batch_seqs", "n_gpus") if math.isnan(run.numbers[name])]
+    if blank:
+        raise UserError(f"{', '.join(blank)} is blank")
+    zero, devices, cp = run.number("zero_stage"), run.numbers["n_gpus"], max(1.0, run.number("cp", 1))
+    program = program_of(run.words["framework"], zero, run.number("year", 2024))
+    if math.isnan(zero):
+        zero = {"fsdp": 3.0, "zero3": 3.0, "megatron-core": 1.0}.get(program, 0.0)
+    alone = 1.0 if zero == 3 else math.nan
+    tp, pp = run.number("tp", alone), run.number("pp", alone)
+    if math.isnan(tp) or math.isnan(pp):
+        raise UserError("tp or pp is blank")
+    dp = run.number("dp", devices / (tp * pp * cp))
+    if tp * pp * cp * dp != devices or dp < 1:
+        raise UserError(f"tp x pp x cp x dp = {tp * pp * cp * dp:g}, but there are {devices:g} devices")
+    batch, micro = run.numbers["global_batch_seqs"], run.number("micro_batch")
+    recompute = {"full": FULL, "selective": SELECTIVE, "none": NONE}.get(
+        run.words["recompute"], FULL if program.startswith("megatron") and run.words["flash_attention"] == "n" else NONE)
+    precision = run.words["precision"].lower()
+    parallel = run.words["sequence_parallel"]
+    chunks = run.number("vpp", 2 if "hai-llm" in run.words["framework"].lower() else 1)  # DualPipe halves the bubble
+    return {"pp": pp, "chunks": max(1.0, chunks), "dp": dp, "shard": dp * cp, "cp": cp, "tp": tp,
+            "ep": min(max(1.0, run.number("ep", 1)), tp * cp * dp), "zero": zero,
+            "is_sequence_parallel": float(tp > 1 and (parallel == "y" or (parallel == "" and program == "megatron-core"))),
+            "seq_len": run.numbers["seq"], "micro_batch_size": micro, "num_microbatches": max(1.0, batch / (dp * micro)),
+            "recompute": recompute, "weight_bytes": 4.0 if precision in ("fp32", "tf32") else 2.0,
+            "product_bytes": 0.5 if "fp4" in precision else 1.0 if "fp8" in precision and "rowwise" not in precision else 4.0 if "fp32" in precision else 2.0}
+
+
+def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
+    """The rows that can be priced: cases and machines, the index of each one's row, and for each row why it is not covered.
+
+    A row with a blank micro-batch is there once for each that it may have had.
+    """
+    shapes: list[Counted] = []
+    columns: list[dict[str, float]] = []
+    machines: list[Mapping[str, float | str]] = []
+    rows: list[int] = []
+    reasons = [""] * len(runs)
+    seen: dict[tuple[object, ...], Counted] = {}
+    for index, run in enumerate(runs):
+        try:
+            key = (run.words["model"], run.words["gated_mlp"], run.words["tied_embed"], *(
+                str(run.numbers[name]) for name in NUMBERS[2:14] if name != "seq"))
+            shape = seen[key] if key in seen else seen.setdefault(key, shape_of(run))
+            layout = layout_of(run)
+            machine = _machine(run, layout)
+            machine_of([machine])
+        except UserError as error:
+            reasons[index] = str(error)
+            continue
+        for filled in _micro_batches(run, layout):
+            shapes.append(shape)
+            columns.append(filled)
+            machines.append(machine)
+            rows.append(index)
+    if not rows:
+        raise UserError("no row can be priced; the first says: " + (reasons or ["there are none"])[0])
+    case = case_of(shapes, {name: [column[name] for column in columns] for name in columns[0]})
+    return case, machine_of(machines), np.array(rows), reasons
+
+
+def _machine(run: Run, layout: Mapping[str, float]) -> dict[str, float | str]:
+    program = program_of(run.words["framework"], layout["zero"], run.number("year", 2024))
+    given = {"per_node": run.number("gpus_per_node"), "nic_gbps": run.number("nic_gbps_per_gpu"),
+             "memory_gib": run.number("gpu_mem_gib"), "product_bytes": layout["product_bytes"], "release": release_of(run),
+             "is_norm_fused": float(program != "scaling" or "rms" in run.words["attn_kernel"].lower() or not run.words["attn_kernel"])}
+    return {"accelerator": run.words["gpu"], "program": program, "kernel": kernel_of(run, program),
+            **{name: value for name, value in given.items() if not math.isnan(value)}}
+
+
+def _micro_batches(run: Run, layout: dict[str, float]) -> list[dict[str, float]]:
+    if not math.isnan(layout["micro_batch_size"]):
+        return [layout]
+    each = run.numbers["global_batch_seqs"] / layout["dp"]
+    return [layout | {"micro_batch_size": float(size), "num_microbatches": each / size} for size in MICRO_BATCHES
+            if size == 1 or each % size == 0]
