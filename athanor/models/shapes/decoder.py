@@ -45,10 +45,9 @@ class DecoderShape(Counted):
     def __post_init__(self) -> None:
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        self._require(1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                      "num_key_value_heads", "max_position_embeddings")
+        self._require(0, *(f.name for f in fields(self) if f.type == "int" and not f.name.endswith("_id")))
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise ModelError(f"num_attention_heads = {self.num_attention_heads} does not divide "
@@ -62,6 +61,11 @@ class DecoderShape(Counted):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(f"num_key_value_heads = {self.num_key_value_heads} does not divide "
                              f"num_attention_heads = {self.num_attention_heads}")
+
+    def _require(self, least: int, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < least:
+                raise ModelError(f"{name} = {getattr(self, name)}; it must be at least {least}")
 
     @property
     def query_size(self) -> int:
@@ -119,14 +123,15 @@ class DecoderShape(Counted):
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         for f in fields(cls):
-            value, kind = values.get(f.name), str(f.type)
+            value, key = values.get(f.name), keys.get(f.name, f.name)
             if value is None:
                 if f.default is MISSING:
-                    raise ModelError(f"{where} has no '{keys[f.name]}'")
-            elif isinstance(value, list) and f.name == "eos_token_id" and value:
-                values[f.name] = value[0]
-            elif not _fits(value, kind):
-                raise ModelError(f"{where}: {keys[f.name]} = {value!r} is not of type {kind}")
+                    raise ModelError(f"{where} has no '{key}'")
+                continue
+            if isinstance(value, list):
+                values[f.name] = value = value[0] if f.name == "eos_token_id" and value else tuple(value)
+            if not _fits(value, str(f.type)):
+                raise ModelError(f"{where}: {key} = {value!r} is not of type {f.type}")
         return cls(**values)
 
     def to_config(self) -> dict[str, Any]:
@@ -156,4 +161,6 @@ def _refuse_variants(config: dict[str, Any], rope: dict[str, Any], where: str) -
 def _fits(value: object, kind: str) -> bool:
     if kind == "bool":
         return isinstance(value, bool)
+    if kind.startswith("tuple"):
+        return isinstance(value, tuple) and all(_fits(entry, "int") for entry in value)
     return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from athanor.foundation.errors import ModelError
 from athanor.models.shapes.mixture import MixtureShape
 from athanor.models.shapes.products import Attended, Product
 
@@ -33,15 +32,14 @@ class Shape(MixtureShape):
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim)
         super().__post_init__()
-        for name in ("kv_lora_rank", "v_head_dim"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        self._require(1, "kv_lora_rank", "v_head_dim")
 
     def attention_products(self) -> list[Product]:
         hidden, heads = self.hidden_size, self.num_attention_heads
         queries = [Product("q", hidden, self.query_size, "outputs")]
         if self.q_lora_rank:
-            queries = [Product("q_down", hidden, self.q_lora_rank, ""), Product("q_up", self.q_lora_rank, self.query_size, "outputs")]
+            queries = [Product("q_down", hidden, self.q_lora_rank, ""),
+                       Product("q_up", self.q_lora_rank, self.query_size, "outputs")]
         return [*queries, Product("kv_down", hidden, self.kv_lora_rank + self.qk_rope_head_dim, ""),
                 Product("kv_up", self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), "outputs"),
                 Product("attention_out", heads * self.v_head_dim, hidden, "inputs")]

@@ -32,8 +32,8 @@ def check_architecture(name: str, where: str) -> None:
     if name in architectures() or ("." in name and all(part.isidentifier() for part in name.split("."))):
         return
     if name in counted():
-        raise ModelError(f"{where}: the arithmetic of '{name}' is known, but there is no module of it, so it can be estimated and "
-                         f"not trained; those that can: {', '.join(architectures())}")
+        raise ModelError(f"{where}: the arithmetic of '{name}' is known, but there is no module of it, so it can be estimated "
+                         f"and not trained; those that can: {', '.join(architectures())}")
     raise ModelError(f"{where}: unknown architecture '{name}'; {did_you_mean(name, architectures())}")
 
 

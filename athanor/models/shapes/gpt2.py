@@ -34,6 +34,6 @@ class Shape(DecoderShape):
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json", for_training: bool = True) -> Self:
         width = config.get("n_embd", config.get("hidden_size"))
-        if config.get("n_inner", config.get("intermediate_size")) is None and isinstance(width, int):
+        if config.get("n_inner") is None and config.get("intermediate_size") is None and isinstance(width, int):
             config = {**config, "intermediate_size": 4 * width}
         return super().from_config(config, where, for_training)

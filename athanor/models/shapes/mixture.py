@@ -26,10 +26,7 @@ class MixtureShape(DecoderShape):
         super().__post_init__()
         if not self.moe_intermediate_size:
             object.__setattr__(self, "moe_intermediate_size", self.intermediate_size)
-        for name, least in (("num_experts", self.LEAST_EXPERTS), ("num_experts_per_tok", self.LEAST_EXPERTS),
-                            ("moe_intermediate_size", 1)):
-            if getattr(self, name) < least:
-                raise ModelError(f"{name} = {getattr(self, name)}; it must be at least {least}")
+        self._require(self.LEAST_EXPERTS, "num_experts", "num_experts_per_tok")
         if self.num_experts_per_tok > self.num_experts:
             raise ModelError(f"num_experts_per_tok = {self.num_experts_per_tok} is more than num_experts = {self.num_experts}")
 

@@ -1,4 +1,4 @@
-"""What a model is made of, for all who count: the products that each token takes part in, its attention, its vectors. No torch."""
+"""What a model is made of, for all who count: the products of each token, its attention, its vectors. No torch."""
 
 from __future__ import annotations
 
@@ -127,18 +127,18 @@ class Counted(ABC):
         return sum(product.parameters for product in self.block_products(layer)) + self.block_vectors(layer)
 
     @cached_property
-    def _outside_products(self) -> int:
+    def _parameters(self) -> int:
         tied = self.vocab_size * self.hidden_size if self.tie_word_embeddings else 0
-        return self.embedding_parameters() + self.vectors() - tied
+        return self.embedding_parameters() + self.vectors() - tied + sum(product.parameters for product in self._products)
 
     def parameters(self) -> int:
         """Exact number of parameters; a tied head counts once."""
-        return self._outside_products + sum(product.parameters for product in self._products)
+        return self._parameters
 
     def active_parameters(self) -> int:
         """Parameters that take part in one token: of the experts, those it is sent to."""
-        used = sum(p.inputs * p.outputs * p.layers * min(p.times, p.copies) for p in self._products)
-        return self._outside_products + round(used)
+        unused = sum(p.inputs * p.outputs * p.layers * max(0.0, p.copies - p.times) for p in self._products)
+        return self._parameters - round(unused)
 
     def flops(self, tokens: float, mean_context: float) -> float:
         """Model FLOPs of forward and backward, attention causal, nothing recomputed.

@@ -24,5 +24,9 @@ class Shape(MixtureShape, qwen3.Shape):
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(1, "decoder_sparse_step")
+
     def is_dense(self, layer: int) -> bool:
         return layer in self.mlp_only_layers or (layer + 1) % self.decoder_sparse_step != 0
