@@ -43,7 +43,10 @@ def _command(command: click.Command, name: str) -> list[str]:
             out.append(f"- `{', '.join(option.opts)}`: {option.help or ''}")
     out.append("")
     if isinstance(command, click.Group):
-        for sub, child in command.commands.items():
+        context = click.Context(command)
+        for sub in dict.fromkeys([*command.commands, *command.list_commands(context)]):
+            child = command.get_command(context, sub)
+            assert child is not None, sub
             out += _command(child, f"{name} {sub}")
     return out
 

@@ -1,13 +1,15 @@
-"""`athanor plan`: choose shape, tokens and layout for a budget, say why, and write the forecast."""
+"""`athanor plan`: choose shape, tokens and layout for a budget, say why, and write the forecast; or answer one question."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from athanor.foundation.errors import did_you_mean, nearest
 from athanor.foundation.progress import console, say
 from athanor.foundation.units import format_bytes, format_count, format_rate, format_seconds, format_share
 
@@ -17,15 +19,45 @@ if TYPE_CHECKING:
     from athanor.planner.plan import Plan
 
 
-@click.command()
+class Questions(click.Group):
+    """Each `plan_<name>.py` beside this file is a subcommand, imported on demand; what names none of them is a recipe."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        files = Path(__file__).parent.glob("plan_*.py")
+        return [*self.commands, *sorted(file.stem.removeprefix("plan_") for file in files)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.commands or cmd_name not in self.list_commands(ctx):
+            return self.commands.get(cmd_name)
+        found: click.Command = importlib.import_module(f"athanor.cli.plan_{cmd_name}").command
+        return found
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        names = self.list_commands(ctx)
+        if args and args[0] not in (*names, *self.get_help_option_names(ctx)):
+            if nearest(args[0], names) and "." not in args[0] and not Path(args[0]).exists():
+                ctx.fail(f"'{args[0]}' is neither a recipe nor a subcommand; {did_you_mean(args[0], names)}")
+            args = ["recipe", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Questions)
+def command() -> None:
+    """Plan a recipe (`athanor plan RECIPE`), or answer one question about a model and a cluster."""
+
+
+@command.command("recipe")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--cluster", "cluster_file", type=click.Path(path_type=Path),
               help="a cluster.toml; else the recipe's, the run folder's, or this machine is measured")
 @click.option("--out", type=click.Path(path_type=Path), help="where to write the plan; the run folder when left out")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
-def command(recipe: Path, overrides: tuple[str, ...], cluster_file: Path | None, out: Path | None, as_json: bool) -> None:
-    """Choose shape, tokens and layout for RECIPE's budget, say why, and write the forecast."""
+def plan_recipe(recipe: Path, overrides: tuple[str, ...], cluster_file: Path | None, out: Path | None, as_json: bool) -> None:
+    """Choose shape, tokens and layout for RECIPE's budget, say why, and write the forecast.
+
+    The word `recipe` may be left out.
+    """
     from athanor.cli.preflight import plan_inputs, refuse_early, refuse_replacing_forecast
     from athanor.data.sources import scan
     from athanor.foundation.recipe import load_recipe

@@ -33,7 +33,10 @@ def test_every_verb_explains_itself_and_speaks_json() -> None:
             if isinstance(option, click.Option):
                 assert option.help, f"{name} {option.opts[0]} has no help"
         if isinstance(command, click.Group):
-            for sub, child in command.commands.items():
+            inner = click.Context(command)
+            for sub in command.list_commands(inner):
+                child = command.get_command(inner, sub)
+                assert child is not None
                 walk(child, f"{name} {sub}")
         else:
             assert any("--json" in p.opts for p in command.params), f"{name} has no --json"

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Self
 
 from athanor.foundation.errors import ModelError
+from athanor.models.shapes.products import Attended, Counted, Product, feed_forward
 
 
 @dataclass(frozen=True)
-class DecoderShape:
+class DecoderShape(Counted):
     """Sizes of a decoder under their Hugging Face keys. `num_key_value_heads` and `head_dim` 0 mean "as usual".
 
     An architecture's configuration: its MODEL_TYPE and ARCHITECTURE, KEYS where a field goes by another name there (None:
-    by none), and ONLY the values that are computed here.
+    by none), ONLY the values that are computed here, and COUNTS_ALIKE those of them that no count depends on.
     """
 
     MODEL_TYPE: ClassVar[str] = "llama"
     ARCHITECTURE: ClassVar[str] = "LlamaForCausalLM"
     KEYS: ClassVar[dict[str, str | None]] = {}
     ONLY: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+    COUNTS_ALIKE: ClassVar[frozenset[str]] = frozenset({"hidden_act", "attention_dropout", "router_jitter_noise"})
+    IS_GATED: ClassVar[bool] = True
+    IS_ROTARY: ClassVar[bool] = True
 
     vocab_size: int
     hidden_size: int
@@ -41,16 +45,15 @@ class DecoderShape:
     def __post_init__(self) -> None:
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        self._require(1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                      "num_key_value_heads", "max_position_embeddings")
+        self._require(0, *(f.name for f in fields(self) if f.type == "int" and not f.name.endswith("_id")))
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise ModelError(f"num_attention_heads = {self.num_attention_heads} does not divide "
                                  f"hidden_size = {self.hidden_size}; set head_dim, or other heads")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.head_dim % 2 or self.head_dim < 2:
+        if self.IS_ROTARY and (self.head_dim % 2 or self.head_dim < 2):
             raise ModelError(f"head_dim = {self.head_dim} is odd or below 2; rotary positions turn pairs")
         for name in ("rope_theta", "rms_norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
@@ -58,6 +61,11 @@ class DecoderShape:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(f"num_key_value_heads = {self.num_key_value_heads} does not divide "
                              f"num_attention_heads = {self.num_attention_heads}")
+
+    def _require(self, least: int, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < least:
+                raise ModelError(f"{name} = {getattr(self, name)}; it must be at least {least}")
 
     @property
     def query_size(self) -> int:
@@ -69,72 +77,61 @@ class DecoderShape:
         """Width of all key heads together (and of all value heads)."""
         return self.num_key_value_heads * self.head_dim
 
-    def attention_parameters(self) -> int:
-        """Weights of one block's four projections around attention."""
-        return self.hidden_size * (2 * self.query_size + 2 * self.key_value_size)
+    def block_products(self, layer: int) -> list[Product]:
+        return [*self.attention_products(), *self.feed_forward_products(layer)]
 
-    def block_matrix_parameters(self) -> int:
-        """Weights of one block's matrices that each token is multiplied with: all seven."""
-        return self.attention_parameters() + 3 * self.hidden_size * self.intermediate_size
+    def attention_products(self) -> list[Product]:
+        """The projections around one block's attention."""
+        return [Product("qkv", self.hidden_size, self.query_size + 2 * self.key_value_size, "outputs"),
+                Product("attention_out", self.query_size, self.hidden_size, "inputs")]
 
-    def block_parameters(self) -> int:
-        """Exact number of parameters of one block."""
-        return self.block_matrix_parameters() + 2 * self.hidden_size
+    def feed_forward_products(self, layer: int) -> list[Product]:
+        """What one block does after its attention."""
+        return feed_forward(self.hidden_size, self.intermediate_size, self.IS_GATED)
 
-    def parameters(self) -> int:
-        """Exact number of parameters; a tied head counts once."""
-        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * self.block_parameters() + ends + self.hidden_size
+    def block_attended(self, layer: int) -> Attended:
+        return Attended(1, self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.head_dim, self.window(layer))
 
-    def flops(self, tokens: float, mean_context: float) -> float:
-        """Model FLOPs of forward and backward, attention causal, nothing recomputed.
+    def window(self, layer: int) -> int:
+        """Keys that a query of this block may see; 0: all before it."""
+        return 0
 
-        `mean_context` is the mean number of keys a query sees: (L + 1) / 2 in a document of L tokens. Every matrix weight
-        costs 2 FLOP forward and 4 backward per token, the embedding none; scores and values cost 4 FLOP forward per query,
-        key and channel, and twice that backward.
-        """
-        matrices = self.num_hidden_layers * self.block_matrix_parameters() + self.vocab_size * self.hidden_size
-        attention = 2 * self.num_hidden_layers * self.query_size * mean_context
-        return 6.0 * tokens * (matrices + attention)
+    def block_vectors(self, layer: int) -> int:
+        return 2 * self.NORM_VECTORS * self.hidden_size
 
-    def block_costs(self, mean_context: float) -> list[float]:
-        """FLOPs per token of each block, to balance pipeline stages; the head's are the last one's."""
-        block = 6.0 * (self.block_matrix_parameters() + 2 * self.query_size * mean_context)
-        return [block] * (self.num_hidden_layers - 1) + [block + 6.0 * self.vocab_size * self.hidden_size]
-
-    def flops_full(self, tokens: float, seq_len: float) -> float:
-        """The same with full-square attention, as PaLM (appendix B) counts: every query sees `seq_len` keys."""
-        return self.flops(tokens, seq_len)
+    def embedding_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], where: str = "config.json") -> Self:
-        """Read a Hugging Face configuration. Raises ModelError for a missing key or a variant we do not compute."""
+    def from_config(cls, config: dict[str, Any], where: str = "config.json", for_training: bool = True) -> Self:
+        """Read a Hugging Face configuration; a key may also go by the field's name.
+
+        Raises ModelError for a missing key or a variant that is not computed here; when only counts are wanted
+        (`for_training` False), variants that change none of them are read.
+        """
         for key, only in cls.ONLY.items():
-            if config.get(key, only) != only:
+            if config.get(key, only) != only and (for_training or key not in cls.COUNTS_ALIKE):
                 raise ModelError(f"{where}: {key} = {config[key]!r} is not supported; only {only!r} is")
         keys = cls._keys()
-        values = {name: config[key] for name, key in keys.items() if config.get(key) is not None}
+        values: dict[str, Any] = {name: config[key] for name, field_key in keys.items() for key in (name, field_key)
+                                  if config.get(key) is not None}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ModelError(f"{where}: rope_scaling = {rope!r} is not a table; leave it out, or give null")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ModelError(f"{where}: rope_type = {kind!r} is not supported; only 'default' is")
-        for table, key, only in ((config, "partial_rotary_factor", 1), (rope, "partial_rotary_factor", 1),
-                                 (config, "quantization_config", None)):  # refused, or the numbers would be others
-            if table.get(key) not in (None, only):
-                raise ModelError(f"{where}: {key} = {table[key]!r} is not supported; it must be left out")
+        if for_training:
+            _refuse_variants(config, rope, where)
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if key not in values:
-                raise ModelError(f"{where} has no '{key}'")
         for f in fields(cls):
-            value, kind = values.get(f.name), str(f.type)
-            if isinstance(value, list) and f.name == "eos_token_id" and value:
-                values[f.name] = value[0]
-            elif value is not None and not _fits(value, kind):
-                raise ModelError(f"{where}: {keys[f.name]} = {value!r} is not of type {kind}")
+            value, key = values.get(f.name), keys.get(f.name, f.name)
+            if value is None:
+                if f.default is MISSING:
+                    raise ModelError(f"{where} has no '{key}'")
+                continue
+            if isinstance(value, list):
+                values[f.name] = value = value[0] if f.name == "eos_token_id" and value else tuple(value)
+            if not _fits(value, str(f.type)):
+                raise ModelError(f"{where}: {key} = {value!r} is not of type {f.type}")
         return cls(**values)
 
     def to_config(self) -> dict[str, Any]:
@@ -150,7 +147,20 @@ class DecoderShape:
         return {name: key for name, key in keys.items() if key is not None}
 
 
+def _refuse_variants(config: dict[str, Any], rope: dict[str, Any], where: str) -> None:
+    """What would give other numbers in training, while it changes no count."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ModelError(f"{where}: rope_type = {kind!r} is not supported; only 'default' is")
+    for table, key, only in ((config, "partial_rotary_factor", 1), (rope, "partial_rotary_factor", 1),
+                             (config, "quantization_config", None)):
+        if table.get(key) not in (None, only):
+            raise ModelError(f"{where}: {key} = {table[key]!r} is not supported; it must be left out")
+
+
 def _fits(value: object, kind: str) -> bool:
     if kind == "bool":
         return isinstance(value, bool)
+    if kind.startswith("tuple"):
+        return isinstance(value, tuple) and all(_fits(entry, "int") for entry in value)
     return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)

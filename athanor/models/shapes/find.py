@@ -3,51 +3,99 @@
 from __future__ import annotations
 
 import importlib
+import tomllib
 from pathlib import Path
 from typing import Any
 
-from athanor.foundation.errors import ModelError, did_you_mean
+from athanor.foundation.errors import ModelError, did_you_mean, nearest
+from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import read_json
 from athanor.models.shapes.decoder import DecoderShape
 
 ZOO = Path(__file__).parents[1] / "zoo"
+KNOWN = Path(__file__).with_name("known.toml")
+ALIASES = {"gpt": "gpt2", "yuan2": "yuan"}  # model_type -> the architecture's file
 
 
 def architectures() -> list[str]:
-    """Names of the architectures in the zoo."""
+    """Names of the architectures in the zoo: those that can be trained."""
     return sorted(file.stem for file in ZOO.glob("*.py") if file.stem != "__init__")
+
+
+def counted() -> list[str]:
+    """Names of the architectures whose arithmetic is known: those in the zoo, and each file here that offers a `Shape`."""
+    files = [file.stem for file in Path(__file__).parent.glob("*.py") if file.stem != "__init__"]
+    return sorted({*architectures(), *(name for name in files if hasattr(_module(name), "Shape"))})
 
 
 def check_architecture(name: str, where: str) -> None:
     """Refuse a name that is neither in the zoo nor a package.module, with the nearest valid one."""
-    if name not in architectures() and ("." not in name or not all(part.isidentifier() for part in name.split("."))):
-        raise ModelError(f"{where}: unknown architecture '{name}'; {did_you_mean(name, architectures())}")
+    if name in architectures() or ("." in name and all(part.isidentifier() for part in name.split("."))):
+        return
+    if name in counted():
+        raise ModelError(f"{where}: the arithmetic of '{name}' is known, but there is no module of it, so it can be estimated "
+                         f"and not trained; those that can: {', '.join(architectures())}")
+    raise ModelError(f"{where}: unknown architecture '{name}'; {did_you_mean(name, architectures())}")
 
 
 def shape_class(architecture: str) -> type[DecoderShape]:
     """The arithmetic of an architecture: `shapes/<name>.py: Shape` where there is such a file, and the decoder's otherwise."""
     if "." in architecture or not Path(__file__).with_name(f"{architecture}.py").exists():
         return DecoderShape
-    found: type[DecoderShape] = importlib.import_module(f"athanor.models.shapes.{architecture}").Shape
+    found: type[DecoderShape] = _module(architecture).Shape
     return found
 
 
-def load_shape(source: Path | dict[str, Any]) -> DecoderShape:
+def load_shape(source: Path | dict[str, Any], for_training: bool = True, where: str = "the configuration") -> DecoderShape:
     """The shape that a model folder, a config.json or its content describes.
 
-    Raises ModelError for an unknown model_type or a variant that is not supported.
+    Raises ModelError for an unknown model_type or a variant that is not supported; with `for_training` also for those that
+    are counted and not computed.
     """
-    where = "the configuration"
     if isinstance(source, Path):
         file = source / "config.json" if source.is_dir() else source
         where = str(file)
         if not file.is_file():
             raise ModelError(f"{file} does not exist, so {source} is not a model folder")
         source = read_json(file)
+    allowed = architectures() if for_training else counted()
     if not isinstance(source, dict) or not isinstance(source.get("model_type"), str):
-        raise ModelError(f"{where} has no 'model_type'; allowed: {', '.join(architectures())}")
-    kind = source["model_type"]
+        raise ModelError(f"{where} has no 'model_type'; allowed: {', '.join(allowed)}")
+    kind: str = source["model_type"]
+    kind = ALIASES.get(kind, kind)
     if "." in kind:  # a folder from elsewhere must not choose what is imported; only a recipe names a package.module
-        raise ModelError(f"{where}: unknown model_type '{kind}'; allowed: {', '.join(architectures())}")
-    check_architecture(kind, f"{where}, model_type")
-    return shape_class(kind).from_config(source, where)
+        raise ModelError(f"{where}: unknown model_type '{kind}'; allowed: {', '.join(allowed)}")
+    if for_training:
+        check_architecture(kind, f"{where}, model_type")
+    elif kind not in allowed:
+        raise ModelError(f"{where}: unknown model_type '{kind}'; {did_you_mean(kind, allowed)}")
+    return shape_class(kind).from_config(source, where, for_training)
+
+
+def known_shapes() -> dict[str, dict[str, Any]]:
+    """Published configurations by name, each with its `source`."""
+    return tomllib.loads(KNOWN.read_text(encoding="utf-8"))
+
+
+def find_shape(name_or_path: str | Path) -> DecoderShape:
+    """The shape of a published model by its name, or of a model folder, config.json or recipe, trainable or not.
+
+    Raises ModelError with the nearest name for what is neither.
+    """
+    name = str(name_or_path)
+    known = known_shapes()
+    if name.lower() in known:
+        return load_shape(known[name.lower()], for_training=False)
+    if Path(name).suffix == ".toml":
+        recipe = load_recipe(name)
+        keys = recipe.model.model_dump(exclude_none=True) | {"vocab_size": recipe.data.vocab_size}
+        return load_shape(keys | {"model_type": recipe.model.architecture}, False, f"{name}, [model] and data")
+    if Path(name).exists():
+        return load_shape(Path(name), for_training=False)
+    guess = nearest(name.lower(), known)
+    raise ModelError(f"'{name}' is neither a known model nor a model folder, config.json or recipe"
+                     + (f"; did you mean '{guess}'?" if guess else "") + f" Known: {', '.join(known)}")
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"athanor.models.shapes.{name}")

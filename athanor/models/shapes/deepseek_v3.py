@@ -1,0 +1,65 @@
+"""DeepSeek-V3: latent attention, dense blocks first, then routed and shared experts, and blocks that predict further tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from athanor.models.shapes.mixture import MixtureShape
+from athanor.models.shapes.products import Attended, Product
+
+
+@dataclass(frozen=True)
+class Shape(MixtureShape):
+    """Sizes of a DeepSeek-V3. The biases that balance its router follow no gradient and are not counted."""
+
+    MODEL_TYPE: ClassVar = "deepseek_v3"
+    ARCHITECTURE: ClassVar = "DeepseekV3ForCausalLM"
+    KEYS: ClassVar = {"num_experts": "n_routed_experts", "head_dim": None}
+    ONLY: ClassVar = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1}
+
+    num_experts: int = 256
+    num_experts_per_tok: int = 8
+    q_lora_rank: int = 0  # 0: queries are projected at once
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    n_shared_experts: int = 1
+    first_k_dense_replace: int = 3
+    num_nextn_predict_layers: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim)
+        super().__post_init__()
+        self._require(1, "kv_lora_rank", "v_head_dim")
+
+    def attention_products(self) -> list[Product]:
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        queries = [Product("q", hidden, self.query_size, "outputs")]
+        if self.q_lora_rank:
+            queries = [Product("q_down", hidden, self.q_lora_rank, ""),
+                       Product("q_up", self.q_lora_rank, self.query_size, "outputs")]
+        return [*queries, Product("kv_down", hidden, self.kv_lora_rank + self.qk_rope_head_dim, ""),
+                Product("kv_up", self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), "outputs"),
+                Product("attention_out", heads * self.v_head_dim, hidden, "inputs")]
+
+    def block_products(self, layer: int) -> list[Product]:
+        joined = [Product("predict_in", 2 * self.hidden_size, self.hidden_size, "")] if layer >= self.num_hidden_layers else []
+        return [*joined, *super().block_products(layer)]
+
+    def block_attended(self, layer: int) -> Attended:
+        return Attended(1, self.num_attention_heads, self.num_attention_heads, self.head_dim, self.v_head_dim)
+
+    def block_vectors(self, layer: int) -> int:
+        of_prediction = 3 * self.hidden_size if layer >= self.num_hidden_layers else 0  # norms of both inputs and of the output
+        return super().block_vectors(layer) + self.q_lora_rank + self.kv_lora_rank + of_prediction
+
+    def is_dense(self, layer: int) -> bool:
+        return layer < self.first_k_dense_replace
+
+    def shared_intermediate_size(self) -> int:
+        return self.n_shared_experts * self.moe_intermediate_size
+
+    def prediction_blocks(self) -> int:
+        return self.num_nextn_predict_layers

@@ -1,0 +1,22 @@
+"""Mistral: a Llama whose queries may see a window only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from athanor.models.shapes.decoder import DecoderShape
+
+
+@dataclass(frozen=True)
+class Shape(DecoderShape):
+    """Sizes of a Mistral."""
+
+    MODEL_TYPE: ClassVar = "mistral"
+    ARCHITECTURE: ClassVar = "MistralForCausalLM"
+    ONLY: ClassVar = {"hidden_act": "silu", "attention_dropout": 0.0}
+
+    sliding_window: int = 0  # keys that a query may see; 0: all before it
+
+    def window(self, layer: int) -> int:
+        return self.sliding_window

@@ -1,0 +1,32 @@
+"""Qwen3-MoE: a Qwen3 with experts in all blocks, or in every so many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from athanor.models.shapes import qwen3
+from athanor.models.shapes.mixture import MixtureShape
+
+
+@dataclass(frozen=True)
+class Shape(MixtureShape, qwen3.Shape):
+    """Sizes of a Qwen3-MoE; `mlp_only_layers` are dense, and so are all but each `decoder_sparse_step`-th."""
+
+    MODEL_TYPE: ClassVar = "qwen3_moe"
+    ARCHITECTURE: ClassVar = "Qwen3MoeForCausalLM"
+
+    num_experts: int = 128
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 768
+    norm_topk_prob: bool = False
+    max_window_layers: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(1, "decoder_sparse_step")
+
+    def is_dense(self, layer: int) -> bool:
+        return layer in self.mlp_only_layers or (layer + 1) % self.decoder_sparse_step != 0
