@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from athanor.models.shapes.products import Counted
 
 Array = NDArray[np.float64]
+PIECES = {"qkv": 3, "gate_up": 2}  # parameters that are multiplied together
+NO_END = 1e9  # tokens of a document that no row sees the end of
 NONE, FULL, SELECTIVE = 0.0, 1.0, 2.0  # recomputation
 
 
@@ -32,6 +34,8 @@ class Case:
     copies: Array  # [P, C] matrices of this kind in a layer; more than one: experts, shared out over ep
     is_row: Array  # [P, C] 1: tensor parallelism cuts the inputs; 0: the outputs
     is_whole: Array  # [P, C] 1: not cut
+    pieces: Array  # [P, C] parameters of a layer that a product is made of
+    inner: Array  # width of the feed-forward layers that a token passes, of an average layer
     heads: Array
     key_value_heads: Array
     key_size: Array  # of one head
@@ -55,6 +59,7 @@ class Case:
     # the run
     seq_len: Array
     mean_context: Array  # keys that a query sees on average
+    document_tokens: Array  # mean length of what attention may not leave
     micro_batch_size: Array
     num_microbatches: Array
     recompute: Array
@@ -65,6 +70,12 @@ class Case:
     def tokens(self) -> Array:
         """Tokens of a micro-batch on one rank, before tensor parallelism shares them out."""
         return self.micro_batch_size * self.seq_len / self.cp
+
+    @property
+    def held_parameters(self) -> Array:
+        """Parameters of a rank before data parallelism shards them; in a pipeline the ends are those of its ends' ranks."""
+        ends = self.end_parameters / self.tp / np.where(self.pp > 1, 2.0, 1.0)
+        return ((self.block_parameters - self.expert_parameters) / self.tp + self.expert_parameters / self.ep) / self.pp + ends
 
     @property
     def devices(self) -> Array:
@@ -93,17 +104,29 @@ def case_of(shapes: Sequence[Counted], run: Mapping[str, ArrayLike]) -> Case:
     """The configurations of some models (one for all, or one each) under layouts and runs, by the names of `Case`."""
     columns = {name: np.atleast_1d(np.asarray(values, dtype=np.float64)) for name, values in run.items()}
     models: dict[str, Array] = {}
+    columns.setdefault("document_tokens", np.full(1, NO_END))
     each = {id(shape): _model_columns(shape) for shape in shapes}
     most = max(len(found["uses"]) for found in each.values())
     for name in next(iter(each.values())):
         rows = [each[id(shape)][name] for shape in shapes]
         models[name] = (np.stack([np.pad(row, (0, most - len(row)), constant_values=float(name == "copies")) for row in rows],
                                   axis=-1) if np.ndim(rows[0]) else np.array(rows))
-    seen = np.broadcast_to((columns["seq_len"] + 1) / 2, np.broadcast_shapes(columns["seq_len"].shape, (len(shapes),)))
+    keys_seen = mean_context(columns["seq_len"], columns["document_tokens"])
+    seen = np.broadcast_to(keys_seen, np.broadcast_shapes(keys_seen.shape, (len(shapes),)))
     windows = [any(part.window for part in shape.attended()) for shape in shapes]
     if any(windows):
         seen = np.array([_mean_keys(shapes[i % len(shapes)], float(keys)) for i, keys in enumerate(seen)])
     return Case(**{"mean_context": np.asarray(seen, dtype=np.float64), **models, **columns})
+
+
+def mean_context(seq_len: ArrayLike, document_tokens: ArrayLike) -> Array:
+    """Keys that a query sees on average in a row of `seq_len` when documents end at random every `document_tokens`.
+
+    Position j of a row sees d (1 - exp(-j / d)) keys, averaged over the row.
+    """
+    length = np.asarray(document_tokens, dtype=np.float64)
+    ratio = np.asarray(seq_len) / length
+    return np.asarray(length * (1.0 + np.expm1(-ratio) / ratio) + 0.5)
 
 
 def _mean_keys(shape: Counted, mean_context: float) -> float:
@@ -125,6 +148,8 @@ def _model_columns(shape: Counted) -> dict[str, Any]:
         "copies": np.array([p.copies for p in products], float),
         "is_row": np.array([p.cut == "inputs" for p in products], float),
         "is_whole": np.array([p.cut == "" for p in products], float),
+        "pieces": np.array([PIECES.get(p.name.rpartition("gate_up")[1] or p.name, 1) for p in products], float),
+        "inner": sum(p.inputs * p.times * p.layers for p in products if p.cut == "inputs" and p.name != "attention_out") / layers,
         "heads": float(first.heads), "key_value_heads": float(first.key_value_heads), "key_size": float(first.key_size),
         "value_size": float(first.value_size), "block_parameters": float(sum(p.parameters for p in products)),
         "expert_parameters": float(sum(p.parameters for p in experts)),

@@ -17,7 +17,7 @@ from athanor.models.shapes.find import check_architecture, load_shape
 from athanor.planner import scaling
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.memory import fits, peak_memory
-from athanor.planner.operators import mean_context
+from athanor.planner.case import mean_context
 
 HIDDEN_SIZES = (64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192)
 LAYERS = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)
@@ -56,7 +56,7 @@ class Part:
         if self.kind == "seconds":
             return self.amount / step.seconds * batch
         if self.kind == "flops":
-            return float(self.amount / shape.flops(1.0, mean_context(choice.seq_len, choice.document_tokens)))
+            return float(self.amount / shape.flops(1.0, float(mean_context(choice.seq_len, choice.document_tokens))))
         return self.amount if self.kind == "tokens" else self.amount * batch
 
     def law(self, forecaster: Forecaster, dtype: str) -> scaling.Law:

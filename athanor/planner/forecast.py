@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.layout import Layout, keeps_whole
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, LOOPS, SCHEDULES
 from athanor.ledger.book import Book
-from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.products import Counted
+from athanor.planner.case import FULL, NONE, SELECTIVE, Array, Case, case_of, mean_context
 from athanor.planner.coefficients import load, python_factor
-from athanor.planner.collectives import Curves, fully_shard_seconds, tensor_seconds
+from athanor.planner.measured import WIDTH_BYTES, Measured
 from athanor.planner.memory import peak_memory
-from athanor.planner.operators import Rates, Work, block_work, ends_work, loss_chunk, mean_context, newton_schulz_seconds
+from athanor.planner.step import price
+
+RECOMPUTE = {"none": NONE, "full": FULL, "selective": SELECTIVE}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class StageChoice:
     optimizer: str
     document_tokens: float  # mean length of what attention may not leave
     evaluation_tokens: float = 0.0
+    recompute: str = "none"
+    schedule: str = DEFAULT_SCHEDULE
 
     def global_batch_tokens(self, layout: Layout) -> int:
         return self.seq_len * self.micro_batch_size * self.num_microbatches * layout.data_ranks
@@ -47,36 +53,33 @@ class Step:
 
 
 class Forecaster:
-    """Forecasts on one cluster; tables are prepared once per dtype."""
+    """Forecasts on one cluster; tables are prepared once per dtype and optimizer."""
 
     def __init__(self, cluster: ClusterSpec) -> None:
-        self.cluster, self.curves, self._rates = cluster, Curves(cluster), dict[str, Rates]()
-        self._work: dict[Any, tuple[Work, Work]] = {}  # of a block and of the ends, by what they depend on
+        self.cluster, self._rates = cluster, dict[tuple[str, str], Measured]()
 
-    def rates(self, dtype: str) -> Rates:
-        if dtype not in self._rates:
-            self._rates[dtype] = Rates(self.cluster, dtype)
-        return self._rates[dtype]
+    def rates(self, dtype: str, optimizer: str = "adamw") -> Measured:
+        if (dtype, optimizer) not in self._rates:
+            self._rates[dtype, optimizer] = Measured(self.cluster, dtype, optimizer)
+        return self._rates[dtype, optimizer]
 
-    def step(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Step:
+    def steps(self, shape: Counted, layout: Layout, stages: Sequence[StageChoice]) -> list[Step]:
+        """One step of each of some stages that agree in precision and optimizer."""
+        rates = self.rates(stages[0].precision, stages[0].optimizer)
+        case = case_for(shape, layout, stages)
+        priced, devices = price(case, rates), layout.world_size
+        block, ends = ({kind: case.num_microbatches * devices * share * sum(pair) for kind, pair in kinds.items()}
+                       for kinds, share in ((priced.work.block, case.layers / case.pp), (priced.work.ends, 1 / case.pp)))
+        parts = {kind: block.get(kind, 0.0) + ends.get(kind, 0.0) for kind in {**block, **ends}}
+        forward = case.layers / case.pp * priced.work.seconds("block")[0] + priced.work.seconds("ends")[0]
+        return [Step(at(priced.seconds, i), {name: devices * at(value, i) for name, value in priced.accounts.items() if at(value, i)},
+                     {kind: at(value, i) for kind, value in parts.items()}, at(forward, i)) for i in range(len(stages))]
+
+    def step(self, shape: Counted, layout: Layout, stage: StageChoice) -> Step:
         """One step of a stage."""
-        constants, rates, slow = load()["step"], self.rates(stage.precision), python_factor(self.cluster.python)
-        work, times, devices = self._micro_batch(shape, layout, stage), stage.num_microbatches, layout.world_size
-        compute = times * work.seconds + constants["python_seconds"] * slow
-        data_parallel, tensor = self._traffic(shape, layout, stage)
-        update, exchange = self._update(shape, layout, stage.optimizer)
-        entry = constants["input_seconds_per_row"] * stage.micro_batch_size * times * slow
-        skew = self._skew(compute, shape, times) if devices > 1 else 0.0
-        seconds = {"data_parallel": data_parallel + exchange, "tensor": tensor, "skew": skew, "optimizer": update,
-                   "input": entry}
-        tokens = stage.global_batch_tokens(layout)
-        useful = shape.flops(tokens, mean_context(stage.seq_len, stage.document_tokens)) / rates.peak_flops
-        accounts = {"useful": useful, "kernel": compute * devices - useful}
-        accounts |= {name: value * devices for name, value in seconds.items() if value}
-        parts = {kind: times * devices * (work.forward[kind] + work.backward[kind]) for kind in work.forward}
-        return Step(compute + math.fsum(seconds.values()), accounts, parts, work.forward_seconds)
+        return self.steps(shape, layout, [stage])[0]
 
-    def stage(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Book:
+    def stage(self, shape: Counted, layout: Layout, stage: StageChoice) -> Book:
         """The book of a whole stage: its steps, and start, checkpoints, validations and metering."""
         constants, step = load()["stage"], self.step(shape, layout, stage)
         slow, devices = python_factor(self.cluster.python), layout.world_size
@@ -87,7 +90,7 @@ class Forecaster:
         checks = math.ceil(stage.steps / stage.evaluate_every)
         once["evaluation"] = checks * self.validation_seconds(step, shape, layout, stage)
         once["metering"] = constants["metering_seconds"] * slow * stage.steps * step.seconds / constants["metering_every_seconds"]
-        book = Book("forecast", devices, self.cluster.accelerator, self.rates(stage.precision).peak_flops)
+        book = Book("forecast", devices, self.cluster.accelerator, self.cluster.peak_flops[stage.precision])
         for name, value in step.accounts.items():
             book.add(name, value * stage.steps, "planned")
         for name, value in once.items():
@@ -95,20 +98,20 @@ class Forecaster:
         book.wall_seconds = stage.steps * step.seconds + math.fsum(once.values())
         book.device_seconds = book.wall_seconds * devices
         book.tokens = float(stage.steps * stage.global_batch_tokens(layout))
-        book.model_flops = shape.flops(book.tokens, mean_context(stage.seq_len, stage.document_tokens))
+        book.model_flops = shape.flops(book.tokens, float(mean_context(stage.seq_len, stage.document_tokens)))
         book.model_flops_full = shape.flops_full(book.tokens, stage.seq_len)
         memory = peak_memory(shape, layout, rows=stage.micro_batch_size, seq_len=stage.seq_len, dtype=stage.precision)
         book.memory_bytes = {kind: [value] for kind, value in memory.items()}
         return book.close()
 
-    def save_seconds(self, shape: DecoderShape, layout: Layout) -> float:
+    def save_seconds(self, shape: Counted, layout: Layout) -> float:
         """One checkpoint: weights and both moments of this rank's shards, written and synced."""
         size = 12.0 * shape.parameters() / (layout.dp_shard * layout.tp)
         disk = self.cluster.disk
         written = size / disk["write_bytes_per_second"] + disk.get("sync_seconds", 0.0)
         return float(load()["stage"]["checkpoint_seconds"] + written)
 
-    def validation_seconds(self, step: Step, shape: DecoderShape, layout: Layout, stage: StageChoice) -> float:
+    def validation_seconds(self, step: Step, shape: Counted, layout: Layout, stage: StageChoice) -> float:
         """One validation: forward over the held-out tokens, split over data ranks, and a generated sample."""
         constants = load()["stage"]
         batch = stage.seq_len * stage.micro_batch_size * layout.data_ranks
@@ -116,58 +119,22 @@ class Forecaster:
         return float(math.ceil(stage.evaluation_tokens / batch) * step.forward_seconds
                      + sample * python_factor(self.cluster.python))
 
-    def _micro_batch(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Work:
-        rates, rows, seq_len = self.rates(stage.precision), stage.micro_batch_size, stage.seq_len
-        key = (replace(shape, num_hidden_layers=1), layout.tp, rows, seq_len, stage.precision, stage.document_tokens)
-        if key not in self._work:
-            self._work[key] = (block_work(rates, shape, rows, seq_len, stage.document_tokens, layout.tp),
-                               ends_work(rates, shape, rows * seq_len, layout.tp))
-        block, ends = self._work[key]
-        total = Work()
-        factor = load()["step"]["compute_factor"]
-        for work, times in ((ends, factor), (block, factor * shape.num_hidden_layers)):
-            for kind in work.forward:
-                total.add(kind, (work.forward[kind], work.backward[kind]), times)
-        return total
 
-    def _traffic(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> tuple[float, float]:
-        """Seconds of a step in data-parallel and in tensor-parallel collectives."""
-        data = tensor = 0.0
-        if layout.data_ranks > 1:
-            ends = 4.0 * shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2) / layout.tp
-            block = (4.0 * shape.parameters() / layout.tp - ends) / shape.num_hidden_layers
-            wait = self.cluster.overhead_seconds["sharded_block"] * load()["step"]["sharded_block_factor"]
-            is_whole = keeps_whole(layout, shape.parameters())
-            data = (1 if is_whole else stage.num_microbatches) * (
-                shape.num_hidden_layers * fully_shard_seconds(self.curves, block, reshard=not is_whole)
-                + fully_shard_seconds(self.curves, ends, reshard=False) + wait * (shape.num_hidden_layers + 1))
-            data += 2 * self.curves("all_reduce", 8.0)  # the global token count, and the gradient's norm
-        if layout.tp > 1:
-            tokens = stage.micro_batch_size * stage.seq_len
-            chunk = loss_chunk(tokens, shape.vocab_size / layout.tp, self.cluster.device_type)
-            tensor = stage.num_microbatches * tensor_seconds(self.curves, shape, tokens, chunk, stage.precision)
-        return data, tensor
+def case_for(shape: Counted, layout: Layout, stages: Sequence[StageChoice]) -> Case:
+    """What our own trainer does in these stages: weights are whole during a step or sharded throughout, as it chooses."""
+    zero = 0 if layout.dp_shard == 1 else 2 if keeps_whole(layout, shape.parameters()) else 3
+    width = WIDTH_BYTES[stages[0].precision]
+    return case_of([shape], {
+        "pp": layout.pp, "chunks": LOOPS if SCHEDULES[stages[0].schedule].placement != "single" and layout.pp > 1 else 1,
+        "dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "cp": layout.cp, "tp": layout.tp, "ep": layout.ep,
+        "zero": zero, "is_sequence_parallel": layout.tp > 1, "seq_len": [stage.seq_len for stage in stages],
+        "document_tokens": [stage.document_tokens for stage in stages],
+        "micro_batch_size": [stage.micro_batch_size for stage in stages],
+        "num_microbatches": [stage.num_microbatches for stage in stages],
+        "recompute": [RECOMPUTE.get(stage.recompute, FULL) for stage in stages],
+        "weight_bytes": max(2, width), "product_bytes": width})
 
-    def _update(self, shape: DecoderShape, layout: Layout, optimizer: str) -> tuple[float, float]:
-        """Seconds of an update, and of the messages that Muon needs for it (see train/optimizer.py, train/muon.py)."""
-        rates = self.rates("fp32") if any(row[0] == "fp32" for row in self.cluster.matmul) else next(iter(self._rates.values()))
-        hidden, inner, kv = shape.hidden_size, shape.intermediate_size, shape.key_value_size
-        matrices = [(shape.query_size, hidden)] * 2 + [(kv, hidden)] * 2 + [(inner, hidden)] * 3
-        tensors = 9 * shape.num_hidden_layers + (2 if shape.tie_word_embeddings else 3)
-        elements, seconds, exchange = float(shape.parameters()), 0.0, 0.0
-        seconds += rates.launch(load()["step"]["operations_per_update"] * tensors)
-        if optimizer == "muon":
-            sizes = shape.num_hidden_layers * sum(rows * columns for rows, columns in matrices)
-            tensors, elements = tensors - 7 * shape.num_hidden_layers, elements - sizes
-            each = shape.num_hidden_layers * sum(newton_schulz_seconds(rates, *size) for size in matrices)
-            seconds += load()["step"]["muon_factor"] * each / layout.world_size
-            if layout.world_size > 1:
-                exchange = 2 * self.curves("all_gather", 4.0 * sizes / layout.world_size)
-        return seconds + rates.update(tensors, elements / (layout.dp_shard * layout.tp)), exchange
 
-    def _skew(self, compute: float, shape: DecoderShape, micro_batches: int) -> float:
-        """Waiting for the slowest rank between two collectives, whose spread shrinks as the work between them grows."""
-        least = float(load()["step"]["least_skew"])
-        between = compute / (micro_batches * 3 * (shape.num_hidden_layers + 1))
-        found = [row[1] for row in sorted(self.cluster.jitter, key=lambda row: abs(math.log(row[0] / max(between, 1e-6))))]
-        return compute * max([least, *map(float, found[:1])])
+def at(values: Array, index: int) -> float:
+    """The entry of one configuration, or the one that holds for all."""
+    return float(values[index if len(values) > 1 else 0])

@@ -6,7 +6,7 @@ import math
 
 from athanor.foundation.layout import Layout, keeps_whole
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner.operators import WIDTH_BYTES
+from athanor.planner.measured import WIDTH_BYTES
 
 
 def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int, dtype: str,

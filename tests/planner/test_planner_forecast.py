@@ -14,11 +14,11 @@ from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import UserError
 from athanor.foundation.layout import Layout
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.planner.case import mean_context
 from athanor.planner.coefficients import load
-from athanor.planner.collectives import Curves
 from athanor.planner.forecast import Forecaster, StageChoice
+from athanor.planner.measured import Measured, Table
 from athanor.planner.memory import peak_memory
-from athanor.planner.operators import Rates, Table, mean_context
 
 PEAK, RATE, PASS_SECONDS = 2e10, 1e10, 1e-9
 SHAPE = DecoderShape(vocab_size=4096, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
@@ -40,18 +40,16 @@ def test_table_interpolates_between_logarithms_and_keeps_its_points() -> None:
 
 
 def test_rates_follow_the_measured_laws(machine: ClusterSpec) -> None:
-    rates = Rates(machine, "fp32")
+    rates = Measured(machine, "fp32")
     assert rates.matmul("forward", 1000, 200, 300) == pytest.approx(2 * 1000 * 200 * 300 / RATE)
     assert rates.linear(1000, 200, 300)[1] == pytest.approx(2 * rates.linear(1000, 200, 300)[0])
     assert rates.passes(50_000, copy=1, multiply=2) == pytest.approx(3 * PASS_SECONDS * 50_000)
-    assert rates.attention(8, 128, 48)[0] == pytest.approx(8 * 4e-10 * 128 * 128 * 48)
-    assert rates.update(40, 500_000) == pytest.approx(40e-6 + 500_000e-9, rel=1e-3)
     with pytest.raises(UserError, match="bf16 were not measured"):
-        Rates(machine, "bf16")
+        Measured(machine, "bf16")
 
 
 def test_collectives_cost_latency_when_small(machine: ClusterSpec) -> None:
-    curves = Curves(machine)
+    curves = Measured(machine, "fp32").collective
     assert curves("all_reduce", 8) == curves("all_reduce", 4096)
     assert curves("all_gather", 2**26) == pytest.approx(2**26 / 1e9, rel=0.05)
 
