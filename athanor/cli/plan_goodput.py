@@ -25,7 +25,7 @@ QUANTILES = {"p10": 10, "p50": 50, "p90": 90}
 @click.option("--write-rate", type=float, help="bytes a second that all devices together write")
 @click.option("--restart-seconds", type=float, default=600.0, help="from new processes to the first step; 600")
 @click.option("--detect-seconds", type=float, default=300.0, help="from a fault to new processes; 300")
-@click.option("--failures-per-1000-device-days", type=float, help="all unexpected faults; when left out, those of Llama 3 405B, "
+@click.option("--failures-per-1000-device-days", type=float, help="all faults; when left out, those of Llama 3 405B, "
               "whose software's do not grow with the devices")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="of the simulation behind the finish")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
