@@ -87,6 +87,8 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -
     from athanor.cluster.spec import read_cluster
     from athanor.data.sources import scan
     from athanor.foundation.errors import UserError
+    from athanor.foundation.run_folder import runs_root
+    from athanor.planner.own import factors
     from athanor.planner.plan import make_plan
 
     named = None if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
@@ -98,7 +100,8 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -
     if file == run.cluster and not file.exists():
         say(f"measuring this machine into {file}")
         check(file, recipe.cluster.devices)
-    return make_plan(recipe, read_cluster(file), sources)
+    cluster = read_cluster(file)
+    return make_plan(recipe, cluster, sources, factors(runs_root(), cluster))
 
 
 def write_plan(plan: Plan, run: RunFolder, file: Path, inputs: dict[str, str]) -> None:

@@ -92,12 +92,28 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
         if launched_from_outside():
             from athanor.train.loop import train_stage
 
-            return {**train_stage(lambda **message: show(message), **arguments), "rank": int(os.environ["RANK"])}
+            result = {**train_stage(lambda **message: show(message), **arguments), "rank": int(os.environ["RANK"])}
+            return learned(result, recipe, run, stage)
         start_server()
         from athanor.train.stage import resolve
 
         resolve(run, recipe, stage, machine["world_size"])  # what cannot be trained starts no rank
-        return _train_on_ranks(arguments, run.stage(stage).logs, machine, show)
+        return learned(_train_on_ranks(arguments, run.stage(stage).logs, machine, show), recipe, run, stage)
+
+
+def learned(result: dict[str, Any], recipe: Recipe, run: RunFolder, stage: str) -> dict[str, Any]:
+    """The result of training; what it says about its forecast is kept for the next ones on this machine."""
+    from athanor.cluster.spec import read_cluster
+    from athanor.ledger.book import read_book
+    from athanor.planner.own import record
+
+    file = run.cluster if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
+    folder = run.stage(stage)
+    if result["rank"] == 0 and not result["is_asked_to_stop"] and file.exists() and folder.forecast.exists():
+        used = read_plan(run.plan).get("own_runs", {}) if run.plan.exists() else {}
+        record(runs_root(), read_cluster(file), read_book(folder.forecast), read_book(folder.actual), used,
+               f"{recipe.name}/{stage}")
+    return result
 
 
 def _train_on_ranks(arguments: dict[str, Any], logs: Path, machine: dict[str, Any],

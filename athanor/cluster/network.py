@@ -28,9 +28,12 @@ def gather_seconds(seconds: float, device: torch.device) -> list[float]:
 
 
 def collective_curves(device: torch.device, budget_seconds: float) -> dict[str, list[list[float]]]:
-    """Usual seconds of each collective by the bytes of the full tensor, ranks starting together. Rows: bytes, seconds."""
+    """Usual seconds of each collective, ranks starting together, by the bytes of the full tensor. Rows: bytes, seconds.
+
+    The bytes of an exchange or a message are those that one rank sends.
+    """
     sizes = MESSAGE_BYTES[device.type]
-    each = budget_seconds / (3 * len(sizes))
+    each = budget_seconds / (len(COLLECTIVES) * len(sizes))
     return {name: [[float(size), time_together(make(size, device), device, each)] for size in sizes]
             for name, make in COLLECTIVES.items()}
 
@@ -79,8 +82,27 @@ def _reduce_scatter(size: int, device: torch.device) -> Callable[[], Any]:
     return lambda: dist.reduce_scatter_tensor(part, full[:part.numel() * dist.get_world_size()])
 
 
+def _all_to_all(size: int, device: torch.device) -> Callable[[], Any]:
+    sent = torch.zeros(size // 4 // dist.get_world_size() * dist.get_world_size(), device=device)
+    return lambda: dist.all_to_all_single(torch.empty_like(sent), sent)
+
+
+def _send(size: int, device: torch.device) -> Callable[[], Any]:
+    """From each rank of even number to the next one."""
+    message, rank = torch.zeros(size // 4, device=device), dist.get_rank()
+
+    def pass_on() -> None:
+        if rank % 2:
+            dist.recv(message, rank - 1)
+        elif rank + 1 < dist.get_world_size():
+            dist.send(message, rank + 1)
+
+    return pass_on
+
+
 COLLECTIVES: dict[str, Callable[[int, torch.device], Callable[[], Any]]] = {
-    "all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
+    "all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter, "all_to_all": _all_to_all,
+    "send": _send}
 
 
 def fully_shard_overhead(device: torch.device, curves: dict[str, list[list[float]]], budget_seconds: float) -> float:

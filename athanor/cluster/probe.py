@@ -20,8 +20,8 @@ from athanor.foundation.errors import UserError
 from athanor.foundation.launch import run_ranks
 
 SECONDS = 12.0  # of measuring; starting ranks comes on top
-SHARES = {"matmul_fp32": 0.30, "matmul_bf16": 0.06, "matmul_fp64": 0.06, "attention": 0.08, "elementwise": 0.20,
-          "memory": 0.02, "launch": 0.03, "optimizer": 0.04, "collectives": 0.09, "sharding": 0.03, "jitter": 0.05,
+SHARES = {"matmul_fp32": 0.26, "matmul_bf16": 0.06, "matmul_fp64": 0.06, "attention": 0.08, "elementwise": 0.20,
+          "memory": 0.02, "launch": 0.03, "optimizer": 0.04, "collectives": 0.13, "sharding": 0.03, "jitter": 0.05,
           "python": 0.02, "disk": 0.02}
 PYTHON_LOOPS = 20_000
 COMPUTING = "matmul_fp32"  # keeps all threads busy, so its processor time tells what others took

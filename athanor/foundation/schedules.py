@@ -62,6 +62,11 @@ def find_schedule(name: str) -> Schedule:
     return SCHEDULES[name]
 
 
+def stages_of(name: str) -> int:
+    """Stages of a pipeline rank, unless the split says otherwise. Raises LayoutError for an unknown schedule."""
+    return {"single": 1, "looped": LOOPS, "v": 2}[find_schedule(name).placement]
+
+
 def cut(pp: int, schedule: str, costs: Sequence[float], split: Sequence[int] | None = None) -> Pipeline:
     """Cut blocks into stages, by `split` where it is given, otherwise so that the costliest stage is as cheap as possible.
 
@@ -69,7 +74,7 @@ def cut(pp: int, schedule: str, costs: Sequence[float], split: Sequence[int] | N
     once, or LayoutError is raised with what would work.
     """
     placement, count = find_schedule(schedule).placement, len(costs)
-    wanted = pp * {"single": 1, "looped": LOOPS, "v": 2}[placement]
+    wanted = pp * stages_of(schedule)
     if split is None:
         if wanted > count:
             raise LayoutError(f"pp = {pp} with {schedule} makes {wanted} stages, more than the {count} blocks of the model; "

@@ -8,23 +8,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import LayoutError, UserError
-from athanor.foundation.layout import Layout, check_batch, check_model
+from athanor.foundation.layout import AXES, Layout, check_batch, check_experts, check_model
 from athanor.foundation.recipe import Parallel, Recipe, Stage
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, check_pipeline, stages_of
 from athanor.foundation.units import format_bytes
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import check_architecture, load_shape
 from athanor.planner import scaling
+from athanor.planner.case import mean_context
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.memory import fits, peak_memory
-from athanor.planner.case import mean_context
 
 HIDDEN_SIZES = (64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192)
 LAYERS = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)
 ASPECT = (16, 160)  # hidden_size / num_hidden_layers of a shape worth considering
 NARROW_ASPECT = 20  # the most for narrow models: 64 x 4 ended at 1.25 bits per byte where 96 x 2 ended at 1.38 (docs/log.md)
 LEAST_STEPS = 10  # below this nothing is learned
-UNCOVERED = ("pp", "cp", "ep")
 LAYOUT_MARGIN = 1.15  # a layout with more communication must be so much faster, since that is the hardest to forecast
 MOST_DOUBLINGS = 12  # of the rows per rank and step
 NO_STEP = Step(0.0, {}, {}, 0.0)
@@ -61,7 +62,7 @@ class Part:
 
     def law(self, forecaster: Forecaster, dtype: str) -> scaling.Law:
         """The law of loss for so much training: a third of the peak for the seconds, 20 tokens per parameter for tokens."""
-        peak = forecaster.rates(dtype).peak_flops * forecaster.cluster.devices
+        peak = forecaster.cluster.peak_flops[dtype] * forecaster.cluster.devices
         tokens = self.amount * (1 if self.kind == "tokens" else 4096)
         return scaling.law_for({"seconds": self.amount * peak / 3, "flops": self.amount}.get(self.kind, 6 * tokens**2 / 20))
 
@@ -124,26 +125,20 @@ def head_size(hidden_size: int) -> int:
     return wanted if hidden_size % wanted == 0 else math.gcd(hidden_size, 32)
 
 
-def layouts(parallel: Parallel, devices: int) -> list[Layout]:
-    """All layouts of one machine that agree with the recipe: tensor and sharded data parallelism.
-
-    Raises LayoutError when none does, or when an axis is asked for that this planner does not forecast.
+def layouts(parallel: Parallel, cluster: ClusterSpec) -> list[Layout]:
+    """All layouts of the cluster that agree with the recipe; what it does not name is sharded data parallelism, tensor
+    parallelism or, where sending was measured, a pipeline. Raises LayoutError when none agrees.
     """
-    for axis in UNCOVERED:
-        if (getattr(parallel, axis) or 1) > 1:
-            raise LayoutError(f"parallel.{axis} = {getattr(parallel, axis)}: plans cover dp_shard, dp_replicate and tp; "
-                              f"leave {axis} out, or give a plan.toml with plan.file")
-    out = []
-    replicate = parallel.dp_replicate or 1
-    for tp in range(1, devices + 1):
-        if devices % (tp * replicate) or (parallel.tp or tp) != tp:
+    out, devices, pipelines = [], cluster.devices, cluster.devices if "send" in cluster.collectives else parallel.pp or 1
+    replicate, cp, ep = parallel.dp_replicate or 1, parallel.cp or 1, parallel.ep or 1
+    for pp, tp in itertools.product(range(1, pipelines + 1), range(1, devices + 1)):
+        shard, rest = divmod(devices, pp * tp * cp * replicate)
+        if rest or (parallel.pp or pp) != pp or (parallel.tp or tp) != tp:
             continue
-        shard = devices // (tp * replicate)
         if parallel.dp_shard in (None, -1, shard):
-            out.append(Layout(dp_replicate=replicate, dp_shard=shard, tp=tp))
+            out.append(Layout(pp=pp, dp_replicate=replicate, dp_shard=shard, cp=cp, tp=tp, ep=ep))
     if not out:
-        axes = ("dp_replicate", "dp_shard", "tp")
-        asked = ", ".join(f"{axis} = {getattr(parallel, axis)}" for axis in axes if getattr(parallel, axis))
+        asked = ", ".join(f"{axis} = {getattr(parallel, axis)}" for axis in AXES if getattr(parallel, axis))
         raise LayoutError(f"{asked} cannot be laid out on {devices} devices; their product must be {devices}")
     return out
 
@@ -162,17 +157,29 @@ def row_choices(stage: Stage, seq_len: int, layout: Layout, critical_tokens: flo
 
 def fastest(forecaster: Forecaster, shape: DecoderShape, layout: Layout, stage: Stage, template: StageChoice,
             rows: int) -> tuple[StageChoice, Step] | None:
-    """The micro-batch size with the shortest step of `rows` rows per rank; None when none fits memory."""
-    best: tuple[StageChoice, Step] | None = None
+    """The micro-batch size with the shortest step of `rows` rows per rank; None when none fits memory, or fills a pipeline."""
+    choices = []
     for size in [stage.micro_batch_size] if stage.micro_batch_size else [d for d in range(1, rows + 1) if rows % d == 0]:
-        memory = peak_memory(shape, layout, rows=size, seq_len=template.seq_len, dtype=template.precision)
-        if not fits(memory, forecaster.cluster.memory_bytes) or size * template.seq_len % layout.tp:
+        memory = peak_memory(shape, layout, rows=size, seq_len=template.seq_len, dtype=template.precision,
+                             recompute=template.recompute)
+        if not fits(memory, forecaster.cluster.memory_bytes) or size * template.seq_len // layout.cp % layout.tp:
             break
-        choice = replace(template, micro_batch_size=size, num_microbatches=rows // size)
-        step = forecaster.step(shape, layout, choice)
-        if best is None or step.seconds < best[1].seconds:
-            best = choice, step
-    return best
+        choices.append(replace(template, micro_batch_size=size, num_microbatches=rows // size))
+    stages = layout.pp * stages_of(template.schedule)
+    choices = [choice for choice in choices if is_runnable(layout, choice, stages, bool(stage.compile))]
+    if not choices:
+        return None
+    return min(zip(choices, forecaster.steps(shape, layout, choices), strict=True), key=lambda found: found[1].seconds)
+
+
+def is_runnable(layout: Layout, choice: StageChoice, stages: int, is_compiled: bool) -> bool:
+    """Whether the stage's schedule takes so many micro-batches."""
+    try:
+        check_pipeline(layout, choice.schedule, stages=stages, num_microbatches=choice.num_microbatches,
+                       is_compiled=is_compiled, recompute=choice.recompute)
+    except LayoutError:
+        return False
+    return True
 
 
 def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stage: Stage, template: StageChoice, part: Part,
@@ -184,7 +191,7 @@ def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stag
     """
     best: Candidate | None = None
     law = part.law(forecaster, template.precision)
-    for layout in sorted(options, key=lambda layout: layout.tp):
+    for layout in sorted(options, key=lambda layout: layout.pp * layout.tp):
         margin = 1.0 if best is None or layout == best.layout else LAYOUT_MARGIN
         critical = None
         if part.kind != "seconds":
@@ -193,7 +200,7 @@ def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stag
         for rows in row_choices(stage, template.seq_len, layout, critical):
             found = fastest(forecaster, shape, layout, stage, template, rows)
             if found is None:
-                break
+                continue  # too few rows for a pipeline, or too many for the memory
             choice, step = found
             tokens, batch = part.tokens(shape, choice, layout, step), choice.global_batch_tokens(layout)
             loss = law.loss(block_parameters(shape), tokens, unique_tokens, batch)
@@ -207,14 +214,16 @@ def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stag
     return best
 
 
-def legal(shape: DecoderShape, options: list[Layout], seq_len: int) -> list[Layout]:
+def legal(shape: DecoderShape, options: list[Layout], seq_len: int, schedule: str) -> list[Layout]:
     """Layouts whose degrees divide the shape; LayoutError of the first when none does."""
     out, first = [], None
     for layout in options:
         try:
             check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
                         intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
-                        num_hidden_layers=shape.num_hidden_layers, seq_len=seq_len)
+                        num_hidden_layers=shape.num_hidden_layers // stages_of(schedule if layout.pp > 1 else DEFAULT_SCHEDULE),
+                        seq_len=seq_len)
+            check_experts(layout, getattr(shape, "num_experts", 0))
             out.append(layout)
         except LayoutError as error:
             first = first or error
@@ -232,11 +241,11 @@ def rank_candidates(forecaster: Forecaster, recipe: Recipe, stage: Stage, templa
     """
     out: list[Candidate] = []
     smallest, refused = math.inf, None
-    options = layouts(recipe.parallel, forecaster.cluster.devices)
+    options = layouts(recipe.parallel, forecaster.cluster)
     longest = max(template.seq_len, *(other.seq_len or 0 for other in recipe.stage))
     for shape in shapes(recipe, text.vocab_size, longest):
         try:
-            possible = legal(shape, options, template.seq_len)
+            possible = legal(shape, options, template.seq_len, template.schedule)
         except LayoutError as error:
             refused = refused or error
             continue

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.layout import Layout, keeps_whole
-from athanor.foundation.schedules import DEFAULT_SCHEDULE, LOOPS, SCHEDULES
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
 from athanor.ledger.book import Book
-from athanor.models.shapes.products import Counted
+from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.case import FULL, NONE, SELECTIVE, Array, Case, case_of, mean_context
 from athanor.planner.coefficients import load, python_factor
 from athanor.planner.measured import WIDTH_BYTES, Measured
 from athanor.planner.memory import peak_memory
+from athanor.planner.own import COMPUTING, corrected
 from athanor.planner.step import price
 
 RECOMPUTE = {"none": NONE, "full": FULL, "selective": SELECTIVE}
@@ -53,33 +56,39 @@ class Step:
 
 
 class Forecaster:
-    """Forecasts on one cluster; tables are prepared once per dtype and optimizer."""
+    """Forecasts on one cluster, corrected by the `factors` of its own finished runs; tables are prepared once per dtype."""
 
-    def __init__(self, cluster: ClusterSpec) -> None:
-        self.cluster, self._rates = cluster, dict[tuple[str, str], Measured]()
+    def __init__(self, cluster: ClusterSpec, factors: Mapping[str, float] | None = None) -> None:
+        self.cluster, self.factors, self._rates = cluster, factors or {}, dict[tuple[str, str], Measured]()
 
     def rates(self, dtype: str, optimizer: str = "adamw") -> Measured:
         if (dtype, optimizer) not in self._rates:
             self._rates[dtype, optimizer] = Measured(self.cluster, dtype, optimizer)
         return self._rates[dtype, optimizer]
 
-    def steps(self, shape: Counted, layout: Layout, stages: Sequence[StageChoice]) -> list[Step]:
+    def steps(self, shape: DecoderShape, layout: Layout, stages: Sequence[StageChoice]) -> list[Step]:
         """One step of each of some stages that agree in precision and optimizer."""
         rates = self.rates(stages[0].precision, stages[0].optimizer)
         case = case_for(shape, layout, stages)
         priced, devices = price(case, rates), layout.world_size
-        block, ends = ({kind: case.num_microbatches * devices * share * sum(pair) for kind, pair in kinds.items()}
+        block, ends = ({kind: case.num_microbatches * devices * share * (pair[0] + pair[1]) for kind, pair in kinds.items()}
                        for kinds, share in ((priced.work.block, case.layers / case.pp), (priced.work.ends, 1 / case.pp)))
-        parts = {kind: block.get(kind, 0.0) + ends.get(kind, 0.0) for kind in {**block, **ends}}
-        forward = case.layers / case.pp * priced.work.seconds("block")[0] + priced.work.seconds("ends")[0]
-        return [Step(at(priced.seconds, i), {name: devices * at(value, i) for name, value in priced.accounts.items() if at(value, i)},
-                     {kind: at(value, i) for kind, value in parts.items()}, at(forward, i)) for i in range(len(stages))]
+        computing = self.factors.get(COMPUTING, 1.0)
+        parts = {kind: computing * (block.get(kind, np.zeros(1)) + ends.get(kind, np.zeros(1))) for kind in {**block, **ends}}
+        forward = computing * (case.layers / case.pp * priced.work.seconds("block")[0] + priced.work.seconds("ends")[0])
+        accounts = {name: devices * value for name, value in priced.accounts.items() if np.any(value)}
+        steps = []
+        for i in range(len(stages)):
+            each = corrected({name: at(value, i) for name, value in accounts.items()}, self.factors)
+            steps.append(Step(math.fsum(each.values()) / devices, each, {kind: at(value, i) for kind, value in parts.items()},
+                              at(forward, i)))
+        return steps
 
-    def step(self, shape: Counted, layout: Layout, stage: StageChoice) -> Step:
+    def step(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Step:
         """One step of a stage."""
         return self.steps(shape, layout, [stage])[0]
 
-    def stage(self, shape: Counted, layout: Layout, stage: StageChoice) -> Book:
+    def stage(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> Book:
         """The book of a whole stage: its steps, and start, checkpoints, validations and metering."""
         constants, step = load()["stage"], self.step(shape, layout, stage)
         slow, devices = python_factor(self.cluster.python), layout.world_size
@@ -100,32 +109,33 @@ class Forecaster:
         book.tokens = float(stage.steps * stage.global_batch_tokens(layout))
         book.model_flops = shape.flops(book.tokens, float(mean_context(stage.seq_len, stage.document_tokens)))
         book.model_flops_full = shape.flops_full(book.tokens, stage.seq_len)
-        memory = peak_memory(shape, layout, rows=stage.micro_batch_size, seq_len=stage.seq_len, dtype=stage.precision)
+        memory = peak_memory(shape, layout, rows=stage.micro_batch_size, seq_len=stage.seq_len, dtype=stage.precision,
+                             recompute=stage.recompute)
         book.memory_bytes = {kind: [value] for kind, value in memory.items()}
         return book.close()
 
-    def save_seconds(self, shape: Counted, layout: Layout) -> float:
+    def save_seconds(self, shape: DecoderShape, layout: Layout) -> float:
         """One checkpoint: weights and both moments of this rank's shards, written and synced."""
-        size = 12.0 * shape.parameters() / (layout.dp_shard * layout.tp)
+        size = 12.0 * shape.parameters() / (layout.dp_shard * layout.tp * layout.pp)
         disk = self.cluster.disk
         written = size / disk["write_bytes_per_second"] + disk.get("sync_seconds", 0.0)
         return float(load()["stage"]["checkpoint_seconds"] + written)
 
-    def validation_seconds(self, step: Step, shape: Counted, layout: Layout, stage: StageChoice) -> float:
-        """One validation: forward over the held-out tokens, split over data ranks, and a generated sample."""
+    def validation_seconds(self, step: Step, shape: DecoderShape, layout: Layout, stage: StageChoice) -> float:
+        """One validation: forward over the held-out tokens, split over data ranks, stage after stage, and a generated sample."""
         constants = load()["stage"]
         batch = stage.seq_len * stage.micro_batch_size * layout.data_ranks
         sample = constants["sample_tokens"] * constants["decode_seconds_per_block"] * shape.num_hidden_layers
-        return float(math.ceil(stage.evaluation_tokens / batch) * step.forward_seconds
+        return float(math.ceil(stage.evaluation_tokens / batch) * step.forward_seconds * layout.pp
                      + sample * python_factor(self.cluster.python))
 
 
-def case_for(shape: Counted, layout: Layout, stages: Sequence[StageChoice]) -> Case:
+def case_for(shape: DecoderShape, layout: Layout, stages: Sequence[StageChoice]) -> Case:
     """What our own trainer does in these stages: weights are whole during a step or sharded throughout, as it chooses."""
     zero = 0 if layout.dp_shard == 1 else 2 if keeps_whole(layout, shape.parameters()) else 3
     width = WIDTH_BYTES[stages[0].precision]
     return case_of([shape], {
-        "pp": layout.pp, "chunks": LOOPS if SCHEDULES[stages[0].schedule].placement != "single" and layout.pp > 1 else 1,
+        "pp": layout.pp, "chunks": stages_of(stages[0].schedule) if layout.pp > 1 else 1,
         "dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "cp": layout.cp, "tp": layout.tp, "ep": layout.ep,
         "zero": zero, "is_sequence_parallel": layout.tp > 1, "seq_len": [stage.seq_len for stage in stages],
         "document_tokens": [stage.document_tokens for stage in stages],

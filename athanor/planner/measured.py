@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import UserError, did_you_mean
@@ -102,7 +102,8 @@ class Measured:
     def collective(self, name: str, full_bytes: ArrayLike) -> Array:
         """`full_bytes` is the whole tensor, not one rank's part. Below the smallest size measured the latency counts."""
         if name not in self._curves:
-            raise UserError(f"{name} was not measured on {self.cluster.host or self.cluster.accelerator}; run `athanor check` again")
+            raise UserError(f"{name} was not measured on {self.cluster.host or self.cluster.accelerator}; "
+                            "run `athanor check` again")
         table = self._curves[name]
         return table(np.maximum(full_bytes, float(table.axes[0][0])))
 
@@ -118,12 +119,13 @@ class Measured:
             case.is_row > 0, case.outputs, case.outputs / cut)
         number = np.where(is_expert, case.copies / case.ep * case.moe_layers, case.uses) / case.layers
         products = self.linear(np.maximum(rows, 1.0), np.maximum(inputs, 1.0), np.maximum(outputs, 1.0))
-        work.add("matmul", *((time * number).sum(axis=0) for time in products))
+        forward, backward = ((time * number).sum(axis=0) for time in products)
+        work.add("matmul", forward, backward)
         length = np.maximum(8.0, 2 * case.mean_context - 1)  # equally long documents with as many keys per query
         matrices = tokens / length * case.heads / case.tp
         square = self._square_share(length)
-        work.add("attention", *(table(length, case.key_size) * matrices * self._flops_ratio * square
-                                for table in self._attention))
+        forward, backward = (table(length, case.key_size) * matrices * self._flops_ratio * square for table in self._attention)
+        work.add("attention", forward, backward)
         turned = query + 2 * key
         work.add("attention", self.passes(tokens * turned, multiply=1, copy=1) + self.passes(tokens * query, copy=1),
                  self.passes(tokens * turned, multiply=1, copy=2))
@@ -167,7 +169,8 @@ class Measured:
         elements, part, times = tokens * case.hidden, tokens * case.hidden / case.tp, tokens / chunk
         work.add("elementwise", self.passes(elements, embedding=1), self.passes(elements, embedding_backward=1), "ends")
         work.add("elementwise", self.passes(part, copy=1, multiply=2), self.passes(part, multiply=7), "ends")
-        work.add("matmul", *(times * seconds for seconds in self.linear(chunk, case.hidden, vocabulary)), "ends")
+        forward, backward = self.linear(chunk, case.hidden, vocabulary)
+        work.add("matmul", times * forward, times * backward, "ends")
         logits = chunk * vocabulary
         work.add("cross_entropy", times * self.passes(logits, log_softmax=1), times * self.passes(logits, exp=1)
                  + self.passes(elements, multiply=3) + self.passes(vocabulary * case.hidden, multiply=1), "ends")
@@ -200,7 +203,7 @@ class Measured:
     def hop(self, case: Case) -> Array:
         return self._where(case.pp > 1, "send", case.tokens * case.hidden / case.tp * case.weight_bytes)
 
-    def _where(self, is_needed: Array, name: str, size: Array) -> Array:
+    def _where(self, is_needed: NDArray[np.bool_], name: str, size: Array) -> Array:
         return np.where(is_needed, self.collective(name, size), 0.0) if np.any(is_needed) else np.zeros(1)
 
     def data_parallel(self, case: Case, computing: Array) -> Array:

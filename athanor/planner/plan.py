@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Plan:
     forecast: Book
     runner_ups: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    factors: dict[str, float] = field(default_factory=dict)  # by which own runs corrected the forecast
 
     def to_toml(self) -> str:
         """The text of `plan.toml`."""
@@ -42,26 +44,27 @@ class Plan:
         for name, step in self.steps.items():
             lines += [f"\n[forecast.{toml_value(name)}]", f"step_seconds = {step.seconds!r}",
                       f"accounts = {toml_value(step.accounts)}", f"computing = {toml_value(step.parts)}"]
+        lines += ["\n[own_runs]", *(f"{key} = {value!r}" for key, value in self.factors.items())]
         lines += ["\n[forecast.chain]", *(f"{key} = {value!r}" for key, value in self.chain.items())]
         return "\n".join(lines) + "\n"
 
 
-def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any]) -> Plan:
-    """Fill what the recipe left open. `scan` has the sources' "bytes" and "documents".
+def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factors: Mapping[str, float] | None = None) -> Plan:
+    """Fill what the recipe left open. `scan` has the sources' "bytes" and "documents"; `factors` are those of `own.factors`.
 
     Raises UserError when the budget is too small to train anything, LayoutError when no layout is legal.
     """
     cluster = with_devices(cluster, recipe.cluster.devices)
-    forecaster, text = Forecaster(cluster), describe_text(recipe, scan)
+    forecaster, text = Forecaster(cluster, factors), describe_text(recipe, scan)
     shares = budget_shares(recipe.stage)
     main = max(recipe.stage, key=lambda stage: shares[stage.name])
-    ranked = rank_candidates(forecaster, recipe, main, open_stage(main, text, cluster), text,
+    ranked = rank_candidates(forecaster, recipe, main, open_stage(main, text, cluster, recipe.parallel), text,
                              budget_part(recipe, cluster, shares[main.name], main))
     best, spare = ranked[0], 0.0
     filled: dict[str, FilledStage] = {}
     for stage in sorted(recipe.stage, key=lambda stage: stage is main):  # the main stage takes what the others leave
         part = budget_part(recipe, cluster, shares[stage.name] + (spare if stage is main else 0.0), stage)
-        filled[stage.name] = fill_stage(forecaster, best, stage, open_stage(stage, text, cluster), text, part)
+        filled[stage.name] = fill_stage(forecaster, best, stage, open_stage(stage, text, cluster, recipe.parallel), text, part)
         spare += filled[stage.name].unused * shares[stage.name]
     filled = {stage.name: filled[stage.name] for stage in recipe.stage}
     choices = {name: stage.choice for name, stage in filled.items()}
@@ -71,7 +74,7 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any]) -> Pla
     chain = _chain(recipe, cluster, scan, text, best, filled[main.name])
     return Plan(plan_values(recipe, best, choices, text), reasons, _scan_table(scan, text), books,
                 {name: stage.step for name, stage in filled.items()}, chain, whole_forecast(books, chain, cluster),
-                [_row(candidate) for candidate in ranked[1:6]], _notes(best, text, choices[main.name]))
+                [_row(candidate) for candidate in ranked[1:6]], _notes(best, text, choices[main.name]), dict(factors or {}))
 
 
 def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice], text: Text) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import UserError
-from athanor.foundation.recipe import Recipe, Stage
+from athanor.foundation.recipe import Parallel, Recipe, Stage
+from athanor.foundation.schedules import DEFAULT_SCHEDULE
 from athanor.foundation.units import PD_FLOP, format_count, format_seconds
 from athanor.planner import goodput, scaling
 from athanor.planner.choose import LEAST_STEPS, Candidate, Part, Text, buy
@@ -100,7 +101,7 @@ def _tokenizer_size(path: str) -> int:
         raise UserError(f"data.tokenizer: {file} is not a tokenizer.json that can be read: {error}") from None
 
 
-def open_stage(stage: Stage, text: Text, cluster: ClusterSpec) -> StageChoice:
+def open_stage(stage: Stage, text: Text, cluster: ClusterSpec, parallel: Parallel) -> StageChoice:
     """A stage before its batch and steps are known."""
     is_pairs = stage.data != "documents"
     return StageChoice(
@@ -109,7 +110,8 @@ def open_stage(stage: Stage, text: Text, cluster: ClusterSpec) -> StageChoice:
         precision=stage.precision or ("fp32" if cluster.device_type == "cpu" else "bf16"),
         checkpoint_every=stage.checkpoint_every or 1, evaluate_every=stage.evaluate_every or 1,
         optimizer=stage.optimizer or "muon", document_tokens=text.pair_tokens if is_pairs else text.document_tokens,
-        evaluation_tokens=text.evaluation_tokens * (load()["text"]["pairs_share"] if is_pairs else 1.0))
+        evaluation_tokens=text.evaluation_tokens * (load()["text"]["pairs_share"] if is_pairs else 1.0),
+        recompute=parallel.recompute or "none", schedule=parallel.pipeline_schedule or DEFAULT_SCHEDULE)
 
 
 def fill_stage(forecaster: Forecaster, best: Candidate, stage: Stage, template: StageChoice, text: Text,

@@ -31,7 +31,7 @@ def machine() -> ClusterSpec:
         optimizer=[[tensors, size, tensors * 1e-6 + size * 1e-9] for tensors, size in ((16, 2**14), (64, 2**16), (64, 2**22))],
         overhead_seconds={"forward": 1e-6, "forward_backward": 3e-6, "sharded_block": 1e-3},
         collectives={name: [[float(size), LATENCY + size / BANDWIDTH] for size in (2**12, 2**16, 2**20, 2**24)]
-                     for name in ("all_reduce", "all_gather", "reduce_scatter")},
+                     for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")},
         jitter=[[0.002, 0.03], [0.02, 0.02], [0.1, 0.01]],
         disk={"write_bytes_per_second": 1e9, "read_bytes_per_second": 1e9, "sync_seconds": 0.001},
         python={"loops_per_second": 31e6, "text_bytes_per_second": 19e6}, startup_seconds={"launch": 4.0, "join": 0.1})

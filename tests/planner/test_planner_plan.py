@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -108,9 +109,32 @@ def test_fixed_sizes_and_degrees_are_kept(machine: ClusterSpec, toy: Toy) -> Non
     assert plan.reasons["model"] == "its sizes are given by the recipe" and not plan.runner_ups
 
 
+def without(machine: ClusterSpec, name: str) -> dict[str, list[list[Any]]]:
+    return {key: rows for key, rows in machine.collectives.items() if key != name}
+
+
+@pytest.mark.parametrize("axis", ["pp", "cp", "tp", "dp_replicate"])
+def test_every_axis_is_forecast(machine: ClusterSpec, toy: Toy, axis: str) -> None:
+    plan = make_plan(toy(f"parallel.{axis}=2"), machine, SCAN)
+    account = {"pp": "pipeline", "cp": "context", "tp": "tensor", "dp_replicate": "data_parallel"}[axis]
+    assert plan.values["parallel"][axis] == 2 and plan.forecast.accounts[account] > 0
+    assert ("bubble" in plan.forecast.accounts) == (axis == "pp")
+    for stage in plan.values["stage"]:
+        rows = stage["global_batch_tokens"] // stage["seq_len"]
+        data_ranks = 2 if axis == "dp_replicate" else 1
+        assert rows // data_ranks // stage["micro_batch_size"] >= plan.values["parallel"]["pp"], "1F1B needs as many"
+
+
+def test_pipelines_are_not_proposed_where_sending_was_not_measured(machine: ClusterSpec, toy: Toy) -> None:
+    plan = make_plan(toy(), replace(machine, collectives=without(machine, "send")), SCAN)
+    assert plan.values["parallel"]["pp"] == 1
+
+
 def test_what_cannot_be_laid_out_is_refused(machine: ClusterSpec, toy: Toy) -> None:
-    with pytest.raises(LayoutError, match=r"parallel\.pp = 2"):
-        make_plan(toy("parallel.pp=2"), machine, SCAN)
+    with pytest.raises(UserError, match=r"send was not measured .* run `athanor check` again"):
+        make_plan(toy("parallel.pp=2"), replace(machine, collectives=without(machine, "send")), SCAN)
+    with pytest.raises(LayoutError, match=r"ep = 2, but the model has no experts"):
+        make_plan(toy("parallel.ep=2"), machine, SCAN)
     with pytest.raises(LayoutError, match="tp = 3 cannot be laid out on 2 devices"):
         make_plan(toy("parallel.tp=3"), machine, SCAN)
     with pytest.raises(LayoutError, match="num_attention_heads"):
