@@ -13,6 +13,7 @@ import numpy as np
 
 from athanor.planner.case import Array, Case
 from athanor.planner.datasheet import Datasheet, Machine
+from athanor.planner.memory import Footprint
 from athanor.planner.step import price
 
 FILE = Path(__file__).with_name("datasheet.toml")
@@ -56,10 +57,10 @@ def soften(errors: Array) -> Array:
     return np.asarray(np.sign(errors) * np.sqrt(2 * (np.sqrt(1 + errors**2) - 1)))
 
 
-def source_weights(sources: Sequence[str]) -> Array:
-    """A row's weight, so that a source counts like `LIKE` independent rows at most."""
+def source_weights(sources: Sequence[str], like: float = LIKE) -> Array:
+    """A row's weight, so that a source counts like so many independent rows at most."""
     _, code, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
-    return np.asarray(np.sqrt(LIKE / (LIKE + counts[code])))
+    return np.asarray(np.sqrt(like / (like + counts[code])))
 
 
 def most_likely(errors: Callable[[Array], Array], start: Coefficients, iterations: int = 40) -> Array:
@@ -98,5 +99,18 @@ def fit_time(case: Case, machine: Machine, seconds: Array, weights: Array, group
         off = np.log(price(case, Datasheet(machine, start.mapping(x))).seconds) - wanted
         beside = np.where(is_large, off - (np.bincount(code, off) / counts)[code], 0.0)
         return soften(np.concatenate([off, beside]) / SPREAD) * np.tile(weights, 2)
+
+    return most_likely(errors, start)
+
+
+def fit_memory(case: Case, machine: Machine, peaks: Array, is_out: Array, weights: Array, start: Coefficients) -> Array:
+    """Logarithms of the memory's coefficients: peaks in bytes where known (NaN: not), and whether a run ran out of memory."""
+    known, sign = ~np.isnan(peaks), np.where(is_out, -1.0, 1.0)
+
+    def errors(x: Array) -> Array:
+        footprint = Footprint(machine, start.mapping(x))
+        found = footprint.peak(case)
+        missed = np.log1p(np.exp(np.clip(sign * footprint.log_odds(found), -60, 60)))
+        return np.concatenate([soften(np.log(found / peaks)[known] / SPREAD) * weights[known], np.sqrt(2 * missed) * weights])
 
     return most_likely(errors, start)

@@ -13,7 +13,7 @@ from athanor.models.shapes.products import Counted
 
 Array = NDArray[np.float64]
 PIECES = {"qkv": 3, "gate_up": 2}  # parameters that are multiplied together
-NO_END = 1e9  # tokens of a document that no row sees the end of
+NO_END = 1e13  # tokens of a document that no row sees the end of
 NONE, FULL, SELECTIVE = 0.0, 1.0, 2.0  # recomputation
 
 
@@ -85,11 +85,21 @@ class Case:
     def global_batch_tokens(self) -> Array:
         return self.micro_batch_size * self.num_microbatches * self.seq_len * self.dp
 
+    def multiplications(self) -> tuple[Array, Array, Array]:
+        """Of one token: in the blocks' products, in causal attention, in the head; each costs 2 FLOPs forward, 4 backward."""
+        return ((self.inputs * self.outputs * self.uses).sum(axis=0),
+                self.layers * self.heads * (self.key_size + self.value_size) * self.mean_context,
+                self.hidden * self.vocab * self.heads_of_loss)
+
     def model_flops(self) -> Array:
         """FLOPs of a step: products and causal attention, forward and backward, nothing recomputed."""
-        matrices = (self.inputs * self.outputs * self.uses).sum(axis=0) + self.hidden * self.vocab * self.heads_of_loss
-        attention = self.layers * self.heads * (self.key_size + self.value_size) * self.mean_context
-        return np.asarray(6.0 * self.global_batch_tokens * (matrices + attention))
+        return np.asarray(6.0 * self.global_batch_tokens * sum(self.multiplications()))
+
+    def computed_flops(self) -> Array:
+        """The same with what is computed again."""
+        matrices, attention, _ = self.multiplications()
+        again = np.select([self.recompute == FULL, self.recompute == SELECTIVE], [matrices + attention, attention], 0.0)
+        return np.asarray(self.model_flops() + 2.0 * self.global_batch_tokens * again)
 
     def take(self, index: Any) -> Case:
         """Some of the configurations."""
@@ -138,19 +148,20 @@ def _model_columns(shape: Counted) -> dict[str, Any]:
     *products, head = shape.products()
     attended = shape.attended()
     layers = sum(part.layers for part in attended)
-    experts = [product for product in products if product.copies > 1]
-    first = attended[0]
+    experts = [product for product in products if product.name.startswith("experts_")]
+    first = max(attended, key=lambda part: part.heads * part.layers * (not part.window))
+    heads = sum(part.multiplications(1.0) for part in attended) / (layers * (first.key_size + first.value_size))
     tied = shape.tie_word_embeddings
     return {
         "layers": float(layers), "hidden": float(head.inputs), "vocab": float(head.outputs), "heads_of_loss": head.times,
         "inputs": np.array([p.inputs for p in products], float), "outputs": np.array([p.outputs for p in products], float),
         "uses": np.array([p.layers * p.times for p in products], float),
-        "copies": np.array([p.copies for p in products], float),
+        "copies": np.array([p.copies if p in experts else 1 for p in products], float),
         "is_row": np.array([p.cut == "inputs" for p in products], float),
         "is_whole": np.array([p.cut == "" for p in products], float),
         "pieces": np.array([PIECES.get(p.name.rpartition("gate_up")[1] or p.name, 1) for p in products], float),
         "inner": sum(p.inputs * p.times * p.layers for p in products if p.cut == "inputs" and p.name != "attention_out") / layers,
-        "heads": float(first.heads), "key_value_heads": float(first.key_value_heads), "key_size": float(first.key_size),
+        "heads": heads, "key_value_heads": float(first.key_value_heads), "key_size": float(first.key_size),
         "value_size": float(first.value_size), "block_parameters": float(sum(p.parameters for p in products)),
         "expert_parameters": float(sum(p.parameters for p in experts)),
         "end_parameters": float(head.inputs * head.outputs + (0 if tied else shape.embedding_parameters())),

@@ -12,13 +12,13 @@ import numpy as np
 from athanor.cluster.spec import load_accelerator
 from athanor.foundation.errors import UserError
 from athanor.planner.case import FULL, Array, Case
+from athanor.planner.rates import Work, smooth_max
 
 GENERATIONS = ("volta", "ampere", "hopper", "blackwell", "blackwell-ultra", "other")
 PROGRAMS = ("megatron", "megatron-deepspeed", "scaling", "megatron-core", "fsdp", "zero3", "jax")
 KERNELS = ("flash", "flash2", "flash1", "fused", "eager")  # flash2 is made for ampere, flash for whatever the device is
 LATEST = 2026.7  # release of a program that is known by no date
 FUSED, GRAPHED = 2025.6, 2026.4  # releases since which experts are computed in few kernels, and (on Blackwell) in a graph
-SHARPNESS = 4.0  # of the smooth maximum of two times of which the longer one hides most of the other
 
 
 @dataclass(frozen=True)
@@ -82,37 +82,31 @@ def _machine_row(row: Mapping[str, Any]) -> tuple[float, ...]:
             PROGRAMS.index(row["program"]), KERNELS.index(row["kernel"]), min(LATEST, row.get("release", LATEST)), row.get("is_norm_fused", 1.0))
 
 
-def smooth_max(a: Array, b: Array) -> Array:
-    """Close to the larger of two positive times, and a fifth above both where they are equal."""
-    return np.asarray((a**SHARPNESS + b**SHARPNESS) ** (1 / SHARPNESS))
-
-
-@dataclass
-class Work:
-    """Seconds of one micro-batch on one device: of an average layer, forward, backward and computed again, and of the ends."""
-
-    forward: Array
-    backward: Array
-    recomputed: Array
-    ends: Array  # embedding, head and loss, forward and backward
-
-
-class Datasheet:
-    """Seconds of the operations of each configuration, by the coefficients of `coefficients.toml` [datasheet].
-
-    `coefficients` has base values under their names and factors for a program or generation under "name.group".
-    """
+class Rated:
+    """Machines beside fitted coefficients: base values by their names, factors of a program or generation as "name.group"."""
 
     def __init__(self, machine: Machine, coefficients: Mapping[str, float]) -> None:
         self.machine, self._c = machine, coefficients
 
     def coefficient(self, name: str) -> Array | float:
-        """A base value, times the factor of each configuration's program or generation where it has one."""
+        """A base value, times the factors of each configuration's program and generation where it has them."""
         value: Array | float = self._c[name]
         for groups, index in ((PROGRAMS, self.machine.program), (GENERATIONS, self.machine.generation)):
             if f"{name}.{groups[0]}" in self._c:
                 value = value * np.array([self._c[f"{name}.{group}"] for group in groups])[index.astype(int)]
         return value
+
+    @staticmethod
+    def program(name: str) -> int:
+        return PROGRAMS.index(name)
+
+
+class Datasheet(Rated):
+    """Seconds of the operations of each configuration, by the coefficients of `datasheet.toml` [time]."""
+
+    @property
+    def peak_flops(self) -> Array:
+        return self.machine.product_flops
 
     def matmul(self, m: Array, n: Array, k: Array, peak: Array) -> Array:
         """Seconds of an m x k by k x n product: small sides and few tiles leave parts of the device idle."""
@@ -145,14 +139,20 @@ class Datasheet:
         passes = self.passes(case, wide)
         moved, launches = self.mixture(case)
         floor = self.coefficient("launch") * (1.0 + launches)
-        one = smooth_max(forward + attention + passes + moved, np.asarray(floor))
-        two = smooth_max(backward + 2.5 * attention + c["passes_backward"] * passes + 2 * moved, np.asarray(1.5 * floor))
-        again = np.where(case.recompute == FULL, one, np.where(case.recompute > FULL, attention, 0.0))
-        width = case.vocab / case.tp
-        reach = machine.peak_flops * machine.attainable * reach
-        ends = sum(self.linear(tokens, width, case.hidden, reach)) + c["loss_passes"] * tokens * width * 4 / (
-            machine.memory_bytes_per_second)
-        return Work(one, two, again, ends)
+        work = Work()
+        work.add("matmul", forward, backward)
+        work.add("attention", attention, 2.5 * attention)
+        work.add("elementwise", passes + moved, c["passes_backward"] * passes + 2 * moved)
+        one, two = work.seconds("block")
+        work.add("launch", smooth_max(one, np.asarray(floor)) - one, smooth_max(two, np.asarray(1.5 * floor)) - two)
+        work.recomputed = np.where(case.recompute == FULL, work.seconds("block")[0],
+                                   np.where(case.recompute > FULL, attention, 0.0))
+        width, reach = case.vocab / case.tp, machine.peak_flops * machine.attainable * reach
+        forward, backward = self.linear(tokens, width, case.hidden, reach)
+        work.add("matmul", forward, backward, "ends")
+        logits = c["loss_passes"] * tokens * width * 4 / machine.memory_bytes_per_second
+        work.add("cross_entropy", np.zeros(1), logits, "ends")
+        return work
 
     def mixture(self, case: Case) -> tuple[Array, Array]:
         """Seconds of sorting tokens for their experts forward, and launches beyond those of a dense layer, in an average layer.
@@ -215,11 +215,46 @@ class Datasheet:
         return np.where(ranks > 1, tokens * size * np.maximum(near / (machine.scale_up * c["scale_up"]),
                                                               far / (machine.network * c["network"])) + c["latency"], 0.0)
 
-    def send(self, size: Array, stride: Array) -> Array:
-        """From one pipeline rank to the next."""
-        is_far = stride >= self.machine.domain
-        rate = np.where(is_far, self.machine.network * self._c["network"], self.machine.scale_up * self._c["scale_up"])
-        return np.asarray(size / rate + self._c["latency"])
+    def tensor(self, case: Case) -> tuple[Array, Array]:
+        size = case.tokens * case.hidden * case.weight_bytes
+        pair = 2.0 * self.gather(size, case.tp, np.ones(1))  # a gather and a scatter, or one all-reduce
+        return np.asarray(pair * (4 + 2 * (case.recompute == FULL)) * self.coefficient("tensor")), np.zeros(1)
+
+    def context(self, case: Case) -> Array:
+        keys = 2 * case.tokens * case.key_value_heads * case.key_size / case.tp * case.weight_bytes * case.cp
+        return np.asarray(3 * self.gather(keys, case.cp, case.tp) * self.coefficient("context"))
+
+    def expert(self, case: Case) -> Array:
+        once = self.exchange(case.tokens / case.tp, case.hidden * case.weight_bytes, case.top_k, case.ep, np.ones(1))
+        return np.asarray(case.moe_layers / case.layers * 4 * self.coefficient("expert") * once)
+
+    def hop(self, case: Case) -> Array:
+        machine, c = self.machine, self._c
+        size = case.tokens * case.hidden * case.weight_bytes / np.where(case.is_sequence_parallel > 0, case.tp, 1.0)
+        is_far = case.tp * case.cp * case.dp >= machine.domain
+        rate = np.where(is_far, machine.network * c["network"], machine.scale_up * c["scale_up"])
+        return np.asarray((size / rate + c["latency"]) * self.coefficient("pipeline"))
+
+    def data_parallel(self, case: Case, computing: Array) -> Array:
+        """Gradients once a step, or (ZeRO-3) parameters for every micro-batch, some of it behind the computing."""
+        own = self.gather(case.held_parameters * 2, case.dp * case.cp, case.tp)
+        hidden = self.coefficient("sharded_overlap") * computing
+        traffic = case.num_microbatches * 3 * own * self.coefficient("sharded")
+        sharded = smooth_max(traffic, np.asarray(hidden)) - hidden + self.coefficient("sharded_rest") * traffic
+        return np.where(case.zero >= 3, sharded, 2 * own * self.coefficient("data_parallel"))
+
+    def update(self, case: Case) -> tuple[Array, Array]:
+        """32 bytes of memory traffic a parameter: weight, gradient and both moments, read and written."""
+        shared = np.where(case.zero > 0, 1.0 / case.shard, 1.0)
+        return np.asarray(self.coefficient("optimizer") * case.held_parameters * shared * 32
+                          / self.machine.memory_bytes_per_second), np.zeros(1)
+
+    def host(self, case: Case) -> tuple[Array, Array]:
+        return np.full(1, self.coefficient("host")), np.zeros(1)
+
+    def skew(self, case: Case, total: Array, computing: Array) -> Array:
+        """Grows with the number of nodes as the slowest of so many, with the root of a logarithm."""
+        return np.asarray(total * self.coefficient("straggler") * np.sqrt(np.log2(np.maximum(1.0, case.devices / 8))))
 
 
 def _times(case: Case) -> Array:
