@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from athanor.cluster.timing import Clock, Operation, Sample
+from athanor.cluster.timing import Clock, Operation, Sample, filled, in_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 MATMUL_SIZES: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]] = {  # (tokens, inner, outer)
@@ -53,12 +53,26 @@ def matmul_rows(clock: Clock, dtype: str, budget_seconds: float) -> tuple[list[l
 
 def _linear(clock: Clock, dtype: torch.dtype, size: tuple[int, int, int], budget: float) -> list[tuple[str, Sample]]:
     m, k, n = size
-    x = torch.randn(m, k, dtype=dtype, device=clock.device)
     w = torch.randn(n, k, dtype=dtype, device=clock.device)
-    g = torch.randn(m, n, dtype=dtype, device=clock.device)
-    forms: dict[str, Operation] = {"forward": lambda: F.linear(x, w), "input_gradient": lambda: g @ w,
-                                   "weight_gradient": lambda: g.t() @ x}
-    return [(form, clock.time(operation, budget)) for form, operation in forms.items()]
+
+    def activations() -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(filled(m, width, dtype=dtype, device=clock.device) for width in (k, n))  # type: ignore[return-value]
+
+    def forward() -> Operation:
+        x, _ = activations()
+        return lambda: F.linear(x, w)
+
+    def input_gradient() -> Operation:
+        _, g = activations()
+        return lambda: g @ w
+
+    def weight_gradient() -> Operation:
+        x, g = activations()
+        return lambda: g.t() @ x
+
+    size_bytes = dtype.itemsize * m * (k + n)
+    return [(make.__name__, clock.time(in_turns(make, size_bytes, clock.device), budget))
+            for make in (forward, input_gradient, weight_gradient)]
 
 
 def attention_rows(clock: Clock, dtype: str, budget_seconds: float) -> list[list[Any]]:
@@ -71,21 +85,29 @@ def attention_rows(clock: Clock, dtype: str, budget_seconds: float) -> list[list
     rows = []
     for length in lengths:
         for width in widths:
-            query, key, value = (torch.randn(matrices // 4, 4, length, width, dtype=DTYPES[dtype], device=clock.device,
-                                             requires_grad=True) for _ in range(3))
-            forward = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True)
-            rows.append([dtype, matrices, length, width, *forward_and_backward(clock, forward, [query, key, value], each)])
+            def inputs(length: int = length, width: int = width) -> list[torch.Tensor]:
+                return [filled(matrices // 4, 4, length, width, dtype=DTYPES[dtype], device=clock.device, requires_grad=True)
+                        for _ in range(3)]
+
+            size_bytes = 3 * DTYPES[dtype].itemsize * matrices * length * width
+            rows.append([dtype, matrices, length, width, *forward_and_backward(clock, inputs, size_bytes, each)])
     return rows
 
 
-def forward_and_backward(clock: Clock, forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor],
+def forward_and_backward(clock: Clock, inputs: Callable[[], list[torch.Tensor]], size_bytes: int,
                          budget: float) -> tuple[float, float]:
-    """Seconds of a forward pass that records a graph, and of its backward pass."""
-    output = forward()
-    gradient = torch.randn_like(output)
-    alone = clock.time(forward, budget).typical
-    backward = clock.time(lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True), budget).typical
-    return alone, backward
+    """Seconds of attention forward, which records a graph, and of its backward pass."""
+    def forward() -> Operation:
+        return partial(F.scaled_dot_product_attention, *inputs(), is_causal=True)
+
+    def backward() -> Operation:
+        parts = inputs()
+        output = F.scaled_dot_product_attention(*parts, is_causal=True)
+        gradient = torch.full_like(output, 0.5)
+        return lambda: torch.autograd.grad(output, parts, gradient, retain_graph=True)
+
+    alone, back = (clock.time(in_turns(make, size_bytes, clock.device), budget).typical for make in (forward, backward))
+    return alone, back
 
 
 def elementwise_rows(clock: Clock, dtype: str, budget_seconds: float) -> list[list[Any]]:
@@ -94,14 +116,18 @@ def elementwise_rows(clock: Clock, dtype: str, budget_seconds: float) -> list[li
     each = budget_seconds / (len(counts) * len(OPERATIONS))
     rows = []
     for elements in counts:
-        x = torch.randn(elements // WIDTH[clock.device.type], WIDTH[clock.device.type], dtype=DTYPES[dtype], device=clock.device)
+        def fresh(elements: int = elements) -> torch.Tensor:
+            width = WIDTH[clock.device.type]
+            return filled(elements // width, width, dtype=DTYPES[dtype], device=clock.device)
+
         for name, make in OPERATIONS.items():
-            rows.append([dtype, name, elements, clock.time(make(x), each).typical])
+            operation = in_turns(lambda make=make: make(fresh()), DTYPES[dtype].itemsize * elements, clock.device)  # type: ignore[misc]
+            rows.append([dtype, name, elements, clock.time(operation, each).typical])
     return rows
 
 
 def _multiply(x: torch.Tensor) -> Operation:
-    y = torch.randn_like(x)
+    y = torch.full_like(x, 0.5)
     return lambda: x * y
 
 
@@ -111,7 +137,7 @@ def _copy(x: torch.Tensor) -> Operation:
 
 
 def _silu_backward(x: torch.Tensor) -> Operation:
-    y = torch.randn_like(x)
+    y = torch.full_like(x, 0.5)
     return lambda: torch.ops.aten.silu_backward(y, x)
 
 

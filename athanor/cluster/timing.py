@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 BATCH_SECONDS = 4e-4  # shorter than a time slice of the scheduler, so that many samples are undisturbed
+COLD_BYTES, MOST_TURNS = {"cpu": 2**24, "cuda": 2**28}, 256
 Operation = Callable[[], Any]
 
 
@@ -25,6 +27,22 @@ class Sample:
 def lower_quartile(samples: list[float]) -> float:
     """The value that a quarter of the samples lie below; the smaller of two."""
     return sorted(samples)[(len(samples) - 1) // 4]
+
+
+def in_turns(make: Callable[[], Operation], size_bytes: float, device: torch.device) -> Operation:
+    """An operation that works on other tensors of `size_bytes` each time, so many that no cache near the core keeps them.
+
+    In training an operand comes from the pass before, not from a moment ago.
+    """
+    turns = itertools.cycle([make() for _ in range(max(1, min(MOST_TURNS, round(COLD_BYTES[device.type] / size_bytes))))])
+    return lambda: next(turns)()
+
+
+def filled(*shape: int, dtype: torch.dtype, device: torch.device, **options: Any) -> torch.Tensor:
+    """A tensor to work on: numbers like those of training where they matter (to an accelerator's power), else the cheapest."""
+    if device.type == "cuda":
+        return torch.randn(shape, dtype=dtype, device=device, **options)
+    return torch.full(shape, 0.5, dtype=dtype, device=device, **options)
 
 
 class Clock:

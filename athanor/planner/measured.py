@@ -14,7 +14,7 @@ from athanor.planner.coefficients import load, python_factor
 from athanor.planner.rates import Work
 
 QUERY_BLOCK, MOST_BLOCKS = 128, 8  # queries taken together on a CPU (models/cpu_attention.py)
-LOGITS_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # of a chunk of logits in fp32 (models/loss.py)
+LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # of a chunk of logits in fp32 (models/loss.py)
 WIDTH_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 1}
 
 
@@ -140,9 +140,9 @@ class Measured:
         launches = self.launch(c["operations_per_block"] + c["operations_per_document"] * documents)
         work.add("launch", launches / 3, launches * 2 / 3)
         self._add_ends(work, case)
-        factor = c["compute_factor"]
         for kinds in (work.block, work.ends):
             for kind, (forward, backward) in kinds.items():
+                factor = c["matmul_factor" if kind == "matmul" else "pass_factor"]
                 kinds[kind] = factor * forward, factor * backward
         work.recomputed = np.where(case.recompute == FULL, work.seconds("block")[0],
                                    np.where(case.recompute == NONE, 0.0, work.block["attention"][0]))
