@@ -215,9 +215,10 @@ def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:
     precision = run.words["precision"].lower()
     parallel = run.words["sequence_parallel"]
     chunks = run.number("vpp", 2 if "hai-llm" in run.words["framework"].lower() else 1)  # DualPipe halves the bubble
+    sequence = float(tp > 1 and (parallel == "y" or (parallel == "" and program == "megatron-core")))
     return {"pp": pp, "chunks": max(1.0, chunks), "dp": dp, "shard": dp * cp, "cp": cp, "tp": tp,
             "ep": min(max(1.0, run.number("ep", 1)), tp * cp * dp), "zero": zero,
-            "is_sequence_parallel": float(tp > 1 and (parallel == "y" or (parallel == "" and program == "megatron-core"))),
+            "is_sequence_parallel": sequence, "is_scattered": float(sequence or program in ("megatron", "megatron-core")),
             "seq_len": run.numbers["seq"], "micro_batch_size": micro, "num_microbatches": max(1.0, batch / (dp * micro)),
             "recompute": recompute, "weight_bytes": 4.0 if precision in ("fp32", "tf32") else 2.0,
             "product_bytes": next((size for word, size in PRODUCT_BYTES.items() if word in precision), 2.0)}

@@ -46,7 +46,7 @@ def test_the_command_prints_one_document() -> None:
     ("yuan-1.0-245b", "A100-80 devices=2128 nic_gbps=50",
      "tp=8 pp=38 dp_replicate=7 num_microbatches=480 seq_len=2048 recompute=full sequence_parallel=0 program=megatron "
      "kernel=fused",
-     46.20, 0.15)])
+     46.20, 0.05)])
 def test_published_steps_are_met(model: str, cluster: str, layout: str, seconds: float, within: float) -> None:
     assert asked(model, cluster, layout)["step_seconds"] == pytest.approx(seconds, rel=within)
 
