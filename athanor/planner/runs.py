@@ -81,11 +81,12 @@ def _read_row(row: dict[str, str | None], where: str) -> Run:
     numbers = {}
     for name in (*NUMBERS, *MEASURED):
         try:
-            numbers[name] = float(texts[name]) if texts[name] else math.nan
+            numbers[name] = float(texts[name] or 0)
         except ValueError:
-            numbers[name] = math.inf
-        if numbers[name] < 0 or math.isinf(numbers[name]):
+            numbers[name] = math.nan
+        if not 0 <= numbers[name] < math.inf:
             raise UserError(f"{where} ({texts['id']}), column '{name}': {texts[name]!r} is not a number of at least 0")
+        numbers[name] = numbers[name] if texts[name] else math.nan
     return Run(texts["id"], texts["group"], texts["status"], {name: texts[name] for name in WORDS},
                {name: numbers[name] for name in NUMBERS}, *(numbers[name] for name in MEASURED))
 
