@@ -138,7 +138,8 @@ def shape_of(run: Run) -> Counted:
     if missing and run.number("params_B", 0) and not run.is_mixture and "gpt" in run.words["model"].lower():
         return _gpt_of_size(run.numbers["params_B"] * 1e9)
     if missing:
-        raise UserError(f"the model's {', '.join(missing)} are blank or 0, and no shape is known by the name '{run.words['model']}'")
+        raise UserError(f"the model's {', '.join(missing)} are blank or 0, and no shape is known by the name "
+                        f"'{run.words['model']}'")
     hidden, heads = int(run.numbers["hidden"]), int(run.numbers["heads"])
     size = hidden // heads
     experts = int(run.number("moe_experts", 0))
