@@ -1,4 +1,4 @@
-"""Rates of accelerators known by name: datasheet peaks times fitted efficiencies (coefficients.toml says from what data)."""
+"""Rates of accelerators known by name: datasheet peaks times fitted efficiencies (datasheet.toml says from what data)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from athanor.cluster.spec import load_accelerator
 from athanor.foundation.errors import UserError
@@ -79,7 +80,8 @@ def _machine_row(row: Mapping[str, Any]) -> tuple[float, ...]:
     memory = row["memory_gib"] * 2**30 if "memory_gib" in row else facts["memory_bytes"]
     return (peak, product, measured, measured if dtype == "bf16" else few, facts["memory_bytes_per_second"],
             facts["scale_up_bytes_per_second"], domain, nic / 8, memory, GENERATIONS.index(facts.get("generation", "other")),
-            PROGRAMS.index(row["program"]), KERNELS.index(row["kernel"]), min(LATEST, row.get("release", LATEST)), row.get("is_norm_fused", 1.0))
+            PROGRAMS.index(row["program"]), KERNELS.index(row["kernel"]), min(LATEST, row.get("release", LATEST)),
+            row.get("is_norm_fused", 1.0))
 
 
 class Rated:
@@ -135,7 +137,8 @@ class Datasheet(Rated):
         peak = np.where(is_expert, peak * c["grouped"], peak)
         forward, backward = ((time * number).sum(axis=0) for time in self.linear(np.maximum(rows, 1.0), outputs, inputs, peak))
         attention = self.attention(case)
-        wide = (np.where(case.is_row > 0, 0.0, np.where(is_expert, outputs / case.tp, outputs)) * case.uses).sum(axis=0) / case.layers
+        made = np.where(is_expert, outputs / case.tp, outputs) * case.uses
+        wide = np.where(case.is_row > 0, 0.0, made).sum(axis=0) / case.layers
         passes = self.passes(case, wide)
         moved, launches = self.mixture(case)
         floor = self.coefficient("launch") * (1.0 + launches)
@@ -147,24 +150,25 @@ class Datasheet(Rated):
         work.add("launch", smooth_max(one, np.asarray(floor)) - one, smooth_max(two, np.asarray(1.5 * floor)) - two)
         work.recomputed = np.where(case.recompute == FULL, work.seconds("block")[0],
                                    np.where(case.recompute > FULL, attention, 0.0))
-        width, reach = case.vocab / case.tp, machine.peak_flops * machine.attainable * reach
+        width, reach, times = case.vocab / case.tp, machine.peak_flops * machine.attainable * reach, case.heads_of_loss
         forward, backward = self.linear(tokens, width, case.hidden, reach)
-        work.add("matmul", forward, backward, "ends")
+        work.add("matmul", times * forward, times * backward, "ends")
         logits = c["loss_passes"] * tokens * width * 4 / machine.memory_bytes_per_second
-        work.add("cross_entropy", np.zeros(1), logits, "ends")
+        work.add("cross_entropy", np.zeros(1), times * logits, "ends")
         return work
 
     def mixture(self, case: Case) -> tuple[Array, Array]:
         """Seconds of sorting tokens for their experts forward, and launches beyond those of a dense layer, in an average layer.
 
-        Both shrank with the years: whole layers became fused kernels, then whole steps one CUDA graph.
+        Both shrank with the years: a kernel for each expert became some for all, then whole steps one CUDA graph.
         """
         machine, c, share = self.machine, self._c, case.moe_layers / case.layers
         is_graphed = (machine.release >= GRAPHED) & (machine.generation >= GENERATIONS.index("blackwell"))
-        age = np.where(machine.release < FUSED, c["unfused_experts"], 1.0)
+        local = np.maximum(1.0, case.copies / case.ep).max(axis=0)  # experts of a rank
+        launches = c["launch_experts"] * share * local ** np.where(machine.release < FUSED, 0.75, 0.25)
         size = case.tokens / case.tp * case.top_k * case.hidden * 2.0
-        moved = c["dispatch"] * age * share * size / machine.memory_bytes_per_second * np.where(is_graphed, c["graphed"], 1.0)
-        return moved, c["launch_experts"] * age * share * np.where(is_graphed, 0.0, 1.0)
+        moved = c["dispatch"] * share * size / machine.memory_bytes_per_second
+        return moved * np.where(is_graphed, c["graphed"], 1.0), launches * np.where(is_graphed, c["graphed_launch"], 1.0)
 
     def attention(self, case: Case) -> Array:
         """Scores and values, forward, in an average layer: bound by arithmetic when fused, by traffic when scores exist."""
@@ -183,12 +187,14 @@ class Datasheet(Rated):
         """Element-wise work of an average layer forward: norms and residuals, and what the column-cut products make, `wide`."""
         shared = np.where(case.is_sequence_parallel > 0, 1 / case.tp, 1.0)
         norms = np.where(self.machine.is_norm_fused > 0, 1.0, self._c["unfused_norms"])
-        numbers = self._c["passes_hidden"] * norms * case.hidden * shared + self._c["passes_wide"] * wide
+        scan = self._c["passes_scan"] * case.scanned / case.layers / case.tp
+        numbers = scan + self._c["passes_hidden"] * norms * case.hidden * shared + self._c["passes_wide"] * wide
         quantised = np.where(case.product_bytes < 2, self._c["quantise"], 1.0)
-        return np.asarray(self.coefficient("passes") * quantised * 2.0 * case.tokens * numbers / self.machine.memory_bytes_per_second)
+        size = 2.0 * case.tokens * numbers
+        return np.asarray(self.coefficient("passes") * quantised * size / self.machine.memory_bytes_per_second)
 
-    def bus(self, ranks: Array, stride: Array) -> tuple[Array, Array]:
-        """Bytes per second that a ring of ranks, `stride` devices apart, moves at each of them; and whether it leaves the domain."""
+    def bus(self, ranks: Array, stride: Array) -> tuple[Array, NDArray[np.bool_]]:
+        """Bytes per second that a ring of ranks, `stride` devices apart, moves at each; and whether it leaves the domain."""
         machine = self.machine
         inside = np.minimum(np.maximum(1.0, machine.domain / stride), ranks)
         outside = (ranks * stride > machine.domain) & (ranks > 1)
@@ -217,8 +223,8 @@ class Datasheet(Rated):
 
     def tensor(self, case: Case) -> tuple[Array, Array]:
         size = case.tokens * case.hidden * case.weight_bytes
-        pair = 2.0 * self.gather(size, case.tp, np.ones(1))  # a gather and a scatter, or one all-reduce
-        return np.asarray(pair * (4 + 2 * (case.recompute == FULL)) * self.coefficient("tensor")), np.zeros(1)
+        pair = 4.0 * self.gather(size, case.tp, np.ones(1))  # of a pass: two gathers and scatters, or all-reduces
+        return np.asarray(pair * (2 + (case.recompute == FULL)) * self.coefficient("tensor")), np.zeros(1)
 
     def context(self, case: Case) -> Array:
         keys = 2 * case.tokens * case.key_value_heads * case.key_size / case.tp * case.weight_bytes * case.cp
@@ -230,7 +236,7 @@ class Datasheet(Rated):
 
     def hop(self, case: Case) -> Array:
         machine, c = self.machine, self._c
-        size = case.tokens * case.hidden * case.weight_bytes / np.where(case.is_sequence_parallel > 0, case.tp, 1.0)
+        size = case.tokens * case.hidden * case.weight_bytes / np.where(case.is_scattered > 0, case.tp, 1.0)
         is_far = case.tp * case.cp * case.dp >= machine.domain
         rate = np.where(is_far, machine.network * c["network"], machine.scale_up * c["scale_up"])
         return np.asarray((size / rate + c["latency"]) * self.coefficient("pipeline"))
@@ -245,16 +251,18 @@ class Datasheet(Rated):
 
     def update(self, case: Case) -> tuple[Array, Array]:
         """32 bytes of memory traffic a parameter: weight, gradient and both moments, read and written."""
-        shared = np.where(case.zero > 0, 1.0 / case.shard, 1.0)
-        return np.asarray(self.coefficient("optimizer") * case.held_parameters * shared * 32
-                          / self.machine.memory_bytes_per_second), np.zeros(1)
+        held = case.held_parameters * np.where(case.zero > 0, 1.0 / case.shard, 1.0)
+        return np.asarray(self._c["optimizer"] * held * 32 / self.machine.memory_bytes_per_second), np.zeros(1)
 
     def host(self, case: Case) -> tuple[Array, Array]:
-        return np.full(1, self.coefficient("host")), np.zeros(1)
+        return np.ones(1) * self.coefficient("host"), np.zeros(1)
 
     def skew(self, case: Case, total: Array, computing: Array) -> Array:
         """Grows with the number of nodes as the slowest of so many, with the root of a logarithm."""
         return np.asarray(total * self.coefficient("straggler") * np.sqrt(np.log2(np.maximum(1.0, case.devices / 8))))
+
+    def own(self) -> Array:
+        return np.ones(1) * self.coefficient("own")
 
 
 def _times(case: Case) -> Array:

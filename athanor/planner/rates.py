@@ -64,6 +64,9 @@ class Rates(Protocol):
     def host(self, case: Case) -> tuple[Array, Array]:
         """What the program itself takes in a step: around the computing, and for its input."""
 
+    def own(self) -> Array:
+        """How much longer a step takes in the user's own runs."""
+
     def skew(self, case: Case, total: Array, computing: Array) -> Array:
         """Waiting for the slowest rank in a step of `total` seconds."""
 

@@ -1,8 +1,10 @@
-"""Tables of training runs (a CSV file, a run per row): what was run, apart from what was measured, as cases that can be priced."""
+"""Tables of training runs (a CSV file, a run per row): what was run, apart from what was measured, as cases to be priced."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,12 +21,14 @@ from athanor.planner.datasheet import Machine, machine_of
 
 WORDS = ("model", "gpu", "sequence_parallel", "recompute", "precision", "flash_attention", "framework", "attn_kernel",
          "gated_mlp", "tied_embed")
-NUMBERS = ("year", "params_B", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "seq", "moe_experts", "moe_topk",
-           "moe_ffn_hidden", "shared_expert_ffn", "dense_layers", "global_batch_seqs", "micro_batch", "n_gpus", "gpus_per_node",
+SIZES = ("params_B", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "moe_experts", "moe_topk", "moe_ffn_hidden",
+         "shared_expert_ffn", "dense_layers")
+NUMBERS = (*SIZES, "year", "seq", "global_batch_seqs", "micro_batch", "n_gpus", "gpus_per_node",
            "tp", "pp", "vpp", "dp", "cp", "ep", "zero_stage", "nic_gbps_per_gpu", "gpu_mem_gib")
 MEASURED = ("step_time_s", "mem_gib_per_gpu")
 NAMES = ("id", "status", "group")
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # tried where a row does not say
+PRODUCT_BYTES = {"rowwise": 2.0, "fp4": 0.5, "fp8": 1.0, "fp32": 4.0}  # rowwise fp8 was measured to gain nothing
+DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of tp, pp and micro-batch, tried where a row does not say
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ class Run:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """Read a table of runs. Raises UserError naming the column that is missing, or the row and column that are no number."""
+    """Read a table of runs, gzipped or not. Raises UserError naming a missing column, or the row and column of a wrong cell."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with gzip.open(path, "rt", encoding="utf-8", newline="") if path.suffix == ".gz" else path.open(
+                encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             found = reader.fieldnames or []
             for name in (*NAMES, *WORDS, *NUMBERS, *MEASURED):
@@ -65,7 +70,7 @@ def read_runs(path: Path) -> list[Run]:
             return [_read_row(row, f"{path}, row {number}") for number, row in enumerate(reader, 2)]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError) as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
 
 
@@ -76,11 +81,12 @@ def _read_row(row: dict[str, str | None], where: str) -> Run:
     numbers = {}
     for name in (*NUMBERS, *MEASURED):
         try:
-            numbers[name] = float(texts[name]) if texts[name] else math.nan
+            numbers[name] = float(texts[name] or 0)
         except ValueError:
-            numbers[name] = math.inf
-        if numbers[name] < 0 or math.isinf(numbers[name]):
+            numbers[name] = math.nan
+        if not 0 <= numbers[name] < math.inf:
             raise UserError(f"{where} ({texts['id']}), column '{name}': {texts[name]!r} is not a number of at least 0")
+        numbers[name] = numbers[name] if texts[name] else math.nan
     return Run(texts["id"], texts["group"], texts["status"], {name: texts[name] for name in WORDS},
                {name: numbers[name] for name in NUMBERS}, *(numbers[name] for name in MEASURED))
 
@@ -128,11 +134,12 @@ def shape_of(run: Run) -> Counted:
     known = _known(run.words["model"])
     if known and run.number("layers", known.num_hidden_layers) == known.num_hidden_layers:
         return known
-    missing = [name for name in ("layers", "hidden", "heads", "vocab") if math.isnan(run.numbers[name])]
+    missing = [name for name in ("layers", "hidden", "heads", "vocab") if run.number(name, 0) < 1]
     if missing and run.number("params_B", 0) and not run.is_mixture and "gpt" in run.words["model"].lower():
         return _gpt_of_size(run.numbers["params_B"] * 1e9)
     if missing:
-        raise UserError(f"the model's {', '.join(missing)} are blank, and no shape is known by the name '{run.words['model']}'")
+        raise UserError(f"the model's {', '.join(missing)} are blank or 0, and no shape is known by the name "
+                        f"'{run.words['model']}'")
     hidden, heads = int(run.numbers["hidden"]), int(run.numbers["heads"])
     size = hidden // heads
     experts = int(run.number("moe_experts", 0))
@@ -181,7 +188,8 @@ def kernel_of(run: Run, program: str) -> str:
         return "fused"
     if "v1" in named:
         return "flash1"
-    is_flash = "flash" in named or flash == "y" or (flash == "" and program in ("megatron-core", "fsdp", "scaling", "jax") and run.number("year", 2024) >= 2024)
+    is_new = program not in ("megatron-deepspeed", "zero3") and run.number("year", 2024) >= 2024
+    is_flash = "flash" in named or flash == "y" or (flash == "" and is_new)
     own = "flash2" if program in ("fsdp", "scaling") else "flash"
     return own if is_flash else "fused"
 
@@ -192,40 +200,40 @@ def release_of(run: Run) -> float:
     return 2020 + int(found[1]) + (int(found[2]) - 0.5) / 12 if found else run.number("year", 2024) + 0.5
 
 
-def layout_of(run: Run) -> dict[str, float]:
-    """Layout, batch and choices of a row under the names of `Case`; a blank micro-batch is NaN. UserError when they disagree."""
-    blank = [name for name in ("seq", "global_batch_seqs", "n_gpus") if math.isnan(run.numbers[name])]
+def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:
+    """Layout, batch and choices of a row under the names of `Case`. UserError when its degrees are not its devices."""
+    blank = [name for name in ("seq", "global_batch_seqs", "n_gpus") if run.number(name, 0) < 1]
     if blank:
         raise UserError(f"{', '.join(blank)} is blank")
+    if min(tp, pp, micro) < 1:
+        raise UserError(f"tp = {tp:g}, pp = {pp:g} and micro_batch = {micro:g} must be at least 1")
     zero, devices, cp = run.number("zero_stage"), run.numbers["n_gpus"], max(1.0, run.number("cp", 1))
     program = program_of(run.words["framework"], zero, run.number("year", 2024))
     if math.isnan(zero):
         zero = {"fsdp": 3.0, "zero3": 3.0, "megatron-core": 1.0}.get(program, 0.0)
-    alone = 1.0 if zero == 3 else math.nan
-    tp, pp = run.number("tp", alone), run.number("pp", alone)
-    if math.isnan(tp) or math.isnan(pp):
-        raise UserError("tp or pp is blank")
     dp = run.number("dp", devices / (tp * pp * cp))
-    if tp * pp * cp * dp != devices or dp < 1:
-        raise UserError(f"tp x pp x cp x dp = {tp * pp * cp * dp:g}, but there are {devices:g} devices")
-    batch, micro = run.numbers["global_batch_seqs"], run.number("micro_batch")
+    if tp * pp * cp * dp != devices or dp < 1 or dp % 1:
+        raise UserError(f"tp x pp x cp x dp = {tp:g} x {pp:g} x {cp:g} x {dp:g} are not the {devices:g} devices")
+    batch = run.numbers["global_batch_seqs"]
     recompute = {"full": FULL, "selective": SELECTIVE, "none": NONE}.get(
         run.words["recompute"], FULL if program.startswith("megatron") and run.words["flash_attention"] == "n" else NONE)
     precision = run.words["precision"].lower()
     parallel = run.words["sequence_parallel"]
     chunks = run.number("vpp", 2 if "hai-llm" in run.words["framework"].lower() else 1)  # DualPipe halves the bubble
+    is_new = program == "megatron-core" or (program == "megatron" and run.number("year", 2024) >= 2024)
+    sequence = float(tp > 1 and (parallel == "y" or (parallel == "" and is_new)))
     return {"pp": pp, "chunks": max(1.0, chunks), "dp": dp, "shard": dp * cp, "cp": cp, "tp": tp,
             "ep": min(max(1.0, run.number("ep", 1)), tp * cp * dp), "zero": zero,
-            "is_sequence_parallel": float(tp > 1 and (parallel == "y" or (parallel == "" and program == "megatron-core"))),
+            "is_sequence_parallel": sequence, "is_scattered": float(sequence or program in ("megatron", "megatron-core")),
             "seq_len": run.numbers["seq"], "micro_batch_size": micro, "num_microbatches": max(1.0, batch / (dp * micro)),
             "recompute": recompute, "weight_bytes": 4.0 if precision in ("fp32", "tf32") else 2.0,
-            "product_bytes": 0.5 if "fp4" in precision else 1.0 if "fp8" in precision and "rowwise" not in precision else 4.0 if "fp32" in precision else 2.0}
+            "product_bytes": next((size for word, size in PRODUCT_BYTES.items() if word in precision), 2.0)}
 
 
 def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
     """The rows that can be priced: cases and machines, the index of each one's row, and for each row why it is not covered.
 
-    A row with a blank micro-batch is there once for each that it may have had.
+    A row with a blank degree is there once for each that it may have had.
     """
     shapes: list[Counted] = []
     columns: list[dict[str, float]] = []
@@ -235,20 +243,20 @@ def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
     seen: dict[tuple[object, ...], Counted] = {}
     for index, run in enumerate(runs):
         try:
-            key = (run.words["model"], run.words["gated_mlp"], run.words["tied_embed"], *(
-                str(run.numbers[name]) for name in NUMBERS[2:14] if name != "seq"))
+            key = tuple(run.words[name] for name in ("model", "gated_mlp", "tied_embed")) + tuple(
+                str(run.numbers[name]) for name in SIZES)
             shape = seen[key] if key in seen else seen.setdefault(key, shape_of(run))
-            layout = layout_of(run)
-            machine = _machine(run, layout)
+            layouts = layouts_of(run)
+            machine = _machine(run, layouts[0])
             machine_of([machine])
         except UserError as error:
             reasons[index] = str(error)
             continue
-        for filled in _micro_batches(run, layout):
-            shapes.append(shape)
-            columns.append(filled)
-            machines.append(machine)
-            rows.append(index)
+        count = len(layouts)
+        shapes += [shape] * count
+        columns += layouts
+        machines += [machine] * count
+        rows += [index] * count
     if not rows:
         raise UserError("no row can be priced; the first says: " + (reasons or ["there are none"])[0])
     case = case_of(shapes, {name: [column[name] for column in columns] for name in columns[0]})
@@ -259,14 +267,26 @@ def _machine(run: Run, layout: Mapping[str, float]) -> dict[str, float | str]:
     program = program_of(run.words["framework"], layout["zero"], run.number("year", 2024))
     given = {"per_node": run.number("gpus_per_node"), "nic_gbps": run.number("nic_gbps_per_gpu"),
              "memory_gib": run.number("gpu_mem_gib"), "product_bytes": layout["product_bytes"], "release": release_of(run),
-             "is_norm_fused": float(program != "scaling" or "rms" in run.words["attn_kernel"].lower() or not run.words["attn_kernel"])}
+             "is_norm_fused": float(program != "scaling" or run.words["attn_kernel"] == "" or "RMS" in run.words["attn_kernel"])}
     return {"accelerator": run.words["gpu"], "program": program, "kernel": kernel_of(run, program),
             **{name: value for name, value in given.items() if not math.isnan(value)}}
 
 
-def _micro_batches(run: Run, layout: dict[str, float]) -> list[dict[str, float]]:
-    if not math.isnan(layout["micro_batch_size"]):
-        return [layout]
-    each = run.numbers["global_batch_seqs"] / layout["dp"]
-    return [layout | {"micro_batch_size": float(size), "num_microbatches": each / size} for size in MICRO_BATCHES
-            if size == 1 or each % size == 0]
+def layouts_of(run: Run) -> list[dict[str, float]]:
+    """The layouts that a row may have had: one, unless tp, pp or the micro-batch is blank. UserError when there is none."""
+    alone = (1.0,) if run.number("zero_stage") == 3 else DEGREES
+    options = ([given] if not math.isnan(given := run.numbers[name]) else list(tried) for name, tried in (
+        ("tp", alone), ("pp", alone), ("micro_batch", DEGREES)))
+    found, error = [], None
+    for tp, pp, micro in itertools.product(*options):
+        try:
+            layout = layout_of(run, tp, pp, micro)
+        except UserError as refused:
+            error = error or refused
+            continue
+        whole = run.numbers["global_batch_seqs"] / layout["dp"]
+        if not math.isnan(run.numbers["micro_batch"]) or micro == 1 or whole % micro == 0:
+            found.append(layout)
+    if not found:
+        raise error or UserError("no layout is possible")
+    return found

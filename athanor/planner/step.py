@@ -52,4 +52,5 @@ def price(case: Case, rates: Rates) -> Priced:
                 "bubble": stepping - times * (mean + hops), "tensor": per * tensor + times * tensor_ends / case.pp,
                 "context": per * context, "expert": per * expert, "pipeline": times * hops, "data_parallel": data + messages,
                 "optimizer": update, "input": entry, "skew": skew}
-    return Priced(total + skew, accounts, work)
+    more = (rates.own() - 1.0) * (total + skew)  # what the user's own runs say: seconds that no account above knows
+    return Priced(total + skew + more, accounts | {"kernel": accounts["kernel"] + more}, work)

@@ -66,11 +66,13 @@ def test_accounts_of_a_step_add_up(machine: ClusterSpec, layout: Layout) -> None
 
 
 def test_matmuls_of_a_step_are_their_flops_over_the_rate(machine: ClusterSpec) -> None:
-    step, factors = Forecaster(machine).step(SHAPE, Layout(), STAGE), load()["step"]
+    step, constants = Forecaster(machine).step(SHAPE, Layout(), STAGE), load()["step"]
     matrices = 4 * (4 * 128 * 128 + 3 * 128 * 352) + 4096 * 128
-    assert step.parts["matmul"] == pytest.approx(factors["matmul_factor"] * 6 * STAGE.global_batch_tokens(Layout()) * matrices / RATE)
+    flops = 6 * STAGE.global_batch_tokens(Layout()) * matrices
+    assert step.parts["matmul"] == pytest.approx(constants["matmul_factor"] * flops / RATE)
     logits, hidden = 8 * 256 * 4096, 8 * 256 * 128
-    assert step.parts["cross_entropy"] == pytest.approx(factors["pass_factor"] * 2 * (2 * logits + 3 * hidden + 4096 * 128) * PASS_SECONDS)
+    passes = 2 * (2 * logits + 3 * hidden + 4096 * 128)
+    assert step.parts["cross_entropy"] == pytest.approx(constants["pass_factor"] * passes * PASS_SECONDS)
 
 
 def test_muon_costs_its_iteration_shared_over_ranks_and_two_messages(machine: ClusterSpec) -> None:
