@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from athanor.foundation.errors import ModelError
 from athanor.models.attention import attention
 from athanor.models.collectives import all_gather, gather, own, rank, scatter, size
 from athanor.models.context import Context, Packed, Rope, Scored
@@ -203,6 +204,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape, self.is_first, self.is_last = shape, is_first, is_last
         self.on_disk = on_disk or {}
+        longest = shape.max_position_embeddings
+        window = min((shape.window(layer) or longest for layer in range(shape.num_hidden_layers)), default=longest)
+        if window < longest:
+            raise ModelError(f"max_position_embeddings = {longest}, but queries see a window of {window} keys, which is counted "
+                             f"and not computed here; a model of at most {window} positions feels no window")
         self.model = nn.Module()
         if is_first or (is_last and shape.tie_word_embeddings):
             self.model.embed_tokens = Matrix(shape.vocab_size, shape.hidden_size)

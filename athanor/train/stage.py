@@ -123,7 +123,6 @@ def fresh_shape(recipe: Recipe, manifest: dict[str, Any]) -> DecoderShape:
     hidden_size = given.setdefault("hidden_size", 128)
     given.setdefault("num_hidden_layers", 4)
     given.setdefault("num_attention_heads", max(1, hidden_size // HEAD_WIDTH))
-    given.setdefault("head_dim", 0)
     growth = shape_class(recipe.model.architecture).GROWTH
     given.setdefault("intermediate_size", math.ceil(hidden_size * growth / INNER_MULTIPLE) * INNER_MULTIPLE)
     given.setdefault("max_position_embeddings", max([256, *(stage.seq_len or 0 for stage in recipe.stage)]))

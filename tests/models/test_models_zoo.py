@@ -36,6 +36,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
               {"head_dim": 64, "rope_scaling": RopeScaling("yarn", 4.0, 32, attention_factor=0.1 * math.log(4) + 1)},
               {"rope_scaling": RopeScaling("yarn", 2.0, 64, beta_fast=8.0, attention_factor=1.0, truncate=False)}],
     "gpt2": [{"tie_word_embeddings": False}, {"hidden_size": 60, "head_dim": 15, "intermediate_size": 70, "rms_norm_eps": 1e-3}],
+    "mistral": [{**GROUPED, "sliding_window": 128}],
+    "qwen3_moe": [{"num_experts": 4, "mlp_only_layers": (1,), "moe_intermediate_size": 48, "norm_topk_prob": True},
+                  {"num_experts": 4, "decoder_sparse_step": 2, "moe_intermediate_size": 48}],
     "qwen2": [{**GROUPED, "tie_word_embeddings": True}, {**GROUPED, "rope_theta": 500.0, "rms_norm_eps": 1e-3}],
     "qwen3": [{**GROUPED, "head_dim": 24, "tie_word_embeddings": True}, {"num_key_value_heads": 1, "attention_bias": True}],
 }
@@ -163,6 +166,11 @@ def test_the_folder_of_a_base_model_is_read(tmp_path: Path) -> None:
 
 
 def test_a_shape_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ModelError, match="max_position_embeddings = 128, but queries see a window of 127 keys"):
+        build("mistral", sliding_window=127)
+    with pytest.raises(ModelError, match="window of 64 keys"):
+        build("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2)
+    build("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=3)
     with pytest.raises(ModelError, match="num_key_value_heads = 2, head_dim = 16"):
         build("gpt2", **GROUPED)
     config = build("gpt2").shape.to_config()

@@ -137,6 +137,8 @@ class DecoderShape(Counted):
                     raise ModelError(f"{where} has no '{keys[f.name]}'")
             elif isinstance(value, list) and f.name == "eos_token_id" and value:
                 values[f.name] = value[0]
+            elif isinstance(value, list) and kind.startswith("tuple") and all(_fits(part, "int") for part in value):
+                values[f.name] = tuple(value)
             elif f.name != "rope_scaling" and not _fits(value, kind):
                 raise ModelError(f"{where}: {keys[f.name]} = {value!r} is not of type {kind}")
         return cls(**values)

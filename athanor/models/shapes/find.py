@@ -14,6 +14,7 @@ from athanor.models.shapes.decoder import DecoderShape
 
 ZOO = Path(__file__).parents[1] / "zoo"
 KNOWN = Path(__file__).with_name("known.toml")
+AS_USUAL = ("head_dim", "moe_intermediate_size")  # where 0 says so; an architecture's default is that of a published model
 ALIASES = {"gpt": "gpt2", "yuan2": "yuan"}  # model_type -> the architecture's file
 
 
@@ -55,7 +56,7 @@ def new_shape(architecture: str, **sizes: Any) -> DecoderShape:
             having = [name for name in architectures() if key in {field.name for field in fields(shape_class(name))}]
             raise ModelError(f"model.{key} is no size of the architecture '{architecture}'; "
                              + (f"it is one of {', '.join(having)}" if having else did_you_mean(key, known)))
-    return shape(**sizes)
+    return shape(**{**{key: 0 for key in AS_USUAL if key in known}, **sizes})
 
 
 def load_shape(source: Path | dict[str, Any], for_training: bool = True) -> DecoderShape:

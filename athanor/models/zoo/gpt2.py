@@ -11,7 +11,8 @@ TENSOR_DIMS: dict[str, int | None] = {
     "norm.bias": None}
 
 ON_DISK = {"model.layers.": "transformer.h.", "model.embed_tokens.": "transformer.wte.",
-           "model.embed_positions.": "transformer.wpe.", "model.norm.": "transformer.ln_f.", "input_layernorm.weight": "ln_1.weight", "input_layernorm.bias": "ln_1.bias",
+           "model.embed_positions.": "transformer.wpe.", "model.norm.": "transformer.ln_f.",
+           "input_layernorm.weight": "ln_1.weight", "input_layernorm.bias": "ln_1.bias",
            "post_attention_layernorm.weight": "ln_2.weight", "post_attention_layernorm.bias": "ln_2.bias",
            **{f"self_attn.{part}_proj.weight": "attn.c_attn.weight.T" for part in "qkv"},
            **{f"self_attn.{part}_proj.bias": "attn.c_attn.bias" for part in "qkv"},
