@@ -120,7 +120,7 @@ class DecoderShape(Counted):
                 raise ModelError(f"{where}: {key} = {config[key]!r} is not supported; only {only!r} is")
         keys = cls._keys()
         values: dict[str, Any] = {name: config[key] for name, field_key in keys.items() for key in (name, field_key)
-                                  if config.get(key) is not None and name != "rope_scaling"}
+                                  if config.get(key) is not None}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ModelError(f"{where}: rope_scaling = {rope!r} is not a table; leave it out, or give null")
@@ -152,8 +152,8 @@ class DecoderShape(Counted):
 
     @classmethod
     def _keys(cls) -> dict[str, str]:
-        """The fields that a configuration holds, with their keys there."""
-        keys = {f.name: cls.KEYS.get(f.name, f.name) for f in fields(cls)}
+        """The fields that a configuration holds as they are, with their keys there."""
+        keys = {f.name: cls.KEYS.get(f.name, f.name) for f in fields(cls) if f.name != "rope_scaling"}
         return {name: key for name, key in keys.items() if key is not None}
 
 
