@@ -60,9 +60,14 @@ def choose(device_type: str, dtype: torch.dtype, is_even: bool) -> str:
     return "even" if is_even else "ragged"
 
 
+def _table(context: Context) -> Tensor | None:
+    """The angles of rotary positions; None where positions are learned."""
+    return None if context.rope is None else context.rope.table
+
+
 def _packed(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
     """[T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim]."""
-    rope, way = context.rope and context.rope.table, choose(device_type(qkv), qkv.dtype, context.is_even)
+    rope, way = _table(context), choose(device_type(qkv), qkv.dtype, context.is_even)
     if way == "operator":
         return attend_within_documents(qkv, rope, context.cu_seqlens, heads, kv_heads)
     turned, value = qkv.split([heads + kv_heads, kv_heads], 1)
@@ -110,7 +115,7 @@ def _gathered(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor
     after it backward.
     """
     cp, tokens = context.groups.cp, qkv.shape[0]
-    rope = context.rope and own(context.rope.table, cp)
+    rope = None if context.rope is None else own(context.rope.table, cp)
     begin, total = rank(cp) * tokens, size(cp) * tokens
     turned, value = qkv.split([heads + kv_heads, kv_heads], 1)
     query, key = rotate(turned, rope).split([heads, kv_heads], 1)
@@ -153,7 +158,7 @@ def attend_by_pieces(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int
 
 def _paged(qkv: Tensor, context: Paged, layer: int, heads: int, kv_heads: int) -> Tensor:
     """Write new keys and values into their pages and attend to all of the sequence; whole prompts are not read back."""
-    rope = context.rope and context.rope.table
+    rope = _table(context)
     is_packed = context.is_whole and qkv.device.type == "cpu"
     if is_packed:
         out, turned, _ = attend(qkv, rope, context.cu_seqlens, heads, kv_heads)

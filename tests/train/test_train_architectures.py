@@ -16,8 +16,8 @@ Train = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize(("name", "sizes"), [
-    ("gpt2", []), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("mistral", []), ("qwen2", ["model.num_key_value_heads=2"]), ("qwen3", ["model.head_dim=8"]),
+    ("gpt2", ["model.num_key_value_heads=4"]), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("mistral", []), ("qwen2", ["model.tie_word_embeddings=false"]), ("qwen3", ["model.head_dim=6"]),
         ("qwen3_moe", ["model.num_experts=4", "model.num_experts_per_tok=2"])))])
 def test_a_recipe_trains_it_and_goes_on(train: Train, run_folder: Path, name: str, sizes: list[str]) -> None:
     overrides = [f"model.architecture={name}", *sizes, "stage.pretrain.steps=4"]

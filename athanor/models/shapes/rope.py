@@ -46,9 +46,10 @@ class RopeScaling:
         for key, value in given.items():
             if isinstance(value, bool) != (key == "truncate") or not isinstance(value, (int, float)):
                 raise ModelError(f"{where}: {key} = {value!r} of rope_type '{kind}' is not a number")
-        given.setdefault("original_max_position_embeddings", max_position_embeddings)
-        if kind == "yarn":
+        if kind == "yarn" and "original_max_position_embeddings" in given:
             given.setdefault("factor", max_position_embeddings / given["original_max_position_embeddings"])
+        given.setdefault("original_max_position_embeddings", max_position_embeddings)
+        if kind == "yarn" and "factor" in given:
             two = (given.pop("mscale", 0.0), given.pop("mscale_all_dim", 0.0))
             above, below = two if all(two) else (1.0, 0.0)
             given.setdefault("attention_factor", _growth(given["factor"], above) / _growth(given["factor"], below))
