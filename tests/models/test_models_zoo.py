@@ -21,6 +21,7 @@ from athanor.models.decoder import Decoder
 from athanor.models.find import load_architecture
 from athanor.models.huggingface import load_model, read_shape, save_model
 from athanor.models.initialize import initialize
+from athanor.models.rehearsed import computing_like
 from athanor.models.shapes.find import architectures, shape_class
 from athanor.models.shapes.rope import RopeScaling
 from athanor.models.stored import stored
@@ -134,6 +135,8 @@ def test_documents_and_stages_are_those_of_the_whole(name: str) -> None:
     wanted = module(ids, whole)
     alone = torch.cat([module(part, Packed.of([len(part)])) for part in ids.split(lengths)])
     assert (wanted - alone).abs().max() <= 1e-12
+    with computing_like("cuda", lengths):  # in plain pieces of torch
+        assert (module(ids, whole) - wanted).abs().max() <= 1e-12
     first, last = (found.build(module.shape, blocks, is_first, not is_first).double()
                    for blocks, is_first in ((range(1), True), (range(1, 3), False)))
     for stage in (first, last):

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from athanor.models.huggingface import load_model
 
@@ -29,3 +31,19 @@ def test_a_recipe_trains_it_and_goes_on(train: Train, run_folder: Path, name: st
     assert all(vector.abs().max() > 0 for vector in vectors) and bool(vectors) == (name in ("gpt2", "qwen2"))
     goes_on = train(run_folder, *overrides, "stage.chat.steps=1", stage="chat")
     assert np.isfinite(goes_on["loss"]).all() and len(goes_on["loss"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sizes"), [("gpt2", ["model.num_key_value_heads=4"]), ("qwen3", ["model.head_dim=6"])])
+def test_the_folder_of_eight_ranks_is_that_of_one(train: Train, run_folder: Path, data_folder: Path, tmp_path: Path, name: str,
+                                                  sizes: list[str]) -> None:
+    other = tmp_path / "eight"
+    other.mkdir()
+    (other / "data").symlink_to(data_folder)
+    overrides = [f"model.architecture={name}", *sizes, "stage.pretrain.steps=2"]
+    train(run_folder, *overrides)
+    train(other, *overrides, "parallel.tp=2", "parallel.pp=2", "parallel.dp_shard=2", "stage.pretrain.micro_batch_size=1")
+    wanted, found = (load_file(folder / "pretrain" / "model" / "model.safetensors") for folder in (run_folder, other))
+    assert wanted.keys() == found.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-9, msg=key)
