@@ -196,7 +196,7 @@ class Decoder(nn.Module):
     """Blocks `layers` of a decoder (all of them unless given); the first stage embeds, the last one has norm and head.
 
     Only the root's forward touches embedding, final norm and head, so fully_shard takes them with the root. `on_disk` says
-    which parameters go by other names in a folder (`huggingface.on_disk`).
+    which parameters go by other names in a folder (`stored.written`).
     """
 
     def __init__(self, shape: DecoderShape, layers: range | None = None, is_first: bool = True, is_last: bool = True,

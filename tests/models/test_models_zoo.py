@@ -19,7 +19,7 @@ from athanor.inference.scheduler import Sampling
 from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
 from athanor.models.find import load_architecture
-from athanor.models.huggingface import load_model, read_shape, save_model
+from athanor.models.huggingface import load_model, logits, read_shape, save_model
 from athanor.models.initialize import initialize
 from athanor.models.rehearsed import computing_like
 from athanor.models.shapes.find import architectures, shape_class
@@ -80,15 +80,15 @@ def test_logits_gradients_and_answers_are_those_of_transformers(name: str, seed:
     peer = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sum(p.numel() for p in peer.parameters()) == module.shape.parameters() == sum(p.numel() for p in module.parameters())
     ids, targets = tokens(40, seed), tokens(40, seed + 1)
-    logits, expected = module(ids, Packed.of([40])), peer(ids[None]).logits[0]
+    found, expected = module(ids, Packed.of([40])), peer(ids[None]).logits[0]
     assert expected.abs().max() > 0.5
-    assert (logits - expected).abs().max() <= 1e-5
+    assert (found - expected).abs().max() <= 1e-5
     F.cross_entropy(expected, targets).backward()
     (module(ids, Packed.of([40]), targets, torch.ones(40)).weighted_sum / 40).backward()
     wanted = {key: parameter.grad for key, parameter in peer.named_parameters()}
-    for key, found in gradients(module).items():
+    for key, gradient in gradients(module).items():
         wanted_gradient = wanted.get(key, wanted.get(key.replace("block_sparse_moe", "mlp")))
-        assert (found - wanted_gradient).abs().max() <= 1e-5, key
+        assert (gradient - wanted_gradient).abs().max() <= 1e-5, key
     peer.generation_config.eos_token_id = None
     prompt = ids[:7].tolist()
     answer = peer.generate(ids[None, :7], max_new_tokens=64, do_sample=False)[0, 7:].tolist()
@@ -169,6 +169,11 @@ def test_the_folder_of_a_base_model_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(again.get_parameter(key), parameter) for key, parameter in module.named_parameters())
 
 
+def test_a_document_beyond_learned_positions_is_refused() -> None:
+    with pytest.raises(ModelError, match="a document of up to 129 tokens is longer than max_position_embeddings = 128"):
+        logits(build("gpt2"), [1] * 129)
+
+
 def test_a_shape_that_cannot_be_is_refused() -> None:
     with pytest.raises(ModelError, match="max_position_embeddings = 128, but queries see a window of 127 keys"):
         build("mistral", sliding_window=127)
@@ -186,9 +191,16 @@ def test_a_shape_that_cannot_be_is_refused() -> None:
                         ({"rope_type": "yarm"}, "did you mean 'yarn'"), ({"rope_type": "linear"}, "has no 'factor'"),
                         ({"rope_type": "linear", "factor": 0.5}, "at least 1"),
                         ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}, "has no 'high_freq_factor'"),
-                        ({"rope_type": "linear", "factor": "much"}, "is not a number")):
+                        ({"rope_type": "linear", "factor": "much"}, "is not a number"),
+                        ({"rope_type": "yarn"}, "has no 'factor'"), ({"rope_type": ["yarn"]}, "is not supported"),
+                        ({"rope_type": "yarn", "original_max_position_embeddings": 0}, "is not a number above 0"),
+                        ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "neither true nor false"),
+                        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": 0.5}, "beta_slow at most beta_fast")):
         with pytest.raises(ModelError, match=words):
             shape_class("llama").from_config({**plain, "rope_scaling": rope})
+    with pytest.raises(ModelError, match="max_position_embeddings = 'far' is not of type int"):
+        shape_class("llama").from_config({**plain, "max_position_embeddings": "far", "rope_scaling": {
+            "rope_type": "yarn", "original_max_position_embeddings": 64}})
     assert shape_class("llama").from_config({**plain, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, for_training=False)
 
 

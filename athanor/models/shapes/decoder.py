@@ -126,8 +126,6 @@ class DecoderShape(Counted):
             raise ModelError(f"{where}: rope_scaling = {rope!r} is not a table; leave it out, or give null")
         if for_training:
             _refuse_variants(config, rope, where)
-            longest = values.get("max_position_embeddings", cls.max_position_embeddings)
-            values["rope_scaling"] = RopeScaling.from_config(rope, longest, where)
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         for f in fields(cls):
@@ -139,8 +137,11 @@ class DecoderShape(Counted):
                 values[f.name] = value[0]
             elif isinstance(value, list) and kind.startswith("tuple") and all(_fits(part, "int") for part in value):
                 values[f.name] = tuple(value)
-            elif f.name != "rope_scaling" and not _fits(value, kind):
+            elif not _fits(value, kind):
                 raise ModelError(f"{where}: {keys[f.name]} = {value!r} is not of type {kind}")
+        if for_training:
+            longest = values.get("max_position_embeddings", cls.max_position_embeddings)
+            values["rope_scaling"] = RopeScaling.from_config(rope, longest, where)
         return cls(**values)
 
     def to_config(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from athanor.foundation.errors import ModelError, did_you_mean
 
+MSCALES = ("mscale", "mscale_all_dim")  # from which yarn's attention_factor follows where it is not given
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -39,26 +41,29 @@ class RopeScaling:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return None
-        if kind not in cls.KINDS:
+        if not isinstance(kind, str) or kind not in cls.KINDS:
             known = did_you_mean(str(kind), ["default", *cls.KINDS])
             raise ModelError(f"{where}: rope_type = {kind!r} is not supported; {known}")
-        given = {key: rope[key] for key in (*cls.KINDS[kind], "mscale", "mscale_all_dim") if rope.get(key) is not None}
+        given = {key: rope[key] for key in (*cls.KINDS[kind], *MSCALES) if rope.get(key) is not None}
         for key, value in given.items():
-            if isinstance(value, bool) != (key == "truncate") or not isinstance(value, (int, float)):
-                raise ModelError(f"{where}: {key} = {value!r} of rope_type '{kind}' is not a number")
+            if key == "truncate" and not isinstance(value, bool):
+                raise ModelError(f"{where}: truncate = {value!r} of rope_type '{kind}' is neither true nor false")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if key != "truncate" and not (is_number and (value > 0 or key in MSCALES)):
+                raise ModelError(f"{where}: {key} = {value!r} of rope_type '{kind}' is not a number above 0")
         if kind == "yarn" and "original_max_position_embeddings" in given:
             given.setdefault("factor", max_position_embeddings / given["original_max_position_embeddings"])
         given.setdefault("original_max_position_embeddings", max_position_embeddings)
         if kind == "yarn" and "factor" in given:
-            two = (given.pop("mscale", 0.0), given.pop("mscale_all_dim", 0.0))
-            above, below = two if all(two) else (1.0, 0.0)
+            scales = [given.get(key, 0.0) for key in MSCALES]
+            above, below = scales if all(scales) else (1.0, 0.0)
             given.setdefault("attention_factor", _growth(given["factor"], above) / _growth(given["factor"], below))
         missing = [key for key in cls.KINDS[kind][:4 if kind == "llama3" else 1] if key not in given]
         if missing:
             raise ModelError(f"{where}: rope_type '{kind}' has no '{missing[0]}'")
         found = cls(kind, **{key: value for key, value in given.items() if key in cls.KINDS[kind]})
         is_ordered = found.low_freq_factor < found.high_freq_factor and found.beta_slow <= found.beta_fast
-        if not (1 <= found.factor < math.inf and is_ordered):
+        if found.factor < 1 or not is_ordered:
             raise ModelError(f"{where}: rope_type '{kind}' with {found.to_config()}: factor must be at least 1, low_freq_factor "
                              "below high_freq_factor, beta_slow at most beta_fast")
         return found
