@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from athanor.cluster.spec import ClusterSpec
-from athanor.foundation.errors import LayoutError, UserError
+from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import check_batch
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.units import PD_FLOP
@@ -128,6 +128,16 @@ def test_every_axis_is_forecast(machine: ClusterSpec, toy: Toy, axis: str) -> No
 def test_pipelines_are_not_proposed_where_sending_was_not_measured(machine: ClusterSpec, toy: Toy) -> None:
     plan = make_plan(toy(), replace(machine, collectives=without(machine, "send")), SCAN)
     assert plan.values["parallel"]["pp"] == 1
+
+
+def test_shapes_are_those_of_the_architecture(machine: ClusterSpec, toy: Toy) -> None:
+    plain = make_plan(toy("model.architecture=gpt2", "model.hidden_size=96"), machine, SCAN).values["model"]
+    assert plain["intermediate_size"] == 4 * 96 and plain["num_attention_heads"] * plain["head_dim"] == 96
+    sizes = ["model.architecture=mixtral", "model.num_experts=4", "model.hidden_size=64", "model.num_hidden_layers=2"]
+    mixture = make_plan(toy(*sizes), machine, SCAN).values["model"]
+    assert mixture["num_experts"] == 4 and mixture["num_experts_per_tok"] == 2 and mixture["rope_theta"] == 1e6
+    with pytest.raises(ModelError, match=r"model\.num_experts is no size of the architecture 'gpt2'; it is one of mixtral"):
+        make_plan(toy("model.architecture=gpt2", "model.num_experts=4"), machine, SCAN)
 
 
 def test_what_cannot_be_laid_out_is_refused(machine: ClusterSpec, toy: Toy) -> None:
