@@ -17,7 +17,7 @@ from athanor.foundation.progress import say
 @click.option("--days", type=float, help="days from start to end")
 @click.option("--efficiency", type=float, help="share of the peak, MFU or HFU, up to 1")
 @click.option("--pd", type=float, help="petaFLOP/s-days")
-@click.option("--model", help="a published model's name, a model folder or a config.json; gives the parameters")
+@click.option("--model", help="a published model's name, a model folder, config.json or recipe; gives the parameters")
 @click.option("--seq-len", type=int, help="tokens of a document, for the model's attention")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
 def command(accelerator: str | None, model: str | None, as_json: bool, **figures: float | None) -> None:
@@ -26,8 +26,9 @@ def command(accelerator: str | None, model: str | None, as_json: bool, **figures
     from athanor.models.shapes.find import find_shape
     from athanor.planner.claims import Claims, compare
 
-    peak = load_accelerator(accelerator)["peak_bf16_flops"]["value"] if accelerator else None
-    found = compare(Claims(peak_flops=peak, shape=find_shape(model) if model else None, **figures))  # type: ignore[arg-type]
+    peak = load_accelerator(accelerator)["peak_bf16_flops"]["value"] if accelerator is not None else None
+    shape = find_shape(model) if model is not None else None
+    found = compare(Claims(peak_flops=peak, shape=shape, **figures))  # type: ignore[arg-type]
     if as_json:
         click.echo(json.dumps({"findings": [finding.to_dict() for finding in found]}))
         return

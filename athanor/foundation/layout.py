@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from athanor.foundation.errors import LayoutError
 
@@ -114,23 +115,34 @@ def split_evenly(costs: Sequence[float], stages: int) -> list[int]:
 
     `costs` holds one cost per block in order; each stage gets at least one. Raises LayoutError with more stages than blocks.
     """
-    count = len(costs)
-    if stages > count:
-        raise LayoutError(f"{stages} stages cannot be made of {count} blocks")
-    prefix = np.concatenate([[0.0], np.cumsum(costs)])
-    best = np.full((stages + 1, count + 1), np.inf)
-    cut = np.zeros((stages + 1, count + 1), dtype=int)
-    best[0, 0] = 0.0
-    for stage, end in itertools.product(range(1, stages + 1), range(1, count + 1)):
-        worst = np.maximum(best[stage - 1, :end], prefix[end] - prefix[:end])
-        cut[stage, end] = int(np.argmin(worst))
-        best[stage, end] = worst[cut[stage, end]]
-    sizes: list[int] = []
-    end = count
-    for stage in range(stages, 0, -1):
-        sizes.append(end - int(cut[stage, end]))
-        end = int(cut[stage, end])
-    return sizes[::-1]
+    if stages > len(costs):
+        raise LayoutError(f"{stages} stages cannot be made of {len(costs)} blocks")
+    return split_least(np.broadcast_to(spans(np.asarray(costs, float)), (stages, len(costs) + 1, len(costs) + 1)))
+
+
+def spans(costs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[…, begin, end] sums of costs[…, begin:end], infinite where end <= begin."""
+    prefix = np.concatenate([np.zeros((*costs.shape[:-1], 1)), np.cumsum(costs, axis=-1)], axis=-1)
+    edges = np.arange(costs.shape[-1] + 1)
+    return np.where(edges > edges[:, None], prefix[..., None, :] - prefix[..., None], np.inf)
+
+
+def split_least(loads: NDArray[np.float64]) -> list[int]:
+    """Blocks per stage so that the greatest load is as small as possible, by exact dynamic programming.
+
+    loads[stage, begin, end] is what a stage bears with blocks begin to end, infinite where it may not hold them.
+    """
+    best = np.full(loads.shape[1], np.inf)
+    best[0] = -np.inf
+    begins = []
+    for load in loads:
+        worst = np.maximum(best[:, None], load)
+        begins.append(np.argmin(worst, axis=0))
+        best = worst.min(axis=0)
+    edges = [loads.shape[1] - 1]
+    for begin in reversed(begins):
+        edges.append(int(begin[edges[-1]]))
+    return [end - begin for begin, end in itertools.pairwise(reversed(edges))]
 
 
 def _divisors(size: int) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from athanor.foundation.errors import UserError
+
 PD_FLOP = 8.64e19  # one petaFLOP/s for a day
 GIB = 2**30
 
@@ -57,3 +61,10 @@ def format_rate(flop_per_second: float) -> str:
 
 def format_share(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
+
+
+def check_positive(**values: float | None) -> None:
+    """Raises UserError for a value that is given and not a number above 0, by its name."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name.replace('_', ' ')} = {value:g}; it must be a number above 0")

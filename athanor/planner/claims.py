@@ -11,7 +11,7 @@ from athanor.foundation.errors import UserError
 from athanor.foundation.units import PD_FLOP, format_share
 from athanor.models.shapes.products import Counted
 
-DAY_SECONDS = 86400.0
+DAY_SECONDS, MOST = 86400.0, 1e30
 AGREES = 0.02  # what rounding of published figures explains
 GOODPUT = (0.8, 1.02)  # kept stepping time / paid time that a run may claim; above 0.9 for Llama 3 and MegaScale (their papers)
 TOKENS_PER_PARAMETER = 20.0  # Hoffmann et al. 2022: 1.4 T tokens for 70 B parameters
@@ -37,8 +37,8 @@ class Claims:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, (int, float)) and not 0 < value < math.inf:
-                raise UserError(f"--{item.name.replace('_', '-')} is {value}; a finite number above 0 is expected")
+            if isinstance(value, (int, float)) and not 1 / MOST < value < MOST:
+                raise UserError(f"--{item.name.replace('_', '-')} is {value}; a number above 0 and below {MOST:g} is expected")
         if self.efficiency and self.efficiency > 1:
             raise UserError(f"--efficiency is {self.efficiency:g}; a share of the peak is expected, such as 0.45 for 45 %")
 
@@ -94,7 +94,7 @@ def _size(claims: Claims) -> Iterator[Finding]:
     length = claims.seq_len or 0
     for name, keys in {"causal": (length + 1) / 2, "full": length}.items() if length else ():
         ratio = (claims.shape.flops if name == "causal" else claims.shape.flops_full)(1.0, keys) / (6.0 * active)
-        yield Finding(f"model_flops_{name}", f"with {name} attention over {length:,} tokens model FLOPs are {ratio:.3f} x 6ND", ratio)
+        yield Finding(f"model_flops_{name}", f"{ratio:.3f} x 6ND with {name} attention over {length:,} tokens", ratio)
 
 
 def _compute(claims: Claims) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import Recipe, Stage
 from athanor.foundation.units import PD_FLOP, format_count, format_seconds
-from athanor.planner import scaling
+from athanor.planner import goodput, scaling
 from athanor.planner.choose import LEAST_STEPS, Candidate, Part, Text, buy
 from athanor.planner.coefficients import load
 from athanor.planner.forecast import Forecaster, StageChoice, Step
@@ -20,7 +20,6 @@ from athanor.planner.forecast import Forecaster, StageChoice, Step
 PRETRAIN_SHARE = 0.85
 VOCABULARY_MULTIPLE = 64  # a model's vocabulary is filled up to it, so that it can be cut into equal parts
 MOST_EPOCHS_OF_PAIRS = 3.0
-FAULT_SECONDS = 86400.0  # assumed time between faults of one device, for the checkpoint interval
 VALIDATION_SHARE = 0.03  # of a stage's step time
 MOST_VALIDATIONS = 10
 
@@ -152,9 +151,9 @@ def fill_stage(forecaster: Forecaster, best: Candidate, stage: Stage, template: 
 
 def _with_intervals(forecaster: Forecaster, best: Candidate, stage: Stage, choice: StageChoice, step: Step,
                     reasons: dict[str, str]) -> StageChoice:
-    """How often to save (Young 1974: sqrt(2 save time x time between faults)) and to validate."""
+    """How often to save (with the highest goodput) and to validate."""
     save = forecaster.save_seconds(best.shape, best.layout)
-    apart = math.sqrt(2 * save * FAULT_SECONDS / best.layout.world_size)
+    apart = goodput.best_interval(save, goodput.faults_per_second(best.layout.world_size))
     best_apart, quarter = max(1, round(apart / step.seconds)), math.ceil(choice.steps / 4)
     checkpoint = stage.checkpoint_every or min(best_apart, quarter)
     why = "balances saving against work lost to faults" if best_apart <= quarter else "is a quarter of the stage"

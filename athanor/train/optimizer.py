@@ -6,7 +6,7 @@ Nothing here waits for the device: clipping, and skipping a step whose gradient 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -183,15 +183,18 @@ class Optimizer:
                         torch._foreach_copy_(kept, found)
 
     def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-        """Flat (weight, gradient, exp_avg, exp_avg_sq) of about CHUNK elements together; what has no gradient is left out."""
+        """(weight, gradient, exp_avg, exp_avg_sq) of about CHUNK elements together; what has no gradient is left out."""
         chunk: list[tuple[torch.Tensor, ...]] = []
         elements = 0
         for piece in pieces:
             gradient = piece.gradient
             if gradient is None or not gradient.numel():
                 continue
-            flat = (piece.shard.view(-1), gradient.reshape(-1), *(slot.view(-1) for slot in piece.slots.values()))
-            for part in zip(*(tensor.split(CHUNK) for tensor in flat), strict=True):
+            whole = (piece.shard, gradient.contiguous(), *piece.slots.values())
+            parts: Iterable[tuple[torch.Tensor, ...]] = [whole]
+            if gradient.numel() > CHUNK:
+                parts = zip(*(tensor.view(-1).split(CHUNK) for tensor in whole), strict=True)
+            for part in parts:
                 if chunk and elements + part[0].numel() > CHUNK:
                     yield chunk
                     chunk, elements = [], 0

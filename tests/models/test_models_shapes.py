@@ -24,7 +24,7 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512, "qwen2.5-72b": 72_706_203_648, "qwen3-8b": 8_190_735_360, "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560, "mixtral-8x7b": 46_702_792_704, "bloom-176b": 176_247_271_424}
 # printed rounded: (total, active) in billions
-ROUNDED = {"gpt-3-175b": (174.6, 174.6), "mt-nlg-530b": (530, 530), "yuan-1.0-245b": (245.73, 245.73),
+ROUNDED = {"gpt-3-175b": (174.6, 174.6), "mt-nlg-530b": (530, 530), "yuan-1.0": (245.73, 245.73),
            "deepseek-v3": (671.03, 37.6), "yuan2-2b": (2.0887, 2.0887), "yuan2-51b": (51.842, 51.842),
            "yuan2-102b": (102.578, 102.578),
            "yuan2-m32": (39.94, 3.70), "qwen3-235b-a22b": (235, 22), "mixtral-8x7b": (46.7, 12.9)}
@@ -186,6 +186,15 @@ def test_models_are_found_by_name_or_path(tmp_path: Path) -> None:
         assert find_shape(place) == load_shape({"model_type": "llama", **SMALL})
     with pytest.raises(ModelError, match="llama3"):
         load_shape(tmp_path)
+    recipe = tmp_path / "my.toml"
+    recipe.write_text('name = "x"\n[data]\nvocab_size = 512\n[model]\nhidden_size = 32\nintermediate_size = 48\n'
+                      'num_hidden_layers = 3\nnum_attention_heads = 4\n')
+    assert find_shape(recipe) == load_shape({"model_type": "llama", **SMALL, "vocab_size": 512})
+    recipe.write_text('name = "x"\n[model]\nhidden_size = 32\n')
+    with pytest.raises(ModelError, match=r"my\.toml, \[model\] and data has no 'vocab_size'"):
+        find_shape(recipe)
+    with pytest.raises(ModelError, match="10000000 blocks"):
+        load_shape({"model_type": "llama", **SMALL, "num_hidden_layers": 10**7}).parameters()
     assert find_shape("LLaMA-3-8B") == find_shape("llama-3-8b")
     with pytest.raises(ModelError, match="did you mean 'llama-3-70b'"):
         find_shape("llama-3-71b")

@@ -32,7 +32,7 @@ def test_yuan_1_reports_hfu_and_counts_8nd() -> None:
     for words in ("HFU", "91.4 %", "13.7 of the 15"):
         assert words in run["days_8ND"].sentence
     assert "4,095 PD agrees with 8ND" in run["pd_8ND"].sentence and "3,071 PD (+33.3 %)" in run["pd_6ND"].sentence
-    named = found(model="yuan-1.0-245b", params=245.7e9, tokens=180e9)
+    named = found(model="yuan-1.0", params=245.7e9, tokens=180e9)
     assert named["parameters"].agrees is True and named["parameters"].computed == pytest.approx(245.73e9, rel=1e-4)
     assert named["pd_6ND"].computed == pytest.approx(3072, abs=0.5)
     assert named["pd_8ND"].computed == pytest.approx(4095.5, abs=0.5)
@@ -114,7 +114,8 @@ def test_the_command_prints_sentences_or_one_document(capfd: pytest.CaptureFixtu
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--days", "3"], "say nothing of each other"), (["--efficiency", "45"], "0.45"), (["--params", "nan"], "--params is nan"),
     (["--seq-len", "-3", "--model", "gpt2"], "--seq-len is -3"), (["--accelerator", "A100-8"], "did you mean 'A100-80'"),
-    (["--model", "llama-3-9b"], "did you mean 'llama-3-8b'"), (["--devices", "inf", "--pd", "3"], "--devices is inf")])
+    (["--model", "llama-3-9b"], "did you mean 'llama-3-8b'"), (["--devices", "inf", "--pd", "3"], "--devices is inf"),
+    (["--params", "1e300", "--tokens", "1e300"], "below 1e")])
 def test_figures_that_cannot_be_are_refused(arguments: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         CliRunner().invoke(command, ["claims", *arguments], catch_exceptions=False)

@@ -154,7 +154,7 @@ def test_law_of_loss() -> None:
     assert 10.0 < scaling.effective_tokens(20.0, 10.0) < 20.0
     assert scaling.effective_tokens(1e9, 10.0) < 10.0 * 17
     small, large = scaling.law_for(1e13), scaling.law_for(1e22)
-    assert (small.name, large.name) == ("small", "large")
+    assert (small.name, large.name) == ("small", "refit")
     for law in (small, large):
         assert law.loss(1e6, 1e7, 1e9, 4096) < law.loss(1e5, 1e7, 1e9, 4096)
         assert law.loss(1e6, 1e7, 1e9, 4096) < law.loss(1e6, 1e6, 1e9, 4096)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor.foundation.errors import ModelError, did_you_mean, nearest
+from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import read_json
 from athanor.models.shapes.decoder import DecoderShape
 
@@ -45,13 +46,12 @@ def shape_class(architecture: str) -> type[DecoderShape]:
     return found
 
 
-def load_shape(source: Path | dict[str, Any], for_training: bool = True) -> DecoderShape:
+def load_shape(source: Path | dict[str, Any], for_training: bool = True, where: str = "the configuration") -> DecoderShape:
     """The shape that a model folder, a config.json or its content describes.
 
     Raises ModelError for an unknown model_type or a variant that is not supported; with `for_training` also for those that
     are counted and not computed.
     """
-    where = "the configuration"
     if isinstance(source, Path):
         file = source / "config.json" if source.is_dir() else source
         where = str(file)
@@ -78,7 +78,7 @@ def known_shapes() -> dict[str, dict[str, Any]]:
 
 
 def find_shape(name_or_path: str | Path) -> DecoderShape:
-    """The shape of a published model by its name, or of a model folder or config.json, trainable or not.
+    """The shape of a published model by its name, or of a model folder, config.json or recipe, trainable or not.
 
     Raises ModelError with the nearest name for what is neither.
     """
@@ -86,10 +86,14 @@ def find_shape(name_or_path: str | Path) -> DecoderShape:
     known = known_shapes()
     if name.lower() in known:
         return load_shape(known[name.lower()], for_training=False)
+    if Path(name).suffix == ".toml":
+        recipe = load_recipe(name)
+        keys = recipe.model.model_dump(exclude_none=True) | {"vocab_size": recipe.data.vocab_size}
+        return load_shape(keys | {"model_type": recipe.model.architecture}, False, f"{name}, [model] and data")
     if Path(name).exists():
         return load_shape(Path(name), for_training=False)
     guess = nearest(name.lower(), known)
-    raise ModelError(f"'{name}' is neither a known model nor a model folder or config.json"
+    raise ModelError(f"'{name}' is neither a known model nor a model folder, config.json or recipe"
                      + (f"; did you mean '{guess}'?" if guess else "") + f" Known: {', '.join(known)}")
 
 

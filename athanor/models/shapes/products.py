@@ -9,6 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, TypeVar
 
+from athanor.foundation.errors import ModelError
+
+MOST_BLOCKS = 10_000  # which take a tenth of a second; a wrong configuration must not take minutes
+
 
 @dataclass(frozen=True)
 class Product:
@@ -99,7 +103,10 @@ class Counted(ABC):
 
     @cached_property
     def _blocks(self) -> range:
-        return range(self.num_hidden_layers + self.prediction_blocks())
+        blocks = self.num_hidden_layers + self.prediction_blocks()
+        if blocks > MOST_BLOCKS:
+            raise ModelError(f"the model has {blocks} blocks; at most {MOST_BLOCKS:,} are counted")
+        return range(blocks)
 
     @cached_property
     def _products(self) -> list[Product]:
