@@ -13,6 +13,7 @@ import numpy as np
 
 from athanor.planner.case import Array, Case
 from athanor.planner.datasheet import Datasheet, Machine
+from athanor.planner.memory import Footprint
 from athanor.planner.step import price
 
 FILE = Path(__file__).with_name("datasheet.toml")
@@ -98,5 +99,18 @@ def fit_time(case: Case, machine: Machine, seconds: Array, weights: Array, group
         off = np.log(price(case, Datasheet(machine, start.mapping(x))).seconds) - wanted
         beside = np.where(is_large, off - (np.bincount(code, off) / counts)[code], 0.0)
         return soften(np.concatenate([off, beside]) / SPREAD) * np.tile(weights, 2)
+
+    return most_likely(errors, start)
+
+
+def fit_memory(case: Case, machine: Machine, peaks: Array, is_out: Array, weights: Array, start: Coefficients) -> Array:
+    """Logarithms of the memory's coefficients: peaks in bytes where known (NaN: not), and whether a run ran out of memory."""
+    known, sign = ~np.isnan(peaks), np.where(is_out, -1.0, 1.0)
+
+    def errors(x: Array) -> Array:
+        footprint = Footprint(machine, start.mapping(x))
+        found = footprint.peak(case)
+        missed = np.log1p(np.exp(np.clip(sign * footprint.log_odds(found), -60, 60)))
+        return np.concatenate([soften(np.log(found / peaks)[known] / SPREAD) * weights[known], np.sqrt(2 * missed) * weights])
 
     return most_likely(errors, start)

@@ -74,11 +74,21 @@ class Case:
     def global_batch_tokens(self) -> Array:
         return self.micro_batch_size * self.num_microbatches * self.seq_len * self.dp
 
+    def multiplications(self) -> tuple[Array, Array, Array]:
+        """Of one token: in the blocks' products, in causal attention, in the head; each costs 2 FLOPs forward, 4 backward."""
+        return ((self.inputs * self.outputs * self.uses).sum(axis=0),
+                self.layers * self.heads * (self.key_size + self.value_size) * self.mean_context,
+                self.hidden * self.vocab * self.heads_of_loss)
+
     def model_flops(self) -> Array:
         """FLOPs of a step: products and causal attention, forward and backward, nothing recomputed."""
-        matrices = (self.inputs * self.outputs * self.uses).sum(axis=0) + self.hidden * self.vocab * self.heads_of_loss
-        attention = self.layers * self.heads * (self.key_size + self.value_size) * self.mean_context
-        return np.asarray(6.0 * self.global_batch_tokens * (matrices + attention))
+        return np.asarray(6.0 * self.global_batch_tokens * sum(self.multiplications()))
+
+    def computed_flops(self) -> Array:
+        """The same with what is computed again."""
+        matrices, attention, _ = self.multiplications()
+        again = np.select([self.recompute == FULL, self.recompute == SELECTIVE], [matrices + attention, attention], 0.0)
+        return np.asarray(self.model_flops() + 2.0 * self.global_batch_tokens * again)
 
     def take(self, index: Any) -> Case:
         """Some of the configurations."""

@@ -97,22 +97,27 @@ class Work:
     ends: Array  # embedding, head and loss, forward and backward
 
 
-class Datasheet:
-    """Seconds of the operations of each configuration, by the coefficients of `coefficients.toml` [datasheet].
-
-    `coefficients` has base values under their names and factors for a program or generation under "name.group".
-    """
+class Rated:
+    """Machines beside fitted coefficients: base values by their names, factors of a program or generation as "name.group"."""
 
     def __init__(self, machine: Machine, coefficients: Mapping[str, float]) -> None:
         self.machine, self._c = machine, coefficients
 
     def coefficient(self, name: str) -> Array | float:
-        """A base value, times the factor of each configuration's program or generation where it has one."""
+        """A base value, times the factors of each configuration's program and generation where it has them."""
         value: Array | float = self._c[name]
         for groups, index in ((PROGRAMS, self.machine.program), (GENERATIONS, self.machine.generation)):
             if f"{name}.{groups[0]}" in self._c:
                 value = value * np.array([self._c[f"{name}.{group}"] for group in groups])[index.astype(int)]
         return value
+
+    @staticmethod
+    def program(name: str) -> int:
+        return PROGRAMS.index(name)
+
+
+class Datasheet(Rated):
+    """Seconds of the operations of each configuration, by the coefficients of `datasheet.toml` [time]."""
 
     def matmul(self, m: Array, n: Array, k: Array, peak: Array) -> Array:
         """Seconds of an m x k by k x n product: small sides and few tiles leave parts of the device idle."""

@@ -1,0 +1,134 @@
+"""One model, one cluster, one layout, as they are written on a command line, and what a step of them takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from athanor.cluster.spec import load_accelerator, read_cluster
+from athanor.foundation.errors import LayoutError, UserError, did_you_mean
+from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, LOOPS, find_schedule
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.planner.calibrate import coefficients
+from athanor.planner.case import FULL, NONE, SELECTIVE, Case, case_of
+from athanor.planner.datasheet import KERNELS, PROGRAMS, Datasheet, machine_of
+from athanor.planner.memory import GIB, Footprint
+from athanor.planner.step import price
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+RECOMPUTE = {"none": NONE, "selective": SELECTIVE, "full": FULL}
+PRODUCT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5}
+WORDS: dict[str, tuple[str, ...]] = {"recompute": tuple(RECOMPUTE), "precision": tuple(PRODUCT_BYTES), "program": PROGRAMS,
+                                     "kernel": KERNELS, "pipeline_schedule": ()}
+WHOLE = (*AXES, "micro_batch_size", "num_microbatches", "global_batch_tokens", "seq_len", "stages_per_rank", "zero",
+         "sequence_parallel")
+CLUSTER_KEYS = ("devices", "per_node", "nic_gbps", "memory_gib")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A known accelerator, how many of them (None: as many as the layout asks for), and what is said of their links."""
+
+    accelerator: str
+    devices: int | None
+    facts: Mapping[str, float]
+
+
+def read_words(text: str, numbers: tuple[str, ...], words: Mapping[str, tuple[str, ...]], what: str) -> dict[str, Any]:
+    """The values of a text of key=value pairs. Raises LayoutError for an unknown key or value, with the nearest."""
+    out: dict[str, Any] = {}
+    for part in text.split():
+        key, _, value = part.partition("=")
+        if key not in (*numbers, *words):
+            raise LayoutError(f"{what}: unknown key '{key}'; {did_you_mean(key, (*numbers, *words))}")
+        if key in words:
+            if words[key] and value not in words[key]:
+                raise LayoutError(f"{what}: {key} is '{value}'; {did_you_mean(value, words[key])}")
+            out[key] = value
+            continue
+        try:
+            out[key] = float(value)
+        except ValueError:
+            out[key] = math.nan
+        if not math.isfinite(out[key]) or out[key] < 0 and part != "dp_shard=-1":
+            raise LayoutError(f"{what}: {part}; a number of at least 0 is expected")
+    return out
+
+
+def read_cluster_words(text: str) -> Cluster:
+    """A cluster.toml, or an accelerator's name and key=value pairs ("H100-80 devices=2048 per_node=8 nic_gbps=400")."""
+    if text.endswith(".toml"):
+        spec = read_cluster(Path(text))
+        name = load_accelerator(spec.accelerator)["name"]
+        return Cluster(name, spec.devices, {"per_node": spec.per_node, "memory_gib": spec.memory_bytes / GIB})
+    name, _, rest = text.strip().partition(" ")
+    name = load_accelerator(name)["name"]
+    found = read_words(rest, CLUSTER_KEYS, {}, f"cluster '{text}'")
+    devices = found.pop("devices", None)
+    return Cluster(name, None if devices is None else int(devices), found)
+
+
+def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case, dict[str, Any]]:
+    """The configuration that a layout's key=value pairs describe, and all values with those that were left out.
+
+    Raises LayoutError for unknown keys, and for degrees or batches that contradict the cluster, the model or each other.
+    """
+    found = read_words(text, WHOLE, WORDS, "layout")
+    layout = Layout(**{axis: int(found[axis]) for axis in AXES if axis in found})
+    if layout.dp_shard != -1 or cluster.devices:
+        layout = resolve(layout, cluster.devices or layout.world_size)
+    else:
+        raise LayoutError("layout: dp_shard=-1 needs a cluster with a number of devices")
+    seq_len = int(found.get("seq_len", min(4096, shape.max_position_embeddings)))
+    # a vocabulary is filled up to what tp divides
+    check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
+                intermediate_size=shape.intermediate_size, vocab_size=shape.num_attention_heads, num_hidden_layers=shape.num_hidden_layers,
+                seq_len=seq_len)
+    check_experts(layout, getattr(shape, "num_experts", 0))
+    micro, count = int(found.get("micro_batch_size", 1)), int(found.get("num_microbatches", 0 if layout.pp == 1 else 4 * layout.pp))
+    if "global_batch_tokens" in found:
+        _, held = check_batch(global_batch_tokens=int(found["global_batch_tokens"]), seq_len=seq_len, micro_batch_size=micro,
+                              data_ranks=layout.data_ranks, tp=layout.tp)
+        if found.get("num_microbatches", held) != held:
+            raise LayoutError(f"layout: num_microbatches={count}, but global_batch_tokens makes {held} of them")
+        count = held
+    count = max(1, count)
+    schedule = found.get("pipeline_schedule", "Interleaved1F1B" if "stages_per_rank" in found else DEFAULT_SCHEDULE)
+    loops = 1 if find_schedule(schedule).placement == "single" else int(found.get("stages_per_rank", LOOPS))
+    precision = found.get("precision", "bf16")
+    zero = found.get("zero", 0.0 if layout.dp_shard == 1 else 1.0 if layout.pp > 1 else 3.0)
+    filled = {**{axis: getattr(layout, axis) for axis in AXES}, "micro_batch_size": micro, "num_microbatches": count,
+              "seq_len": seq_len, "global_batch_tokens": micro * count * seq_len * layout.data_ranks,
+              "pipeline_schedule": schedule, "stages_per_rank": loops, "zero": int(zero), "precision": precision,
+              "recompute": found.get("recompute", "none"), "sequence_parallel": int(found.get("sequence_parallel", layout.tp > 1)),
+              "program": found.get("program", "megatron-core"), "kernel": found.get("kernel", "flash")}
+    run = {axis: filled[axis] for axis in ("pp", "cp", "tp", "ep", "zero", "seq_len", "micro_batch_size", "num_microbatches")}
+    run |= {"dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "chunks": loops,
+            "is_sequence_parallel": filled["sequence_parallel"], "recompute": RECOMPUTE[filled["recompute"]],
+            "weight_bytes": max(2.0, PRODUCT_BYTES[precision]), "product_bytes": PRODUCT_BYTES[precision]}
+    return case_of([shape], run), filled
+
+
+def estimate(shape: DecoderShape, cluster_text: str, layout_text: str) -> dict[str, Any]:
+    """Seconds, rates, memory of each pipeline rank in GiB and the accounts of one step (seconds of an average device)."""
+    cluster = read_cluster_words(cluster_text)
+    case, filled = read_layout(layout_text, shape, cluster)
+    machine = machine_of([{**cluster.facts, "accelerator": cluster.accelerator, "program": filled["program"],
+                           "kernel": filled["kernel"], "product_bytes": PRODUCT_BYTES[filled["precision"]]}])
+    priced = price(case, Datasheet(machine, coefficients("time").mapping()))
+    footprint = Footprint(machine, coefficients("memory").mapping())
+    ranks = footprint.kinds(case, np.arange(filled["pp"], dtype=np.float64))
+    seconds, devices = float(priced.seconds[0]), float(case.devices[0])
+    mfu = float(priced.accounts["useful"][0]) / seconds
+    return {"accelerator": cluster.accelerator, "devices": int(devices), "layout": filled, "step_seconds": seconds,
+            "tokens_per_second_per_device": filled["global_batch_tokens"] / seconds / devices, "mfu": mfu,
+            "hfu": mfu * float(case.computed_flops()[0] / case.model_flops()[0]),
+            "memory_gib": [float(size) / GIB for size in sum(ranks.values(), np.zeros(filled["pp"]))],
+            "out_of_memory_probability": float(footprint.out_of_memory(case)[0]),
+            "accounts": {name: float(values[0]) for name, values in priced.accounts.items()}}
