@@ -57,10 +57,10 @@ def soften(errors: Array) -> Array:
     return np.asarray(np.sign(errors) * np.sqrt(2 * (np.sqrt(1 + errors**2) - 1)))
 
 
-def source_weights(sources: Sequence[str]) -> Array:
-    """A row's weight, so that a source counts like `LIKE` independent rows at most."""
+def source_weights(sources: Sequence[str], like: float = LIKE) -> Array:
+    """A row's weight, so that a source counts like so many independent rows at most."""
     _, code, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
-    return np.asarray(np.sqrt(LIKE / (LIKE + counts[code])))
+    return np.asarray(np.sqrt(like / (like + counts[code])))
 
 
 def most_likely(errors: Callable[[Array], Array], start: Coefficients, iterations: int = 40) -> Array:

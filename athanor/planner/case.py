@@ -125,17 +125,18 @@ def _model_columns(shape: Counted) -> dict[str, Any]:
     *products, head = shape.products()
     attended = shape.attended()
     layers = sum(part.layers for part in attended)
-    experts = [product for product in products if product.copies > 1]
-    first = attended[0]
+    experts = [product for product in products if product.name.startswith("experts_")]
+    first = max(attended, key=lambda part: part.heads * part.layers * (not part.window))
+    heads = sum(part.multiplications(1.0) for part in attended) / (layers * (first.key_size + first.value_size))
     tied = shape.tie_word_embeddings
     return {
         "layers": float(layers), "hidden": float(head.inputs), "vocab": float(head.outputs), "heads_of_loss": head.times,
         "inputs": np.array([p.inputs for p in products], float), "outputs": np.array([p.outputs for p in products], float),
         "uses": np.array([p.layers * p.times for p in products], float),
-        "copies": np.array([p.copies for p in products], float),
+        "copies": np.array([p.copies if p in experts else 1 for p in products], float),
         "is_row": np.array([p.cut == "inputs" for p in products], float),
         "is_whole": np.array([p.cut == "" for p in products], float),
-        "heads": float(first.heads), "key_value_heads": float(first.key_value_heads), "key_size": float(first.key_size),
+        "heads": heads, "key_value_heads": float(first.key_value_heads), "key_size": float(first.key_size),
         "value_size": float(first.value_size), "block_parameters": float(sum(p.parameters for p in products)),
         "expert_parameters": float(sum(p.parameters for p in experts)),
         "end_parameters": float(head.inputs * head.outputs + (0 if tied else shape.embedding_parameters())),

@@ -61,7 +61,8 @@ class Footprint(Rated):
         flight = np.where(case.chunks > 1, (2 * behind + (case.chunks - 1) * case.pp + 1) / case.chunks, behind + 1)
         layers = np.ceil(case.layers / case.pp - 1e-9)
         is_last = rank == case.pp - 1
-        logits = np.where(is_last, c["logit_bytes"] * tokens * case.vocab / case.tp, 0.0)
+        copies = np.where(machine.program == self.program("scaling"), 1 + c["gathered_logits"] * (case.tp > 1), 1 / case.tp)
+        logits = np.where(is_last, self.coefficient("logit_bytes") * tokens * case.vocab * copies, 0.0)
         return {"activations": np.minimum(flight, case.num_microbatches) * layers * per,
                 "logits": np.maximum(logits, work)}
 

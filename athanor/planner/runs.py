@@ -129,6 +129,8 @@ def shape_of(run: Run) -> Counted:
     if known and run.number("layers", known.num_hidden_layers) == known.num_hidden_layers:
         return known
     missing = [name for name in ("layers", "hidden", "heads", "vocab") if math.isnan(run.numbers[name])]
+    if missing and run.number("params_B", 0) and not run.is_mixture and "gpt" in run.words["model"].lower():
+        return _gpt_of_size(run.numbers["params_B"] * 1e9)
     if missing:
         raise UserError(f"the model's {', '.join(missing)} are blank, and no shape is known by the name '{run.words['model']}'")
     hidden, heads = int(run.numbers["hidden"]), int(run.numbers["heads"])
@@ -139,6 +141,14 @@ def shape_of(run: Run) -> Counted:
                  Attended(1, heads, int(run.number("kv_heads", heads)), size, size), inner, run.words["gated_mlp"] == "y",
                  int(run.number("dense_layers", 0)), experts, run.number("moe_topk", 1), int(run.number("moe_ffn_hidden", inner)),
                  int(run.number("shared_expert_ffn", 0)))
+
+
+def _gpt_of_size(parameters: float) -> Counted:
+    """A GPT of so many parameters, as wide for its depth as those of Narayanan et al. 2021: about 154 times."""
+    hidden = max(1, round((parameters * 154 / 12) ** (1 / 3) / 1024)) * 1024
+    heads = hidden // 128
+    return Sizes(51200, hidden, round(parameters / (12 * hidden**2)), True, Attended(1, heads, heads, 128, 128), 4 * hidden,
+                 False, 0, 0, 0.0, 0, 0)
 
 
 def _known(model: str) -> Counted | None:

@@ -159,8 +159,8 @@ def _refuse_variants(config: dict[str, Any], rope: dict[str, Any], where: str) -
 
 
 def _fits(value: object, kind: str) -> bool:
-    if kind == "bool":
-        return isinstance(value, bool)
+    if kind in ("bool", "str"):
+        return isinstance(value, bool if kind == "bool" else str)
     if kind.startswith("tuple"):
         return isinstance(value, tuple) and all(_fits(entry, "int") for entry in value)
     return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
