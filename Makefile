@@ -5,7 +5,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RECIPE ?= recipes/stdlib.toml
 
-.PHONY: setup setup-test demo check test test-all drills bench clean
+.PHONY: setup setup-test demo check test test-all drills bench bench-planner clean
 
 setup: .venv/installed
 setup-test: .venv/installed-test
@@ -43,6 +43,9 @@ drills: setup-test
 
 bench: setup-test
 	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; .venv/bin/python $$script || exit 1; done
+
+bench-planner: setup-test
+	.venv/bin/python benchmarks/planner.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
@@ -14,8 +15,9 @@ from athanor.foundation.units import format_seconds, format_share
 @click.option("--model", required=True, help="a published model's name, a model folder or a config.json")
 @click.option("--cluster", required=True, help='a cluster.toml, or an accelerator: "H100-80 devices=2048 per_node=8 nic_gbps=400"')
 @click.option("--layout", default="", help='"tp=8 pp=8 dp_shard=32 micro_batch_size=1 seq_len=8192 global_batch_tokens=..."')
+@click.option("--coefficients", "file", type=click.Path(path_type=Path), help="what `athanor plan calibrate` wrote; else ours")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
-def command(model: str, cluster: str, layout: str, as_json: bool) -> None:
+def command(model: str, cluster: str, layout: str, file: Path | None, as_json: bool) -> None:
     """Estimate the step time, its accounts and the memory of a layout.
 
     Keys of a layout: pp, dp_replicate, dp_shard, cp, tp, ep; micro_batch_size, num_microbatches or global_batch_tokens,
@@ -24,7 +26,7 @@ def command(model: str, cluster: str, layout: str, as_json: bool) -> None:
     from athanor.models.shapes.find import find_shape
     from athanor.planner.estimate import estimate
 
-    found = estimate(find_shape(model), cluster, layout)
+    found = estimate(find_shape(model), cluster, layout, file)
     if as_json:
         click.echo(json.dumps(found))
         return

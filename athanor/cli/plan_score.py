@@ -13,17 +13,19 @@ from athanor.foundation.units import format_share
 
 @click.command()
 @click.argument("runs", type=click.Path(path_type=Path))
+@click.option("--coefficients", "file", type=click.Path(path_type=Path), help="what `athanor plan calibrate` wrote; else ours")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
-def command(runs: Path, as_json: bool) -> None:
+def command(runs: Path, file: Path | None, as_json: bool) -> None:
     """Predict every row of RUNS.csv and compare with what was measured.
 
     Columns are those of benchmarks/data/published_runs.csv. No prediction looks at measured columns, notes, ids or order.
     """
+    from athanor.planner.calibrate import mappings
     from athanor.planner.runs import read_runs
     from athanor.planner.score import describe_rows, predict, score
 
     rows = read_runs(runs)
-    found = predict(rows)
+    found = predict(rows, *mappings(file))
     summary = score(rows, found)
     if as_json:
         click.echo(json.dumps({"rows": describe_rows(rows, found), "summary": summary}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from athanor.foundation.errors import UserError
 from athanor.planner.case import Array, Case
 from athanor.planner.datasheet import Datasheet, Machine
 from athanor.planner.memory import Footprint
@@ -19,6 +22,7 @@ from athanor.planner.step import price
 FILE = Path(__file__).with_name("datasheet.toml")
 SPREAD = 0.1  # relative error that a row is expected to have; larger ones count less than by their squares (soft L1)
 LIKE = 8.0  # rows of a source that say as much as all others of it together: they share a machine, a program, a shape
+LIKE_MEMORY = 40.0  # the same for memory, where rows of a source differ in what counts
 LEAST_GROUP = 7  # layouts of one model and size from which on their order counts too
 STEP = 1e-4  # of a difference quotient
 
@@ -38,18 +42,29 @@ class Coefficients:
 
 
 @functools.cache
-def tables() -> dict[str, Any]:
-    parsed: dict[str, Any] = tomllib.loads(FILE.read_text(encoding="utf-8"))
+def tables(file: Path = FILE) -> dict[str, Any]:
+    """The parsed file. Raises UserError when it is none."""
+    try:
+        parsed: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file} is no file of coefficients, as `athanor plan calibrate --out` writes them: {error}") from None
+    if missing := [name for name in ("time", "memory") if name not in parsed]:
+        raise UserError(f"{file} has no table [{missing[0]}]; `athanor plan calibrate --out` writes such a file")
     return parsed
 
 
-def coefficients(table: str) -> Coefficients:
+def coefficients(table: str, file: Path = FILE) -> Coefficients:
     """The coefficients "time" or "memory" of the file."""
-    rows: dict[str, dict[str, float]] = tables()[table]
+    rows: dict[str, dict[str, float]] = tables(file)[table]
     columns = ([row.get(key, default) for row in rows.values()] for key, default in (
         ("value", None), ("prior", None), ("width", None), ("most", np.inf)))
     value, prior, width, most = (np.array(column, dtype=np.float64) for column in columns)
     return Coefficients(tuple(rows), np.log(value), np.log(prior), width, np.log(most))
+
+
+def mappings(file: Path | None = None) -> tuple[dict[str, float], dict[str, float]]:
+    """The coefficients of time and of memory; ours unless a file is given."""
+    return coefficients("time", file or FILE).mapping(), coefficients("memory", file or FILE).mapping()
 
 
 def soften(errors: Array) -> Array:
@@ -114,3 +129,25 @@ def fit_memory(case: Case, machine: Machine, peaks: Array, is_out: Array, weight
         return np.concatenate([soften(np.log(found / peaks)[known] / SPREAD) * weights[known], np.sqrt(2 * missed) * weights])
 
     return most_likely(errors, start)
+
+
+OWN = 2.0  # runs of one's own that weigh as much as the belief that the fitted coefficients are right
+
+
+def own_factor(predicted: Array, measured: Array) -> float:
+    """Measured over predicted time of n runs of one's own, drawn towards 1 by n / (n + 2) in logarithms."""
+    count = len(measured)
+    return float(np.exp(count / (count + OWN) * np.mean(np.log(measured / predicted)))) if count else 1.0
+
+
+def rewritten(values: dict[str, dict[str, float]], sources: str, file: Path = FILE) -> str:
+    """The text of the file with other values, and with the rows that they came from."""
+    out, table = [], ""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        table = line[1:-1] if line.startswith("[") else table
+        name = re.match(r'"([^"]+)" = ', line)
+        if name and name[1] in values.get(table, {}):
+            line = re.sub(r"value = [^,}]+?(?=,| })", f"value = {values[table][name[1]]:.4g}", line)
+        line = f'date = "{datetime.date.today()}"' if line.startswith("date = ") else line
+        out.append(f'fitted_to = "{sources}"' if line.startswith("fitted_to = ") else line)
+    return "\n".join(out) + "\n"

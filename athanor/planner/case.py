@@ -42,6 +42,7 @@ class Case:
     moe_layers: Array
     top_k: Array
     heads_of_loss: Array  # how often a token meets the head
+    scanned: Array  # numbers of a token that recurrences (Mamba) read, in all layers
     # the layout
     pp: Array
     chunks: Array  # stages per pipeline rank
@@ -141,4 +142,5 @@ def _model_columns(shape: Counted) -> dict[str, Any]:
         "expert_parameters": float(sum(p.parameters for p in experts)),
         "end_parameters": float(head.inputs * head.outputs + (0 if tied else shape.embedding_parameters())),
         "moe_layers": float(max((p.layers for p in experts), default=0)),
-        "top_k": float(max((p.times for p in experts), default=0))}
+        "top_k": float(max((p.times for p in experts), default=0)),
+        "scanned": float(sum(p.outputs * p.layers for p in products if p.name == "mamba_in"))}

@@ -1,4 +1,4 @@
-"""Rates of accelerators known by name: datasheet peaks times fitted efficiencies (coefficients.toml says from what data)."""
+"""Rates of accelerators known by name: datasheet peaks times fitted efficiencies (datasheet.toml says from what data)."""
 
 from __future__ import annotations
 
@@ -157,19 +157,20 @@ class Datasheet(Rated):
         reach = machine.peak_flops * machine.attainable * reach
         ends = sum(self.linear(tokens, width, case.hidden, reach)) + c["loss_passes"] * tokens * width * 4 / (
             machine.memory_bytes_per_second)
-        return Work(one, two, again, ends)
+        return Work(one, two, again, np.asarray(ends * case.heads_of_loss))
 
     def mixture(self, case: Case) -> tuple[Array, Array]:
         """Seconds of sorting tokens for their experts forward, and launches beyond those of a dense layer, in an average layer.
 
-        Both shrank with the years: whole layers became fused kernels, then whole steps one CUDA graph.
+        Both shrank with the years: a kernel for each expert became some for all, then whole steps one CUDA graph.
         """
         machine, c, share = self.machine, self._c, case.moe_layers / case.layers
         is_graphed = (machine.release >= GRAPHED) & (machine.generation >= GENERATIONS.index("blackwell"))
-        age = np.where(machine.release < FUSED, c["unfused_experts"], 1.0)
+        local = np.maximum(1.0, case.copies / case.ep).max(axis=0)  # experts of a rank
+        launches = c["launch_experts"] * share * local ** np.where(machine.release < FUSED, 0.75, 0.25)
         size = case.tokens / case.tp * case.top_k * case.hidden * 2.0
-        moved = c["dispatch"] * age * share * size / machine.memory_bytes_per_second * np.where(is_graphed, c["graphed"], 1.0)
-        return moved, c["launch_experts"] * age * share * np.where(is_graphed, 0.0, 1.0)
+        moved = c["dispatch"] * share * size / machine.memory_bytes_per_second
+        return moved * np.where(is_graphed, c["graphed"], 1.0), launches * np.where(is_graphed, c["graphed_launch"], 1.0)
 
     def attention(self, case: Case) -> Array:
         """Scores and values, forward, in an average layer: bound by arithmetic when fused, by traffic when scores exist."""
@@ -188,9 +189,18 @@ class Datasheet(Rated):
         """Element-wise work of an average layer forward: norms and residuals, and what the column-cut products make, `wide`."""
         shared = np.where(case.is_sequence_parallel > 0, 1 / case.tp, 1.0)
         norms = np.where(self.machine.is_norm_fused > 0, 1.0, self._c["unfused_norms"])
-        numbers = self._c["passes_hidden"] * norms * case.hidden * shared + self._c["passes_wide"] * wide
+        scan = self._c["passes_scan"] * case.scanned / case.layers / case.tp
+        numbers = scan + self._c["passes_hidden"] * norms * case.hidden * shared + self._c["passes_wide"] * wide
         quantised = np.where(case.product_bytes < 2, self._c["quantise"], 1.0)
         return np.asarray(self.coefficient("passes") * quantised * 2.0 * case.tokens * numbers / self.machine.memory_bytes_per_second)
+
+    def update(self, parameters: Array) -> Array:
+        """An optimizer's step on so many parameters: 32 bytes of each, read and written."""
+        return np.asarray(self._c["optimizer"] * parameters * 32 / self.machine.memory_bytes_per_second)
+
+    def peak(self) -> Array:
+        """FLOP/s in the dtype of the blocks' products, in which useful time is counted."""
+        return self.machine.product_flops
 
     def bus(self, ranks: Array, stride: Array) -> tuple[Array, Array]:
         """Bytes per second that a ring of ranks, `stride` devices apart, moves at each of them; and whether it leaves the domain."""

@@ -15,7 +15,7 @@ from athanor.foundation.errors import LayoutError, UserError, did_you_mean
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, LOOPS, find_schedule
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner.calibrate import coefficients
+from athanor.planner.calibrate import mappings
 from athanor.planner.case import FULL, NONE, SELECTIVE, Case, case_of
 from athanor.planner.datasheet import KERNELS, PROGRAMS, Datasheet, machine_of
 from athanor.planner.memory import GIB, Footprint
@@ -115,14 +115,14 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
     return case_of([shape], run), filled
 
 
-def estimate(shape: DecoderShape, cluster_text: str, layout_text: str) -> dict[str, Any]:
+def estimate(shape: DecoderShape, cluster_text: str, layout_text: str, file: Path | None = None) -> dict[str, Any]:
     """Seconds, rates, memory of each pipeline rank in GiB and the accounts of one step (seconds of an average device)."""
     cluster = read_cluster_words(cluster_text)
     case, filled = read_layout(layout_text, shape, cluster)
     machine = machine_of([{**cluster.facts, "accelerator": cluster.accelerator, "program": filled["program"],
                            "kernel": filled["kernel"], "product_bytes": PRODUCT_BYTES[filled["precision"]]}])
-    priced = price(case, Datasheet(machine, coefficients("time").mapping()))
-    footprint = Footprint(machine, coefficients("memory").mapping())
+    time, memory = mappings(file)
+    priced, footprint = price(case, Datasheet(machine, time)), Footprint(machine, memory)
     ranks = footprint.kinds(case, np.arange(filled["pp"], dtype=np.float64))
     seconds, devices = float(priced.seconds[0]), float(case.devices[0])
     mfu = float(priced.accounts["useful"][0]) / seconds

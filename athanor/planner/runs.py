@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -54,9 +55,10 @@ class Run:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """Read a table of runs. Raises UserError naming the column that is missing, or the row and column that are no number."""
+    """Read a table of runs, which may be gzipped. Raises UserError naming the column that is missing, or the row and column that are no number."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with gzip.open(path, "rt", encoding="utf-8", newline="") if path.suffix == ".gz" else path.open(
+                encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             found = reader.fieldnames or []
             for name in (*NAMES, *WORDS, *NUMBERS, *MEASURED):
@@ -65,7 +67,7 @@ def read_runs(path: Path) -> list[Run]:
             return [_read_row(row, f"{path}, row {number}") for number, row in enumerate(reader, 2)]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError) as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
 
 

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 
 from athanor.foundation.errors import UserError
-from athanor.planner.calibrate import LEAST_GROUP, coefficients
+from athanor.planner.calibrate import (
+    LEAST_GROUP,
+    LIKE_MEMORY,
+    coefficients,
+    fit_memory,
+    fit_time,
+    source_weights,
+)
 from athanor.planner.case import Array, Case
 from athanor.planner.datasheet import Datasheet, Machine
 from athanor.planner.memory import GIB, Footprint
@@ -55,12 +62,50 @@ def choose(rows: Array, seconds: Array, odds: Array) -> Array:
     return np.asarray(order[np.unique(rows[order], return_index=True)[1]])
 
 
-def pick(runs: Sequence[Run]) -> tuple[Case, Machine, Array]:
-    """One case for each covered row, and the index of that row."""
-    case, machine, rows, _ = describe(runs)
-    odds = Footprint(machine, coefficients("memory").mapping()).out_of_memory(case)
-    best = choose(rows, price(case, Datasheet(machine, coefficients("time").mapping())).seconds, odds)
-    return case.take(best), machine.take(best), rows[best]
+@dataclass(frozen=True)
+class Fitting:
+    """The rows that coefficients can be fitted to: one case each, by the coefficients that are there."""
+
+    runs: Sequence[Run]
+    case: Case
+    machine: Machine
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Fitting:
+        case, machine, rows, _ = describe(runs)
+        odds = Footprint(machine, coefficients("memory").mapping()).out_of_memory(case)
+        best = choose(rows, price(case, Datasheet(machine, coefficients("time").mapping())).seconds, odds)
+        return cls([runs[int(i)] for i in rows[best]], case.take(best), machine.take(best))
+
+    def take(self, chosen: Array) -> Fitting:
+        """Those of the rows at which `chosen` is true."""
+        index = np.flatnonzero(chosen)
+        return Fitting([self.runs[int(i)] for i in index], self.case.take(index), self.machine.take(index))
+
+    def sources(self) -> list[str]:
+        return [run.source for run in self.runs]
+
+    def is_timed(self) -> Array:
+        return np.array([run.status == "ok" and run.step_seconds > 0 for run in self.runs], bool)
+
+    def time(self) -> dict[str, float]:
+        """Coefficients of time, fitted to the timed rows."""
+        rows, start = self.take(self.is_timed()), coefficients("time")
+        fitted = fit_time(rows.case, rows.machine, np.array([run.step_seconds for run in rows.runs]),
+                          source_weights(rows.sources()), [run.group or run.id for run in rows.runs], start)
+        return start.mapping(fitted)
+
+    def memory(self) -> dict[str, float]:
+        """Coefficients of memory, fitted to measured peaks and, in sources where some run did not fit, to what fitted."""
+        limited = {run.source for run in self.runs if run.status == "oom"}
+        rows = self.take(np.array([run.memory_gib > 0 or run.source in limited for run in self.runs], bool))
+        start = coefficients("memory")
+        if not rows.runs:
+            return start.mapping()
+        fitted = fit_memory(rows.case, rows.machine, np.array([run.memory_gib * GIB for run in rows.runs]),
+                            np.array([run.status == "oom" for run in rows.runs], bool),
+                            source_weights(rows.sources(), LIKE_MEMORY), start)
+        return start.mapping(fitted)
 
 
 def score(runs: Sequence[Run], found: Predictions) -> dict[str, Any]:
@@ -90,11 +135,8 @@ def ranking(runs: Sequence[Run], predicted: Array, timed: Array) -> dict[str, An
     taus, regrets = [], []
     for rows in (np.array(rows) for rows in groups.values() if len(rows) >= LEAST_GROUP):
         real, said = np.array([runs[i].step_seconds for i in rows]), predicted[rows]
-        if np.isfinite(said).any():
-            chosen = real[np.argmin(said)]
-        else:
-            chosen = real.max()
-        regrets.append(chosen / real.min() - 1)
+        fastest = said <= said.min() * 1.0001  # runs of one layout are predicted alike
+        regrets.append((real[fastest].mean() if np.isfinite(said).any() else real.max()) / real.min() - 1)
         above = np.triu_indices(len(rows), 1)
         said = np.where(np.isfinite(said), said, 1e30)
         taus.append(float(np.mean(np.sign(real[above[0]] - real[above[1]]) * np.sign(said[above[0]] - said[above[1]]))))

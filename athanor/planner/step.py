@@ -23,8 +23,8 @@ def price(case: Case, rates: Datasheet) -> Priced:
     c, times = rates.coefficient, case.num_microbatches
     work, tokens = rates.work(case), case.tokens
     activations = tokens * case.hidden * case.weight_bytes
-    both = 2.0 * rates.gather(activations, case.tp, np.ones(1))  # a gather and a scatter, or one all-reduce
-    tensor = both * (4 + 2 * (case.recompute == FULL)) * c("tensor")
+    pair = 4.0 * rates.gather(activations, case.tp, np.ones(1)) * c("tensor")  # of a pass: 2 x gather and scatter, or all-reduces
+    tensor = pair * (2 + (case.recompute == FULL))
     keys = 2 * tokens * case.key_value_heads * case.key_size / case.tp * case.weight_bytes * case.cp
     context = 3 * rates.gather(keys, case.cp, case.tp) * c("context")
     expert = case.moe_layers / case.layers * 4 * c("expert") * rates.exchange(
@@ -53,15 +53,16 @@ def price(case: Case, rates: Datasheet) -> Priced:
     sharded = smooth_max(traffic, hidden) - hidden + c("sharded_rest") * traffic
     data = np.where(case.dp * case.cp > 1, np.where(case.zero >= 3, sharded, plain), 0.0)
 
-    update = c("optimizer") * held * np.where(case.zero > 0, 1.0 / case.shard, 1.0) * 32 / rates.machine.memory_bytes_per_second
+    update = rates.update(held * np.where(case.zero > 0, 1.0 / case.shard, 1.0))
     total = stepping + data + update + c("host")
     nodes = np.maximum(1.0, case.devices / 8)
     skew = total * c("straggler") * np.sqrt(np.log2(nodes))
     seconds = total + skew
-    useful = case.model_flops() / (rates.machine.product_flops * case.devices)
+    useful = case.model_flops() / (rates.peak() * case.devices)
     per = times * case.layers / case.pp
     computing = per * (work.forward + work.backward) + times * work.ends / case.pp
     accounts = {"useful": useful, "kernel": computing + c("host") - useful, "recompute": per * work.recomputed,
                 "bubble": stepping - times * (mean + hops), "tensor": per * tensor, "context": per * context,
                 "expert": per * expert, "pipeline": times * hops, "data_parallel": data, "optimizer": update, "skew": skew}
-    return Priced(seconds, accounts)
+    own = c("own") - 1.0  # what the user's own runs say: device-seconds that no account above knows
+    return Priced(seconds * (1 + own), accounts | {"kernel": accounts["kernel"] + own * seconds})
