@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import Any
 import click
 
 from athanor.foundation.progress import console, say
-from athanor.foundation.units import format_seconds, format_share
+from athanor.foundation.units import format_count, format_seconds, format_share
 
-LAYOUT_KEYS = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "micro_batch_size", "num_microbatches", "stages_per_rank", "zero",
-               "recompute", "sequence_parallel")
+LAYOUT_KEYS = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "micro_batch_size", "num_microbatches", "stages_per_rank",
+               "zero", "recompute", "sequence_parallel")
 
 
 @click.command()
 @click.option("--model", required=True, help="a published model's name, a model folder, config.json or recipe")
-@click.option("--cluster", required=True, help='a cluster.toml, or an accelerator: "H100-80 devices=2048 per_node=8 nic_gbps=400"')
+@click.option("--cluster", required=True, help='a cluster.toml, or an accelerator: "H100-80 per_node=8 nic_gbps=400"')
 @click.option("--devices", type=int, help="devices to use; the cluster's when left out")
 @click.option("--global-batch-tokens", type=int, required=True, help="tokens of a step")
 @click.option("--seq-len", type=int, help="tokens of a row; the model's longest, at most 8192, when left out")
@@ -80,7 +81,7 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
         "model": model, "cluster": machines.accelerator, "devices": task.devices, "global_batch_tokens": global_batch_tokens,
         "seq_len": task.seq_len, "configurations": len(grid), "fitting": int(grid.fits.sum()), "seconds": seconds,
         "sweep_seconds": grid.took, "layouts": [one.to_dict(task) for one in best[:top]],
-        "waterfall": [dict(zip(("account", "seconds", "share", "up_to"), row, strict=True)) for row in explain.waterfall(first)],
+        "waterfall": [dict(zip(explain.WATERFALL, row, strict=True)) for row in explain.waterfall(first)],
         "what_if": [change.to_dict() for change in changes], "reasons": explain.reasons(grid, first.index, changes),
         "worth": answers.devices_worth(grids), "network_twice": answers.network_twice(grid), "pareto": answers.front(grids)}
     if compare:
@@ -91,10 +92,11 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
 
 
 def layout_words(layout: dict[str, Any]) -> str:
-    """A layout on a line, what is 1 or 0 left out, with its split where stages differ."""
+    """A layout on a line, what is 1 or 0 left out, with its split where stages differ (14x8 is 14 stages of 8 blocks)."""
     words = [f"{key}={layout[key]}" for key in LAYOUT_KEYS if layout[key] not in (0, 1, "none")]
     if len(set(layout["split"])) > 1:
-        words.append("split=" + ",".join(map(str, layout["split"])))
+        runs = ((blocks, len(list(equal))) for blocks, equal in itertools.groupby(layout["split"]))
+        words.append("split=" + ",".join(f"{count}x{blocks}" if count > 1 else str(blocks) for blocks, count in runs))
     return " ".join(words) or "one rank"
 
 
@@ -119,12 +121,14 @@ def show(found: dict[str, Any]) -> None:
     say(f"twice the network ({twice['nic_gbps']:,.0f} Gbit/s a device): {format_share(twice['saved'])} off the step")
     for entry in found.get("compare", []):
         what = (f"{format_seconds(entry['step_seconds'])}, {layout_words(entry['layout'])}" if "step_seconds" in entry else
-                "nothing fits" + (f", the least is {least:.0f} GiB" if (least := entry["least_memory_gib"]) else ""))
+                f"nothing fits, the least is {entry['least_memory_gib']:.0f} GiB" if entry["configurations"] else
+                "no such layout splits this batch over these devices")
         say(f"{entry['method']}: {what}")
     if cost := found.get("cost"):
         money = "" if cost["money"] is None else f", {cost['money']:,.0f} in money"
-        energy = "" if cost["most_energy_joules"] is None else f", at most {cost['most_energy_joules'] / 3.6e9:,.0f} MWh in the devices"
-        say(f"{cost['tokens']:.3g} tokens: {cost['days']:.1f} days of steps, {cost['pd_6nd']:,.0f} PD (6ND), "
+        joules = cost["most_energy_joules"]
+        energy = "" if joules is None else f", at most {joules / 3.6e9:,.0f} MWh in the devices"
+        say(f"{format_count(cost['tokens'])} tokens: {cost['days']:.1f} days of steps, {cost['pd_6nd']:,.0f} PD (6ND), "
             f"{cost['device_hours']:,.0f} device-hours{money}{energy}")
     say(f"the best, {layout_words(first['layout'])}: {first['tokens_per_second_per_device']:,.0f} tokens/s a device")
 

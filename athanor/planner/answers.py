@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from athanor.foundation.errors import LayoutError
-from athanor.foundation.units import PD_FLOP, format_bytes
-from athanor.planner.case import Array
+from athanor.foundation.units import PD_FLOP, format_bytes, format_share
 from athanor.planner.datasheet import accelerator
 from athanor.planner.finalists import finalists
 from athanor.planner.memory import GIB
-from athanor.planner.search import Grid, Task, sweep
+from athanor.planner.search import Grid, Mask, Task, sweep
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the devices asked for
 LARGER = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -38,11 +37,12 @@ def needed(grid: Grid) -> str:
     task, least = grid.task, int(np.argmin(grid.peak))
     row = grid.row(least)
     named = " ".join(f"{axis}={row[axis]:.0f}" for axis in ("pp", "dp", "cp", "tp", "ep") if row[axis] > 1) or "one device"
-    enough = next((other.task.devices for factor in LARGER for other in with_devices(task, (factor,)) if other.fits.any()), None)
-    more = f"it fits on {enough:,} devices" if enough else f"nor does it fit on {LARGER[-1]} times as many devices"
+    more = (other for factor in LARGER for other in with_devices(task, (factor,)))
+    enough = next((other.task.devices for other in more if other.fits.any()), None)
+    rest = f"it fits on {enough:,} devices" if enough else f"nor does it fit on {LARGER[-1]} times as many devices"
     return (f"nothing fits on {task.devices:,} {task.cluster.accelerator}: the layout that needs least ({named}) has a peak of "
             f"{format_bytes(grid.peak[least])}, and {format_bytes(task.cap_bytes)} are the most that keep the probability of "
-            f"running out of memory at {task.most_odds:.0%}; {more}")
+            f"running out of memory at {format_share(task.most_odds, 0)}; {rest}")
 
 
 def devices_worth(grids: Sequence[Grid]) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def network_twice(grid: Grid) -> dict[str, Any]:
             "layout": faster.row(index)}
 
 
-def method_masks(grid: Grid) -> dict[str, Array]:
+def method_masks(grid: Grid) -> dict[str, Mask]:
     """Parts of a grid: Yuan's method 1 and method 2 (arXiv:2311.15786), and fully sharded data parallelism."""
     c = grid.columns
     plain = (c["chunks"] == 1) & (c["cp"] == 1) & (c["ep"] == 1)
@@ -84,8 +84,8 @@ def compare_methods(grid: Grid) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"method": name, "configurations": int(within.sum())}
         if best := finalists(grid, within, 10)[:1]:
             entry |= best[0].to_dict(grid.task)
-        else:
-            entry["least_memory_gib"] = float(grid.peak[within].min()) / GIB if within.any() else None
+        elif within.any():
+            entry["least_memory_gib"] = float(grid.peak[within].min()) / GIB
         out.append(entry)
     return out
 
@@ -99,8 +99,8 @@ def front(grids: Sequence[Grid]) -> list[dict[str, float]]:
         seconds = grid.seconds[order]
         falls = np.flatnonzero(seconds < np.minimum.accumulate(np.concatenate([[np.inf], seconds[:-1]])))
         kept = falls[np.unique(np.linspace(0, len(falls) - 1, MOST_POINTS).round().astype(int))] if len(falls) else falls
-        points = [{"devices": grid.task.devices, "memory_gib": float(grid.peak[at]) / GIB, "step_seconds": float(grid.seconds[at])}
-                  for at in order[kept]]
+        points = [{"devices": grid.task.devices, "memory_gib": float(grid.peak[at]) / GIB,
+                   "step_seconds": float(grid.seconds[at])} for at in order[kept]]
         out += [point for point in points if not any(
             other["memory_gib"] <= point["memory_gib"] and other["step_seconds"] <= point["step_seconds"] for other in out)]
     return out

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from athanor.foundation.units import format_share
+from athanor.planner.case import Array
 from athanor.planner.estimate import RECOMPUTE
 from athanor.planner.finalists import Finalist
 from athanor.planner.memory import GIB
@@ -17,12 +18,13 @@ from athanor.planner.search import Grid
 CHOICES = {"tp": ("is_sequence_parallel",), "pp": ("chunks",), "chunks": (), "cp": (), "ep": (), "micro_batch_size": (),
            "zero": ("spread",), "spread": (), "recompute": (), "is_sequence_parallel": ()}
 NAMES = {"chunks": "stages_per_rank", "spread": "sharded over", "is_sequence_parallel": "sequence_parallel"}
+WATERFALL = ("account", "seconds", "share", "up_to")
 SPREAD = {0: "all data ranks", 1: "near data ranks"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """One choice changed, the data ranks and micro-batches following: relative step time (closed form), memory, and whether it fits."""
+    """One choice changed, data ranks and micro-batches following: relative step time (closed form), memory, whether it fits."""
 
     choice: str
     value: str
@@ -32,7 +34,8 @@ class Change:
 
     def __str__(self) -> str:
         speed = f"{format_share(abs(self.relative))} {'slower' if self.relative >= 0 else 'faster'}"
-        return f"{self.value} is {speed}" if self.fits else f"{self.value} does not fit ({self.memory_gib:.0f} GiB; else {speed})"
+        missing = f"does not fit ({self.memory_gib:.0f} GiB; else {speed})"
+        return f"{self.value} {f'is {speed}' if self.fits else missing}"
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "sentence": str(self)}
@@ -52,7 +55,7 @@ def waterfall(finalist: Finalist) -> list[tuple[str, float, float, float]]:
 def what_if(grid: Grid, index: int) -> list[Change]:
     """Every legal change of one choice around a configuration, ordered by choice and value."""
     columns = {name: grid.columns[name] for name in CHOICES if name != "spread"}
-    columns["spread"] = ((grid.columns["shard"] < grid.columns["dp"] * grid.columns["cp"]) & (grid.columns["zero"] > 0)).astype(float)
+    columns["spread"] = _is_near(**{name: grid.columns[name] for name in ("zero", "shard", "dp", "cp")})
     equal = {name: values == values[index] for name, values in columns.items()}
     equal["spread"] |= columns["zero"] == 0
     out = []
@@ -61,9 +64,15 @@ def what_if(grid: Grid, index: int) -> list[Change]:
         for value in np.unique(columns[choice][same & ~equal[choice]]):
             found = np.flatnonzero(same & (columns[choice] == value))
             at = int(found[np.lexsort((grid.seconds[found], ~grid.fits[found]))[0]])
-            out.append(Change(NAMES.get(choice, choice), _word(choice, value), float(grid.seconds[at] / grid.seconds[index] - 1),
-                              float(grid.peak[at]) / GIB, bool(grid.fits[at])))
+            relative = float(grid.seconds[at] / grid.seconds[index] - 1)
+            out.append(Change(NAMES.get(choice, choice), _word(choice, value), relative, float(grid.peak[at]) / GIB,
+                              bool(grid.fits[at])))
     return out
+
+
+def _is_near(zero: Array, shard: Array, dp: Array, cp: Array) -> Array:
+    """1 where states are sharded over a part of the data ranks."""
+    return np.asarray((zero > 0) & (shard < dp * cp), dtype=np.float64)
 
 
 def _word(choice: str, value: float) -> str:
@@ -75,7 +84,7 @@ def _word(choice: str, value: float) -> str:
 def reasons(grid: Grid, index: int, changes: list[Change]) -> dict[str, str]:
     """A sentence for each choice: its two best alternatives, or that there is none."""
     out, row = {}, grid.row(index)
-    row["spread"] = float(0 < row["zero"] and row["shard"] < row["dp"] * row["cp"])
+    row["spread"] = float(_is_near(*(np.array(row[name]) for name in ("zero", "shard", "dp", "cp"))))
     for choice in CHOICES:
         name = NAMES.get(choice, choice)
         others = sorted((change for change in changes if change.choice == name), key=lambda one: (not one.fits, one.relative))

@@ -15,7 +15,7 @@ from athanor.planner.case import Array, Case
 from athanor.planner.estimate import RECOMPUTE
 from athanor.planner.memory import GIB
 from athanor.planner.pipeline import best_split, simulate
-from athanor.planner.search import Grid, Task
+from athanor.planner.search import Grid, Mask, Task
 from athanor.planner.step import price
 
 FINALISTS = 50
@@ -51,7 +51,8 @@ class Finalist:
 
     def to_dict(self, task: Task) -> dict[str, Any]:
         return {"layout": {**asdict(self.layout), **self.values, "pipeline_schedule": self.schedule, "split": list(self.split)},
-                "step_seconds": self.seconds, "tokens_per_second_per_device": task.global_batch_tokens / self.seconds / task.devices,
+                "step_seconds": self.seconds,
+                "tokens_per_second_per_device": task.global_batch_tokens / self.seconds / task.devices,
                 "mfu": self.mfu, "hfu": self.hfu, "memory_gib": [size / GIB for size in self.memory_bytes],
                 "out_of_memory_probability": self.odds, "accounts": self.accounts, "book": asdict(self.book(task))}
 
@@ -63,7 +64,7 @@ def refine(grid: Grid, index: int) -> Finalist:
     priced = price(case, task.rates)
     accounts = {name: float(np.broadcast_to(seconds, 1)[0]) for name, seconds in priced.accounts.items()}
     pp, chunks, times = int(row["pp"]), int(row["chunks"]), int(row["num_microbatches"])
-    stage, forward, costs = _times(task, case, accounts)
+    forward, costs = _times(task, case, accounts)
     ranks, blocks = np.arange(pp, dtype=np.float64), len(costs)
     memory, each, schedule, seconds = _memory(task, case, ranks), np.zeros(pp), DEFAULT_SCHEDULE, float(priced.seconds[0])
     split = _looped(blocks, pp * chunks)
@@ -91,19 +92,20 @@ def refine(grid: Grid, index: int) -> Finalist:
     shard = int(row["shard"] / row["cp"])
     layout = Layout(pp, int(row["dp"]) // shard, shard, int(row["cp"]), int(row["tp"]), int(row["ep"]))
     odds = 1 / (1 + np.exp(-np.clip(task.footprint.log_odds(np.array([memory.max()])), -60, 60)))
-    return Finalist(index, layout, schedule, tuple(split), values, seconds, mfu, mfu * float(case.computed_flops()[0] / case.model_flops()[0]),
-                    accounts, tuple(memory.tolist()), float(odds[0]))
+    hfu = mfu * float(case.computed_flops()[0] / case.model_flops()[0])
+    return Finalist(index, layout, schedule, tuple(split), values, seconds, mfu, hfu, accounts, tuple(memory.tolist()),
+                    float(odds[0]))
 
 
 def _looped(blocks: int, stages: int) -> list[int]:
-    """Nearly equal stages; the larger ones lie side by side, so that ranks that hold several are equal, and the ends are small."""
+    """Nearly equal stages; the larger ones lie side by side, so that ranks of several are nearly equal, and the ends small."""
     each, more = divmod(blocks, stages)
     first = (stages - more) // 2
     return [each + (first <= stage < first + more) for stage in range(stages)]
 
 
-def _times(task: Task, case: Case, accounts: dict[str, float]) -> tuple[float, float, list[float]]:
-    """Seconds of an average layer and the ends with all that is not hidden, the forward pass's share, and what each block takes."""
+def _times(task: Task, case: Case, accounts: dict[str, float]) -> tuple[float, list[float]]:
+    """The forward pass's share, and each block's seconds per micro-batch with what is not hidden, the last with the ends."""
     work = task.rates.work(case)
     per = case.num_microbatches * case.layers / case.pp
     computing = work.forward + work.backward + work.recomputed
@@ -112,7 +114,7 @@ def _times(task: Task, case: Case, accounts: dict[str, float]) -> tuple[float, f
     relative[-1] -= 6 * float((case.hidden * case.vocab * case.heads_of_loss)[0])
     costs = relative * float(case.layers[0]) / relative.sum() * layer
     costs[-1] += float(work.ends[0])
-    return layer, float((work.forward / computing)[0]), costs.tolist()
+    return float((work.forward / computing)[0]), costs.tolist()
 
 
 def _memory(task: Task, case: Case, ranks: Array) -> Array:
@@ -140,17 +142,22 @@ def _step(pipeline: Pipeline, busy: Array, forward: float, send: float, times: i
     return after + (rounds - STEADY - 1) * (after - before)
 
 
-def finalists(grid: Grid, within: Array | bool = True, count: int = FINALISTS) -> list[Finalist]:
-    """The best configurations of a grid, or of a part of it, exactly and in order; none when nothing fits."""
-    chosen = grid.best(count, within)
-    limit = grid.seconds[chosen[-1]] if len(chosen) == count else np.inf
+def finalists(grid: Grid, within: Mask | bool = True, count: int = FINALISTS) -> list[Finalist]:
+    """The best configurations of a grid, or of a part of it, exactly and in order; none when nothing fits.
+
+    The closed form is too low for ranks of several unequal stages, so half as many others come along.
+    """
     columns = grid.columns
+    is_even = (columns["chunks"] == 1) | (grid.task.shape.num_hidden_layers % (columns["pp"] * columns["chunks"]) == 0)
+    chosen = grid.best(count, within)
+    chosen += sorted(set(grid.best(count // 2, within & is_even)) - set(chosen))
+    limit = grid.seconds[chosen[-1]] if len(chosen) >= count else np.inf
     near = (columns["pp"] > 1) & (columns["chunks"] == 1) & ~grid.fits & (grid.peak <= SPLIT_GAIN * grid.task.cap_bytes)
     uneven = np.flatnonzero(near & within & (grid.seconds < limit))
     out = []
     for index in [*chosen, *uneven[np.argsort(grid.seconds[uneven])][:count].tolist()]:
         try:
             out.append(refine(grid, index))
-        except LayoutError:  # no cut of the blocks fits
+        except LayoutError:  # however the blocks are cut
             continue
     return sorted(out, key=lambda one: one.seconds)

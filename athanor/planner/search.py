@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from athanor.foundation.errors import LayoutError, UserError, did_you_mean
 from athanor.foundation.layout import check_batch
@@ -21,6 +23,7 @@ from athanor.planner.estimate import PRODUCT_BYTES, RECOMPUTE, Cluster
 from athanor.planner.memory import Footprint
 from athanor.planner.step import price
 
+Mask = NDArray[np.bool_]
 CHUNKS = (1, 2, 3, 4, 5, 6, 8)  # stages of a pipeline rank, beside the numbers that divide the layers
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 LEAST_ROW = 256  # tokens of a sequence on a context rank; shorter ones are not worth a rank
@@ -65,17 +68,19 @@ class Task:
     def check(self) -> None:
         """Raises UserError for a value that makes no sense, with what is allowed."""
         check_positive(devices=self.devices, global_batch_tokens=self.global_batch_tokens, seq_len=self.seq_len)
-        for name, value, allowed in (("precision", self.precision, PRODUCT_BYTES), ("program", self.program, PROGRAMS),
-                                     ("kernel", self.kernel, KERNELS), *(("recompute", one, RECOMPUTE) for one in self.recompute)):
+        words = [("precision", self.precision, PRODUCT_BYTES), ("program", self.program, PROGRAMS),
+                 ("kernel", self.kernel, KERNELS), *(("recompute", one, RECOMPUTE) for one in self.recompute)]
+        for name, value, allowed in words:
             if value not in allowed:
                 raise UserError(f"{name} is '{value}'; {did_you_mean(value, allowed)}")
         if not 0 < self.most_odds < 1:
-            raise UserError(f"the greatest probability of running out of memory is {self.most_odds:g}; it must lie between 0 and 1")
+            raise UserError(f"{self.most_odds:g} is no probability of running out of memory; it must lie between 0 and 1")
         check_batch(global_batch_tokens=self.global_batch_tokens, seq_len=self.seq_len, micro_batch_size=1, data_ranks=1)
 
     def case(self, columns: Mapping[str, Array]) -> Case:
         width = PRODUCT_BYTES[self.precision]
-        return case_of([self.shape], {**columns, "seq_len": self.seq_len, "weight_bytes": max(2.0, width), "product_bytes": width})
+        run = {"seq_len": self.seq_len, "weight_bytes": max(2.0, width), "product_bytes": width}
+        return case_of([self.shape], {**columns, **run})
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,13 @@ class Grid:
         return len(self.seconds)
 
     @property
-    def fits(self) -> Array:
-        return self.peak <= self.task.cap_bytes
+    def fits(self) -> Mask:
+        return np.asarray(self.peak <= self.task.cap_bytes)
 
     def row(self, index: int) -> dict[str, float]:
         return {name: float(values[index]) for name, values in self.columns.items()}
 
-    def best(self, count: int = 1, within: Array | bool = True) -> list[int]:
+    def best(self, count: int = 1, within: Mask | bool = True) -> list[int]:
         """The fastest that fit; of equally fast ones those that leave more room first."""
         fitting = np.flatnonzero(self.fits & within)
         if len(fitting) > 4 * count:
@@ -135,7 +140,7 @@ def legal(task: Task) -> dict[str, Array]:
     return {name: values[keep].astype(np.float64) for name, values in found.items()}
 
 
-def _crossed(*axes: Sequence[float] | Array | range) -> list[Array]:
+def _crossed(*axes: Any) -> list[NDArray[Any]]:
     return [axis.ravel() for axis in np.meshgrid(*map(np.asarray, axes), indexing="ij")]
 
 
