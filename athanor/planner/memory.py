@@ -70,7 +70,7 @@ class Footprint(Rated):
         """All bytes of a rank of the pipeline by kind; `reserve` is what runtime, communication and fragments take."""
         out = self.states(case, rank) | self.activations(case, rank)
         alive = out["activations"] + out["logits"] + out["gathered"]
-        out["reserve"] = self._c["reserve_gib"] * GIB + (self._c["fragments"] - 1) * alive
+        out["reserve"] = self.coefficient("reserve_gib") * GIB + (self._c["fragments"] - 1) * alive
         return out
 
     def peak(self, case: Case) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ NUMBERS = ("year", "params_B", "layers", "hidden", "ffn_hidden", "heads", "kv_he
            "tp", "pp", "vpp", "dp", "cp", "ep", "zero_stage", "nic_gbps_per_gpu", "gpu_mem_gib")
 MEASURED = ("step_time_s", "mem_gib_per_gpu")
 NAMES = ("id", "status", "group")
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32)  # tried where a row does not say
+DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of tp, pp and micro-batch, tried where a row does not say
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,8 @@ def release_of(run: Run) -> float:
     return 2020 + int(found[1]) + (int(found[2]) - 0.5) / 12 if found else run.number("year", 2024) + 0.5
 
 
-def layout_of(run: Run) -> dict[str, float]:
-    """Layout, batch and choices of a row under the names of `Case`; a blank micro-batch is NaN. UserError when they disagree."""
+def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:
+    """Layout, batch and choices of a row under the names of `Case`. UserError when its degrees are not its devices."""
     blank = [name for name in ("seq", "global_batch_seqs", "n_gpus") if math.isnan(run.numbers[name])]
     if blank:
         raise UserError(f"{', '.join(blank)} is blank")
@@ -203,14 +204,10 @@ def layout_of(run: Run) -> dict[str, float]:
     program = program_of(run.words["framework"], zero, run.number("year", 2024))
     if math.isnan(zero):
         zero = {"fsdp": 3.0, "zero3": 3.0, "megatron-core": 1.0}.get(program, 0.0)
-    alone = 1.0 if zero == 3 else math.nan
-    tp, pp = run.number("tp", alone), run.number("pp", alone)
-    if math.isnan(tp) or math.isnan(pp):
-        raise UserError("tp or pp is blank")
     dp = run.number("dp", devices / (tp * pp * cp))
-    if tp * pp * cp * dp != devices or dp < 1:
-        raise UserError(f"tp x pp x cp x dp = {tp * pp * cp * dp:g}, but there are {devices:g} devices")
-    batch, micro = run.numbers["global_batch_seqs"], run.number("micro_batch")
+    if tp * pp * cp * dp != devices or dp < 1 or dp % 1:
+        raise UserError(f"tp x pp x cp x dp = {tp:g} x {pp:g} x {cp:g} x {dp:g} are not the {devices:g} devices")
+    batch = run.numbers["global_batch_seqs"]
     recompute = {"full": FULL, "selective": SELECTIVE, "none": NONE}.get(
         run.words["recompute"], FULL if program.startswith("megatron") and run.words["flash_attention"] == "n" else NONE)
     precision = run.words["precision"].lower()
@@ -227,7 +224,7 @@ def layout_of(run: Run) -> dict[str, float]:
 def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
     """The rows that can be priced: cases and machines, the index of each one's row, and for each row why it is not covered.
 
-    A row with a blank micro-batch is there once for each that it may have had.
+    A row with a blank degree is there once for each that it may have had.
     """
     shapes: list[Counted] = []
     columns: list[dict[str, float]] = []
@@ -240,17 +237,17 @@ def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
             key = (run.words["model"], run.words["gated_mlp"], run.words["tied_embed"], *(
                 str(run.numbers[name]) for name in NUMBERS[2:14] if name != "seq"))
             shape = seen[key] if key in seen else seen.setdefault(key, shape_of(run))
-            layout = layout_of(run)
-            machine = _machine(run, layout)
+            layouts = layouts_of(run)
+            machine = _machine(run, layouts[0])
             machine_of([machine])
         except UserError as error:
             reasons[index] = str(error)
             continue
-        for filled in _micro_batches(run, layout):
-            shapes.append(shape)
-            columns.append(filled)
-            machines.append(machine)
-            rows.append(index)
+        count = len(layouts)
+        shapes += [shape] * count
+        columns += layouts
+        machines += [machine] * count
+        rows += [index] * count
     if not rows:
         raise UserError("no row can be priced; the first says: " + (reasons or ["there are none"])[0])
     case = case_of(shapes, {name: [column[name] for column in columns] for name in columns[0]})
@@ -266,9 +263,21 @@ def _machine(run: Run, layout: Mapping[str, float]) -> dict[str, float | str]:
             **{name: value for name, value in given.items() if not math.isnan(value)}}
 
 
-def _micro_batches(run: Run, layout: dict[str, float]) -> list[dict[str, float]]:
-    if not math.isnan(layout["micro_batch_size"]):
-        return [layout]
-    each = run.numbers["global_batch_seqs"] / layout["dp"]
-    return [layout | {"micro_batch_size": float(size), "num_microbatches": each / size} for size in MICRO_BATCHES
-            if size == 1 or each % size == 0]
+def layouts_of(run: Run) -> list[dict[str, float]]:
+    """The layouts that a row may have had: one, unless tp, pp or the micro-batch is blank. UserError when there is none."""
+    alone = (1.0,) if run.number("zero_stage") == 3 else DEGREES
+    options = ([given] if not math.isnan(given := run.numbers[name]) else list(tried) for name, tried in (
+        ("tp", alone), ("pp", alone), ("micro_batch", DEGREES)))
+    found, error = [], None
+    for tp, pp, micro in itertools.product(*options):
+        try:
+            layout = layout_of(run, tp, pp, micro)
+        except UserError as refused:
+            error = error or refused
+            continue
+        whole = run.numbers["global_batch_seqs"] / layout["dp"]
+        if not math.isnan(run.numbers["micro_batch"]) or micro == 1 or whole % micro == 0:
+            found.append(layout)
+    if not found:
+        raise error or UserError("no layout is possible")
+    return found
