@@ -75,15 +75,17 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
     if not best:
         raise UserError(answers.needed(grid))
     first = best[0]
-    changes = explain.what_if(grid, first.index)
-    grids = [*answers.with_devices(task, answers.FACTORS[:2]), grid, *answers.with_devices(task, answers.FACTORS[3:])]
+    changes = explain.what_if(grid, first)
+    others = [(other, answers.best_of(other)) for other in answers.with_devices(task)]
+    sizes = sorted([(grid, first), *others], key=lambda one: one[0].task.devices)
     found: dict[str, Any] = {
         "model": model, "cluster": machines.accelerator, "devices": task.devices, "global_batch_tokens": global_batch_tokens,
         "seq_len": task.seq_len, "configurations": len(grid), "fitting": int(grid.fits.sum()), "seconds": seconds,
         "sweep_seconds": grid.took, "layouts": [one.to_dict(task) for one in best[:top]],
         "waterfall": [dict(zip(explain.WATERFALL, row, strict=True)) for row in explain.waterfall(first)],
         "what_if": [change.to_dict() for change in changes], "reasons": explain.reasons(grid, first.index, changes),
-        "worth": answers.devices_worth(grids), "network_twice": answers.network_twice(grid), "pareto": answers.front(grids)}
+        "worth": answers.devices_worth(sizes), "network_twice": answers.network_twice(grid, first),
+        "pareto": answers.front(sizes)}
     if compare:
         found["compare"] = answers.compare_methods(grid)
     if tokens:

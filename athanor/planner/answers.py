@@ -11,11 +11,12 @@ import numpy as np
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.units import PD_FLOP, format_bytes, format_share
 from athanor.planner.datasheet import accelerator
-from athanor.planner.finalists import finalists
+from athanor.planner.finalists import Finalist, finalists, refine
 from athanor.planner.memory import GIB
 from athanor.planner.search import Grid, Mask, Task, sweep
 
-FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the devices asked for
+FACTORS = (0.25, 0.5, 2.0)  # of the devices asked for
+FEW = 10  # finalists, where one number is asked for
 LARGER = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MOST_POINTS = 40  # of a front, for one number of devices
 METHODS = ("TP x PP x DP", "PP x DP, unequal stages, optimizer sharded", "FSDP")
@@ -45,27 +46,29 @@ def needed(grid: Grid) -> str:
             f"running out of memory at {format_share(task.most_odds, 0)}; {rest}")
 
 
-def devices_worth(grids: Sequence[Grid]) -> list[dict[str, Any]]:
-    """For each number of devices the best step (closed form), and what a token costs in device-seconds."""
+def best_of(grid: Grid) -> Finalist | None:
+    """The best of a few finalists."""
+    return next(iter(finalists(grid, count=FEW)), None)
+
+
+def devices_worth(sizes: Sequence[tuple[Grid, Finalist | None]]) -> list[dict[str, Any]]:
+    """For each number of devices the best step, and what a token costs in device-seconds; None where nothing fits."""
     out = []
-    for grid in grids:
-        task, found = grid.task, grid.best()
-        seconds = float(grid.seconds[found[0]]) if found else None
+    for grid, best in sizes:
+        task, seconds = grid.task, best and best.seconds
         out.append({"devices": task.devices, "step_seconds": seconds, "configurations": len(grid),
                     "device_seconds_per_token": seconds and seconds * task.devices / task.global_batch_tokens,
-                    "memory_gib": float(grid.peak[found[0]]) / GIB if found else None,
-                    "layout": grid.row(found[0]) if found else None})
+                    "memory_gib": best and max(best.memory_bytes) / GIB, "layout": best and best.words()})
     return out
 
 
-def network_twice(grid: Grid) -> dict[str, Any]:
-    """The best layout of a network twice as fast, and how much less time a step takes (closed form)."""
+def network_twice(grid: Grid, first: Finalist) -> dict[str, Any]:
+    """The best layout of a network twice as fast, and how much less time a step takes."""
     task = grid.task
     nic = 2 * float(task.machine.network[0]) * 8 / 1e9
     faster = sweep(replace(task, cluster=replace(task.cluster, facts={**task.cluster.facts, "nic_gbps": nic})))
-    before, index = float(grid.seconds[grid.best()[0]]), faster.best()[0]
-    return {"nic_gbps": nic, "step_seconds": float(faster.seconds[index]), "saved": 1 - float(faster.seconds[index]) / before,
-            "layout": faster.row(index)}
+    best = min((refine(faster, first.index), *finalists(faster, count=FEW)), key=lambda one: one.seconds)
+    return {"nic_gbps": nic, "step_seconds": best.seconds, "saved": 1 - best.seconds / first.seconds, "layout": best.words()}
 
 
 def method_masks(grid: Grid) -> dict[str, Mask]:
@@ -90,17 +93,25 @@ def compare_methods(grid: Grid) -> list[dict[str, Any]]:
     return out
 
 
-def front(grids: Sequence[Grid]) -> list[dict[str, float]]:
-    """What no other configuration beats in devices, memory and step time at once; per number of devices by rising memory."""
+def front(sizes: Sequence[tuple[Grid, Finalist | None]]) -> list[dict[str, float]]:
+    """What no other configuration beats in devices, memory and step time at once; per number of devices by rising memory.
+
+    Of those whose closed form is near the simulation, and the best of each number of devices.
+    """
     out: list[dict[str, float]] = []
-    for grid in sorted(grids, key=lambda one: one.task.devices):
+    for grid, best in sorted(sizes, key=lambda one: one[0].task.devices):
         order = np.lexsort((grid.seconds, grid.peak))
-        order = order[grid.fits[order]]
+        order = order[(grid.fits & grid.is_even)[order]]
         seconds = grid.seconds[order]
         falls = np.flatnonzero(seconds < np.minimum.accumulate(np.concatenate([[np.inf], seconds[:-1]])))
         kept = falls[np.unique(np.linspace(0, len(falls) - 1, MOST_POINTS).round().astype(int))] if len(falls) else falls
         points = [{"devices": grid.task.devices, "memory_gib": float(grid.peak[at]) / GIB,
                    "step_seconds": float(grid.seconds[at])} for at in order[kept]]
+        if best:
+            memory = max(best.memory_bytes) / GIB
+            points = [point for point in points if point["memory_gib"] < memory or point["step_seconds"] < best.seconds]
+            points.append({"devices": grid.task.devices, "memory_gib": memory, "step_seconds": best.seconds})
+            points.sort(key=lambda point: point["memory_gib"])
         out += [point for point in points if not any(
             other["memory_gib"] <= point["memory_gib"] and other["step_seconds"] <= point["step_seconds"] for other in out)]
     return out

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from athanor.foundation.errors import LayoutError
 from athanor.foundation.units import format_share
 from athanor.planner.case import Array
 from athanor.planner.estimate import RECOMPUTE
-from athanor.planner.finalists import Finalist
+from athanor.planner.finalists import Finalist, refine
 from athanor.planner.memory import GIB
+from athanor.planner.pipeline import ROUNDING
 from athanor.planner.search import Grid
 
 # Each choice, and the choices that follow it: they take their best value when it changes.
@@ -19,12 +21,13 @@ CHOICES = {"tp": ("is_sequence_parallel",), "pp": ("chunks",), "chunks": (), "cp
            "zero": ("spread",), "spread": (), "recompute": (), "is_sequence_parallel": ()}
 NAMES = {"chunks": "stages_per_rank", "spread": "sharded over", "is_sequence_parallel": "sequence_parallel"}
 WATERFALL = ("account", "seconds", "share", "up_to")
+TRIED = 3  # configurations of a changed choice, where others follow it
 SPREAD = {0: "all data ranks", 1: "near data ranks"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """One choice changed, data ranks and micro-batches following: relative step time (closed form), memory, whether it fits."""
+    """One choice changed, data ranks and micro-batches following: relative step time, memory, whether it fits."""
 
     choice: str
     value: str
@@ -52,8 +55,9 @@ def waterfall(finalist: Finalist) -> list[tuple[str, float, float, float]]:
     return out
 
 
-def what_if(grid: Grid, index: int) -> list[Change]:
-    """Every legal change of one choice around a configuration, ordered by choice and value."""
+def what_if(grid: Grid, first: Finalist) -> list[Change]:
+    """Every legal change of one choice around a finalist, ordered by choice and value, each cut and simulated as it was."""
+    index = first.index
     columns = {name: grid.columns[name] for name in CHOICES if name != "spread"}
     columns["spread"] = _is_near(**{name: grid.columns[name] for name in ("zero", "shard", "dp", "cp")})
     equal = {name: values == values[index] for name, values in columns.items()}
@@ -63,11 +67,21 @@ def what_if(grid: Grid, index: int) -> list[Change]:
         same = np.logical_and.reduce([hit for name, hit in equal.items() if name != choice and name not in followers])
         for value in np.unique(columns[choice][same & ~equal[choice]]):
             found = np.flatnonzero(same & (columns[choice] == value))
-            at = int(found[np.lexsort((grid.seconds[found], ~grid.fits[found]))[0]])
-            relative = float(grid.seconds[at] / grid.seconds[index] - 1)
-            out.append(Change(NAMES.get(choice, choice), _word(choice, value), relative, float(grid.peak[at]) / GIB,
-                              bool(grid.fits[at])))
+            near = found[np.lexsort((grid.seconds[found], ~grid.fits[found]))][:TRIED]
+            tried = [_tried(grid, int(at), first) for at in near]
+            seconds, memory, fits = min(tried, key=lambda one: (not one[2], one[0]))
+            out.append(Change(NAMES.get(choice, choice), _word(choice, value), seconds, memory / GIB, fits))
     return out
+
+
+def _tried(grid: Grid, at: int, first: Finalist) -> tuple[float, float, bool]:
+    """Relative step time, peak memory, and whether it fits; by the closed form where no cut of the stages fits."""
+    try:
+        found = refine(grid, at)
+        peak = max(found.memory_bytes)
+        return found.seconds / first.seconds - 1, peak, peak <= grid.task.cap_bytes * ROUNDING
+    except LayoutError:
+        return float(grid.seconds[at] / grid.seconds[first.index] - 1), float(grid.peak[at]), False
 
 
 def _is_near(zero: Array, shard: Array, dp: Array, cp: Array) -> Array:

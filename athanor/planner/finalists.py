@@ -49,9 +49,12 @@ class Finalist:
             book.add(name, seconds * task.devices, "planned")
         return book.close()
 
+    def words(self) -> dict[str, Any]:
+        """The layout with all choices, by the names of `athanor plan estimate`."""
+        return {**asdict(self.layout), **self.values, "pipeline_schedule": self.schedule, "split": list(self.split)}
+
     def to_dict(self, task: Task) -> dict[str, Any]:
-        return {"layout": {**asdict(self.layout), **self.values, "pipeline_schedule": self.schedule, "split": list(self.split)},
-                "step_seconds": self.seconds,
+        return {"layout": self.words(), "step_seconds": self.seconds,
                 "tokens_per_second_per_device": task.global_batch_tokens / self.seconds / task.devices,
                 "mfu": self.mfu, "hfu": self.hfu, "memory_gib": [size / GIB for size in self.memory_bytes],
                 "out_of_memory_probability": self.odds, "accounts": self.accounts, "book": asdict(self.book(task))}
@@ -145,12 +148,10 @@ def _step(pipeline: Pipeline, busy: Array, forward: float, send: float, times: i
 def finalists(grid: Grid, within: Mask | bool = True, count: int = FINALISTS) -> list[Finalist]:
     """The best configurations of a grid, or of a part of it, exactly and in order; none when nothing fits.
 
-    The closed form is too low for ranks of several unequal stages, so half as many others come along.
+    Half as many come along of those whose closed form is near, which the others may have crowded out.
     """
-    columns = grid.columns
-    is_even = (columns["chunks"] == 1) | (grid.task.shape.num_hidden_layers % (columns["pp"] * columns["chunks"]) == 0)
-    chosen = grid.best(count, within)
-    chosen += sorted(set(grid.best(count // 2, within & is_even)) - set(chosen))
+    columns, chosen = grid.columns, grid.best(count, within)
+    chosen += sorted(set(grid.best(count // 2, within & grid.is_even)) - set(chosen))
     limit = grid.seconds[chosen[-1]] if len(chosen) >= count else np.inf
     near = (columns["pp"] > 1) & (columns["chunks"] == 1) & ~grid.fits & (grid.peak <= SPLIT_GAIN * grid.task.cap_bytes)
     uneven = np.flatnonzero(near & within & (grid.seconds < limit))

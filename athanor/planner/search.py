@@ -100,6 +100,12 @@ class Grid:
     def fits(self) -> Mask:
         return np.asarray(self.peak <= self.task.cap_bytes)
 
+    @property
+    def is_even(self) -> Mask:
+        """Where the closed form is near the simulation: too low for ranks that hold several stages of unequal size."""
+        chunks = self.columns["chunks"]
+        return np.asarray((chunks == 1) | (self.task.shape.num_hidden_layers % (self.columns["pp"] * chunks) == 0))
+
     def row(self, index: int) -> dict[str, float]:
         return {name: float(values[index]) for name, values in self.columns.items()}
 
