@@ -6,12 +6,15 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from athanor.foundation.progress import console, say
 from athanor.foundation.units import format_count, format_seconds, format_share
+
+if TYPE_CHECKING:
+    from athanor.planner.finalists import Finalist
 
 LAYOUT_KEYS = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "micro_batch_size", "num_microbatches", "stages_per_rank",
                "zero", "recompute", "sequence_parallel")
@@ -81,7 +84,7 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
     found: dict[str, Any] = {
         "model": model, "cluster": machines.accelerator, "devices": task.devices, "global_batch_tokens": global_batch_tokens,
         "seq_len": task.seq_len, "configurations": len(grid), "fitting": int(grid.fits.sum()), "seconds": seconds,
-        "sweep_seconds": grid.took, "layouts": [one.to_dict(task) for one in best[:top]],
+        "sweep_seconds": grid.took, "layouts": [one.to_dict(task) for one in distinct(best)[:top]],
         "waterfall": [dict(zip(explain.WATERFALL, row, strict=True)) for row in explain.waterfall(first)],
         "what_if": [change.to_dict() for change in changes], "reasons": explain.reasons(grid, first.index, changes),
         "worth": answers.devices_worth(sizes), "network_twice": answers.network_twice(grid, first),
@@ -91,6 +94,14 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
     if tokens:
         found["cost"] = answers.cost(task, first.seconds, tokens, price)
     return found
+
+
+def distinct(best: list[Finalist]) -> list[Finalist]:
+    """Without those that differ from a better one only in which data ranks share out the states."""
+    seen: dict[tuple[Any, ...], Finalist] = {}
+    for one in best:
+        seen.setdefault((one.layout.sizes()[0], one.layout.sizes()[3:], one.layout.ep, *one.values.values()), one)
+    return list(seen.values())
 
 
 def layout_words(layout: dict[str, Any]) -> str:
@@ -107,22 +118,22 @@ def show(found: dict[str, Any]) -> None:
     first = found["layouts"][0]
     say(f"{found['configurations']:,} layouts of {found['model']} on {found['devices']:,} {found['cluster']} priced in "
         f"{format_seconds(found['seconds'])}; {found['fitting']:,} fit")
-    rows = [[format_seconds(one["step_seconds"]), format_share(one["mfu"]), format_share(one["hfu"]),
+    rows = [[step(one["step_seconds"]), format_share(one["mfu"]), format_share(one["hfu"]),
              f"{max(one['memory_gib']):.1f}", format_share(one["out_of_memory_probability"]), layout_words(one["layout"])]
             for one in found["layouts"]]
     table("Best layouts", ("step", "MFU", "HFU", "GiB", "OOM", "layout"), rows)
     table("From the ideal step to this one", ("account", "time", "share", "up to here"), [
-        [row["account"], format_seconds(row["seconds"]), format_share(row["share"]), format_seconds(row["up_to"])]
+        [row["account"], step(row["seconds"]), format_share(row["share"]), step(row["up_to"])]
         for row in found["waterfall"]])
     table("Why", ("choice", "and its alternatives"), [[name, sentence] for name, sentence in found["reasons"].items()])
     table("Devices", ("devices", "step", "device-seconds per M tokens", "GiB"), [
-        [f"{row['devices']:,}", *((format_seconds(row["step_seconds"]), f"{row['device_seconds_per_token'] * 1e6:,.1f}",
+        [f"{row['devices']:,}", *((step(row["step_seconds"]), f"{row['device_seconds_per_token'] * 1e6:,.1f}",
                                    f"{row['memory_gib']:.1f}") if row["step_seconds"] else ("nothing fits", "", ""))]
         for row in found["worth"]])
     twice = found["network_twice"]
     say(f"twice the network ({twice['nic_gbps']:,.0f} Gbit/s a device): {format_share(twice['saved'])} off the step")
     for entry in found.get("compare", []):
-        what = (f"{format_seconds(entry['step_seconds'])}, {layout_words(entry['layout'])}" if "step_seconds" in entry else
+        what = (f"{step(entry['step_seconds'])}, {layout_words(entry['layout'])}" if "step_seconds" in entry else
                 f"nothing fits, the least is {entry['least_memory_gib']:.0f} GiB" if entry["configurations"] else
                 "no such layout splits this batch over these devices")
         say(f"{entry['method']}: {what}")
@@ -133,6 +144,11 @@ def show(found: dict[str, Any]) -> None:
         say(f"{format_count(cost['tokens'])} tokens: {cost['days']:.1f} days of steps, {cost['pd_6nd']:,.0f} PD (6ND), "
             f"{cost['device_hours']:,.0f} device-hours{money}{energy}")
     say(f"the best, {layout_words(first['layout'])}: {first['tokens_per_second_per_device']:,.0f} tokens/s a device")
+
+
+def step(seconds: float) -> str:
+    """With digits enough to tell layouts apart."""
+    return f"{seconds:,.2f} s" if seconds >= 0.995 else format_seconds(seconds)
 
 
 def table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> None:
