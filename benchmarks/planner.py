@@ -27,6 +27,7 @@ from athanor.planner.score import Fitting, Predictions, predict, score
 
 DATA = Path(__file__).parent / "data"
 RUNS = DATA / "published_runs.csv.gz"
+SPLITS = ("fitted", "models_left_out", "sources_left_out")
 CALCULON = {"KOR": 0.038, "SC21": 0.103, "HAG": 0.221, "BLM": 0.274, "DGX": 0.358}
 LLM_ANALYSIS = {"KOR": 0.105, "SC21": 0.73, "HAG": 0.209, "BLM": 0.247, "DGX": 0.61, "MOS": 0.126}
 
@@ -76,22 +77,21 @@ def show(card: dict[str, Any]) -> None:
     def cell(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f}"
 
-    print(f"{'step time, mean error in %':28}{'rows':>6}{'fitted':>8}{'models':>8}{'sources':>8}{'SimuMax':>9}{'calculon':>9}{'llm-an.':>8}")
-    print(f"{'':34}{'':>8}{'left out':>8}{'left out':>9}")
+    print(f"{'step time, mean error in %':28}{'rows':>6}{'fitted':>8}{'models':>8}{'sources':>8}"
+          f"{'SimuMax':>9}{'calculon':>9}{'llm-an.':>9}\n{'':42}{'left out':>8}{'left out':>9}")
     for name, entry in card["models_left_out"]["sources"].items():
-        print(f"{name:28}{entry['rows']:6}" + "".join(f"{cell(card[split]['sources'][name]['mean_error']):>8}" for split in (
-            "fitted", "models_left_out", "sources_left_out")) + "".join(
-            f"{cell(card['peers'][peer].get(name)):>{width}}" for peer, width in (
-                ("SimuMax", 9), ("calculon", 9), ("llm-analysis", 8))))
-    for title, key in (("mean of the sources", "macro_error"), ("median of all rows", "median_error")):
-        print(f"{title:34}" + "".join(f"{cell(card[split][key]):>8}" for split in ("fitted", "models_left_out", "sources_left_out")))
+        own = "".join(f"{cell(card[split]['sources'][name]['mean_error']):>8}" for split in SPLITS)
+        peers = "".join(f"{cell(errors.get(name)):>9}" for errors in card["peers"].values())
+        print(f"{name:28}{entry['rows']:6}{own}{peers}")
+    for title, key in {"mean of the sources": "macro_error", "median of all rows": "median_error"}.items():
+        print(f"{title:34}" + "".join(f"{cell(card[split][key]):>8}" for split in SPLITS))
     left = card["models_left_out"]
     rank, lost = left["ranking"], left["out_of_memory"]
     print(f"\na constant MFU errs {cell(left['constant_mfu_error'])} %")
     print(f"models left out: {rank['groups']} groups of 7 or more layouts, tau {rank['tau']:.2f}, the chosen one is "
           f"{cell(rank['regret'])} % slower than the best on average, {cell(rank['regret_median'])} % in the median")
-    print(f"out of memory, {lost['rows']} rows: right in {cell(lost['accuracy'])} %, precision {cell(lost['precision'])} %, recall "
-          f"{cell(lost['recall'])} %; memory off by {cell(left['memory']['mean_error'])} % on {left['memory']['rows']} rows")
+    print(f"out of memory, {lost['rows']} rows: right in {cell(lost['accuracy'])} %, precision {cell(lost['precision'])} %, "
+          f"recall {cell(lost['recall'])} %; memory off by {cell(left['memory']['mean_error'])} % on {left['memory']['rows']} rows")
     print(f"covered: {cell(left['coverage']['dense'])} % of dense rows, {cell(left['coverage']['mixture'])} % of mixtures")
 
 

@@ -44,7 +44,8 @@ def command(runs: Path, out: Path, own: bool, as_json: bool) -> None:
     write_atomic(out, rewritten(values, f"{len(timed.runs)} timed rows of {runs.name}: {said}"))
     error = float(np.abs(predict(timed.runs, time=mappings()[0] | values["time"]).seconds / measured - 1).mean())
     if as_json:
-        click.echo(json.dumps({"file": str(out), "rows": len(timed.runs), "sources": dict(counts), "mean_error": error, **values}))
+        click.echo(json.dumps({"file": str(out), "rows": len(timed.runs), "sources": dict(counts), "mean_error": error,
+                               **values}))
     else:
         say(f"{len(timed.runs)} timed rows of {len(counts)} sources; mean error on them {format_share(error)}; written to {out}")
 

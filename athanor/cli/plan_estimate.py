@@ -13,7 +13,8 @@ from athanor.foundation.units import format_seconds, format_share
 
 @click.command()
 @click.option("--model", required=True, help="a published model's name, a model folder or a config.json")
-@click.option("--cluster", required=True, help='a cluster.toml, or an accelerator: "H100-80 devices=2048 per_node=8 nic_gbps=400"')
+@click.option("--cluster", required=True, help=(
+    'a cluster.toml, or an accelerator: "H100-80 devices=2048 per_node=8 nic_gbps=400"'))
 @click.option("--layout", default="", help='"tp=8 pp=8 dp_shard=32 micro_batch_size=1 seq_len=8192 global_batch_tokens=..."')
 @click.option("--coefficients", "file", type=click.Path(path_type=Path), help="what `athanor plan calibrate` wrote; else ours")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
@@ -32,8 +33,8 @@ def command(model: str, cluster: str, layout: str, file: Path | None, as_json: b
         return
     from rich.table import Table
 
-    table = Table(title=f"{format_seconds(found['step_seconds'])} a step on {found['devices']:,} {found['accelerator']}", box=None,
-                  title_justify="left")
+    table = Table(title=f"{format_seconds(found['step_seconds'])} a step on {found['devices']:,} {found['accelerator']}",
+                  box=None, title_justify="left")
     for column in ("account", "time", "share"):
         table.add_column(column, justify="left" if column == "account" else "right")
     for name, seconds in sorted(found["accounts"].items(), key=lambda item: -item[1]):

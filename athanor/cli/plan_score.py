@@ -39,9 +39,11 @@ def command(runs: Path, file: Path | None, as_json: bool) -> None:
         cells = (f"{100 * entry[key]:.1f} %" if entry[key] is not None else "" for key in ("mean_error", "median_error", "bias"))
         table.add_row(name, str(entry["rows"]), *cells)
     console.print(table)
-    for name, value in (("mean of the sources' errors", summary["macro_error"]), ("a constant MFU errs", summary["constant_mfu_error"]),
-                        ("slower than the best layout by", summary["ranking"]["regret"]),
-                        ("memory", summary["memory"]["mean_error"]), ("out of memory, right in", summary["out_of_memory"]["accuracy"]),
-                        ("covered, dense", summary["coverage"]["dense"]), ("covered, mixtures", summary["coverage"]["mixture"])):
+    coverage, rank = summary["coverage"], summary["ranking"]
+    figures = {"mean of the sources' errors": summary["macro_error"], "a constant MFU errs": summary["constant_mfu_error"],
+               "slower than the best layout by": rank["regret"], "memory": summary["memory"]["mean_error"],
+               "out of memory, right in": summary["out_of_memory"]["accuracy"], "covered, dense": coverage["dense"],
+               "covered, mixtures": coverage["mixture"]}
+    for name, value in figures.items():
         if value is not None:
             say(f"{name}: {format_share(value)}")

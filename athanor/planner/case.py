@@ -53,6 +53,7 @@ class Case:
     ep: Array
     zero: Array  # 0: all on each rank; 1: optimizer state sharded, 2: gradients too, 3: parameters too
     is_sequence_parallel: Array
+    is_scattered: Array  # whether tensor ranks share out what a pipeline rank sends to the next
     # the run
     seq_len: Array
     mean_context: Array  # keys that a query sees on average

@@ -79,7 +79,8 @@ def _machine_row(row: Mapping[str, Any]) -> tuple[float, ...]:
     memory = row["memory_gib"] * 2**30 if "memory_gib" in row else facts["memory_bytes"]
     return (peak, product, measured, measured if dtype == "bf16" else few, facts["memory_bytes_per_second"],
             facts["scale_up_bytes_per_second"], domain, nic / 8, memory, GENERATIONS.index(facts.get("generation", "other")),
-            PROGRAMS.index(row["program"]), KERNELS.index(row["kernel"]), min(LATEST, row.get("release", LATEST)), row.get("is_norm_fused", 1.0))
+            PROGRAMS.index(row["program"]), KERNELS.index(row["kernel"]), min(LATEST, row.get("release", LATEST)),
+            row.get("is_norm_fused", 1.0))
 
 
 def smooth_max(a: Array, b: Array) -> Array:
@@ -146,7 +147,8 @@ class Datasheet(Rated):
         peak = np.where(is_expert, peak * c["grouped"], peak)
         forward, backward = ((time * number).sum(axis=0) for time in self.linear(np.maximum(rows, 1.0), outputs, inputs, peak))
         attention = self.attention(case)
-        wide = (np.where(case.is_row > 0, 0.0, np.where(is_expert, outputs / case.tp, outputs)) * case.uses).sum(axis=0) / case.layers
+        made = np.where(is_expert, outputs / case.tp, outputs) * case.uses
+        wide = np.where(case.is_row > 0, 0.0, made).sum(axis=0) / case.layers
         passes = self.passes(case, wide)
         moved, launches = self.mixture(case)
         floor = self.coefficient("launch") * (1.0 + launches)
@@ -192,7 +194,8 @@ class Datasheet(Rated):
         scan = self._c["passes_scan"] * case.scanned / case.layers / case.tp
         numbers = scan + self._c["passes_hidden"] * norms * case.hidden * shared + self._c["passes_wide"] * wide
         quantised = np.where(case.product_bytes < 2, self._c["quantise"], 1.0)
-        return np.asarray(self.coefficient("passes") * quantised * 2.0 * case.tokens * numbers / self.machine.memory_bytes_per_second)
+        size = 2.0 * case.tokens * numbers
+        return np.asarray(self.coefficient("passes") * quantised * size / self.machine.memory_bytes_per_second)
 
     def update(self, parameters: Array) -> Array:
         """An optimizer's step on so many parameters: 32 bytes of each, read and written."""
@@ -203,7 +206,7 @@ class Datasheet(Rated):
         return self.machine.product_flops
 
     def bus(self, ranks: Array, stride: Array) -> tuple[Array, Array]:
-        """Bytes per second that a ring of ranks, `stride` devices apart, moves at each of them; and whether it leaves the domain."""
+        """Bytes per second that a ring of ranks, `stride` devices apart, moves at each; and whether it leaves the domain."""
         machine = self.machine
         inside = np.minimum(np.maximum(1.0, machine.domain / stride), ranks)
         outside = (ranks * stride > machine.domain) & (ranks > 1)

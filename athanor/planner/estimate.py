@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from athanor.cluster.spec import load_accelerator, read_cluster
-from athanor.foundation.errors import LayoutError, UserError, did_you_mean
+from athanor.foundation.errors import LayoutError, did_you_mean
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, LOOPS, find_schedule
 from athanor.models.shapes.decoder import DecoderShape
@@ -56,7 +56,7 @@ def read_words(text: str, numbers: tuple[str, ...], words: Mapping[str, tuple[st
             out[key] = float(value)
         except ValueError:
             out[key] = math.nan
-        if not math.isfinite(out[key]) or out[key] < 0 and part != "dp_shard=-1":
+        if not math.isfinite(out[key]) or (out[key] < 0 and part != "dp_shard=-1"):
             raise LayoutError(f"{what}: {part}; a number of at least 0 is expected")
     return out
 
@@ -88,10 +88,11 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
     seq_len = int(found.get("seq_len", min(4096, shape.max_position_embeddings)))
     # a vocabulary is filled up to what tp divides
     check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
-                intermediate_size=shape.intermediate_size, vocab_size=shape.num_attention_heads, num_hidden_layers=shape.num_hidden_layers,
-                seq_len=seq_len)
+                intermediate_size=shape.intermediate_size, vocab_size=shape.num_attention_heads,
+                num_hidden_layers=shape.num_hidden_layers, seq_len=seq_len)
     check_experts(layout, getattr(shape, "num_experts", 0))
-    micro, count = int(found.get("micro_batch_size", 1)), int(found.get("num_microbatches", 0 if layout.pp == 1 else 4 * layout.pp))
+    micro = int(found.get("micro_batch_size", 1))
+    count = int(found.get("num_microbatches", 0 if layout.pp == 1 else 4 * layout.pp))
     if "global_batch_tokens" in found:
         _, held = check_batch(global_batch_tokens=int(found["global_batch_tokens"]), seq_len=seq_len, micro_batch_size=micro,
                               data_ranks=layout.data_ranks, tp=layout.tp)
@@ -106,11 +107,13 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
     filled = {**{axis: getattr(layout, axis) for axis in AXES}, "micro_batch_size": micro, "num_microbatches": count,
               "seq_len": seq_len, "global_batch_tokens": micro * count * seq_len * layout.data_ranks,
               "pipeline_schedule": schedule, "stages_per_rank": loops, "zero": int(zero), "precision": precision,
-              "recompute": found.get("recompute", "none"), "sequence_parallel": int(found.get("sequence_parallel", layout.tp > 1)),
+              "recompute": found.get("recompute", "none"),
+              "sequence_parallel": int(found.get("sequence_parallel", layout.tp > 1)),
               "program": found.get("program", "megatron-core"), "kernel": found.get("kernel", "flash")}
     run = {axis: filled[axis] for axis in ("pp", "cp", "tp", "ep", "zero", "seq_len", "micro_batch_size", "num_microbatches")}
     run |= {"dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "chunks": loops,
-            "is_sequence_parallel": filled["sequence_parallel"], "recompute": RECOMPUTE[filled["recompute"]],
+            "is_sequence_parallel": filled["sequence_parallel"],
+            "is_scattered": filled["sequence_parallel"] or filled["program"] in ("megatron", "megatron-core"), "recompute": RECOMPUTE[filled["recompute"]],
             "weight_bytes": max(2.0, PRODUCT_BYTES[precision]), "product_bytes": PRODUCT_BYTES[precision]}
     return case_of([shape], run), filled
 

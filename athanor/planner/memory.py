@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -48,7 +47,8 @@ class Footprint(Rated):
         shared = np.where(case.is_sequence_parallel > 0, 1 / case.tp, 1.0)
         is_expert, is_row = case.copies > 1, case.is_row > 0
         made = (np.where(is_row, case.inputs, case.outputs) * case.uses).sum(axis=0) / case.layers / case.tp
-        read = (np.where(is_row, 0.0, case.inputs * case.uses * np.where(is_expert, 1 / case.tp, shared))).sum(axis=0) / case.layers
+        own = np.where(is_expert, 1 / case.tp, shared)
+        read = np.where(is_row, 0.0, case.inputs * case.uses * own).sum(axis=0) / case.layers
         norms = 2 * case.hidden * shared * np.where(machine.is_norm_fused > 0, 1.0, c["unfused_norms"])
         scores = np.select([machine.kernel == KERNELS.index("fused"), machine.kernel == KERNELS.index("eager")],
                            [c["scores_fused"], c["scores_eager"]], 0.0) * case.heads / case.tp * case.seq_len

@@ -1,4 +1,4 @@
-"""Tables of training runs (a CSV file, a run per row): what was run, apart from what was measured, as cases that can be priced."""
+"""Tables of training runs (a CSV file, a run per row): what was run, apart from what was measured, as cases to be priced."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ NUMBERS = ("year", "params_B", "layers", "hidden", "ffn_hidden", "heads", "kv_he
            "tp", "pp", "vpp", "dp", "cp", "ep", "zero_stage", "nic_gbps_per_gpu", "gpu_mem_gib")
 MEASURED = ("step_time_s", "mem_gib_per_gpu")
 NAMES = ("id", "status", "group")
+PRODUCT_BYTES = {"rowwise": 2.0, "fp4": 0.5, "fp8": 1.0, "fp32": 4.0}  # rowwise fp8 was measured to gain nothing
 DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of tp, pp and micro-batch, tried where a row does not say
 
 
@@ -56,7 +57,7 @@ class Run:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """Read a table of runs, which may be gzipped. Raises UserError naming the column that is missing, or the row and column that are no number."""
+    """Read a table of runs, gzipped or not. Raises UserError naming a missing column, or the row and column of a wrong cell."""
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="") if path.suffix == ".gz" else path.open(
                 encoding="utf-8", newline="") as file:
@@ -184,7 +185,8 @@ def kernel_of(run: Run, program: str) -> str:
         return "fused"
     if "v1" in named:
         return "flash1"
-    is_flash = "flash" in named or flash == "y" or (flash == "" and program in ("megatron-core", "fsdp", "scaling", "jax") and run.number("year", 2024) >= 2024)
+    is_new = program in ("megatron-core", "fsdp", "scaling", "jax") and run.number("year", 2024) >= 2024
+    is_flash = "flash" in named or flash == "y" or (flash == "" and is_new)
     own = "flash2" if program in ("fsdp", "scaling") else "flash"
     return own if is_flash else "fused"
 
@@ -213,12 +215,13 @@ def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:
     precision = run.words["precision"].lower()
     parallel = run.words["sequence_parallel"]
     chunks = run.number("vpp", 2 if "hai-llm" in run.words["framework"].lower() else 1)  # DualPipe halves the bubble
+    sequence = float(tp > 1 and (parallel == "y" or (parallel == "" and program == "megatron-core")))
     return {"pp": pp, "chunks": max(1.0, chunks), "dp": dp, "shard": dp * cp, "cp": cp, "tp": tp,
             "ep": min(max(1.0, run.number("ep", 1)), tp * cp * dp), "zero": zero,
-            "is_sequence_parallel": float(tp > 1 and (parallel == "y" or (parallel == "" and program == "megatron-core"))),
+            "is_sequence_parallel": sequence, "is_scattered": float(sequence or program in ("megatron", "megatron-core")),
             "seq_len": run.numbers["seq"], "micro_batch_size": micro, "num_microbatches": max(1.0, batch / (dp * micro)),
             "recompute": recompute, "weight_bytes": 4.0 if precision in ("fp32", "tf32") else 2.0,
-            "product_bytes": 0.5 if "fp4" in precision else 1.0 if "fp8" in precision and "rowwise" not in precision else 4.0 if "fp32" in precision else 2.0}
+            "product_bytes": next((size for word, size in PRODUCT_BYTES.items() if word in precision), 2.0)}
 
 
 def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
@@ -258,7 +261,7 @@ def _machine(run: Run, layout: Mapping[str, float]) -> dict[str, float | str]:
     program = program_of(run.words["framework"], layout["zero"], run.number("year", 2024))
     given = {"per_node": run.number("gpus_per_node"), "nic_gbps": run.number("nic_gbps_per_gpu"),
              "memory_gib": run.number("gpu_mem_gib"), "product_bytes": layout["product_bytes"], "release": release_of(run),
-             "is_norm_fused": float(program != "scaling" or "rms" in run.words["attn_kernel"].lower() or not run.words["attn_kernel"])}
+             "is_norm_fused": float(program != "scaling" or run.words["attn_kernel"] == "" or "RMS" in run.words["attn_kernel"])}
     return {"accelerator": run.words["gpu"], "program": program, "kernel": kernel_of(run, program),
             **{name: value for name, value in given.items() if not math.isnan(value)}}
 

@@ -37,7 +37,7 @@ def price(case: Case, rates: Datasheet) -> Priced:
     mean = (case.layers * layer + work.ends) / case.pp
     slowest = np.where(is_even, full * layer + work.ends, np.maximum(full * layer, (full - 1) * layer + work.ends))
     hops = np.where(case.pp > 1, 2 * case.chunks * rates.send(
-        activations / np.where(case.is_sequence_parallel > 0, case.tp, 1.0), case.tp * case.cp * case.dp), 0.0) * c("pipeline")
+        activations / np.where(case.is_scattered > 0, case.tp, 1.0), case.tp * case.cp * case.dp), 0.0) * c("pipeline")
     fill = (case.pp - 1) / case.chunks * (mean + hops)
     stepping = times * (slowest + hops) + fill
 

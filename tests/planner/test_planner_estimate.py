@@ -1,0 +1,83 @@
+"""`athanor plan estimate`: anchors of published runs, what its numbers mean, and what contradictions are told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from athanor.cli.plan_estimate import command
+from athanor.foundation.errors import UserError
+from athanor.models.shapes.find import find_shape
+from athanor.planner.estimate import estimate
+
+LLAMA = "tp=8 pp=8 dp_shard=32 micro_batch_size=1 seq_len=8192 num_microbatches=16 stages_per_rank=4"
+
+
+def asked(model: str, cluster: str, layout: str) -> dict[str, Any]:
+    return estimate(find_shape(model), cluster, layout)
+
+
+def test_the_command_prints_one_document() -> None:
+    done = CliRunner().invoke(command, ["--model", "llama-3-8b", "--cluster", "H100-80 devices=8", "--layout",
+                                        "dp_shard=-1 micro_batch_size=2 seq_len=8192", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {"step_seconds", "tokens_per_second_per_device", "mfu", "hfu", "memory_gib", "out_of_memory_probability",
+            "accounts"} <= set(found)
+    assert found["layout"]["dp_shard"] == 8 and len(found["memory_gib"]) == 1
+    assert sum(found["accounts"].values()) == pytest.approx(found["step_seconds"], rel=1e-9)
+    assert CliRunner().invoke(command, ["--model", "llama-3-8b", "--cluster", "H100-80"]).exit_code == 0
+
+
+@pytest.mark.parametrize(("model", "cluster", "layout", "seconds", "within"), [
+    # Korthikanti et al. 2022, table 5: GPT-3 on 64 A100, full recomputation, without sequence parallelism
+    ("gpt-3-175b", "A100-80 devices=64 nic_gbps=200",
+     "tp=8 pp=8 num_microbatches=64 seq_len=2048 stages_per_rank=3 recompute=full sequence_parallel=0 program=megatron "
+     "kernel=fused",
+     18.13, 0.12),
+    # the same, MT-NLG 530B on 280 A100, selective recomputation and sequence parallelism
+    ("mt-nlg-530b", "A100-80 devices=280 nic_gbps=200",
+     "tp=8 pp=35 num_microbatches=280 seq_len=2048 stages_per_rank=3 recompute=selective program=megatron kernel=fused",
+     37.83, 0.12),
+    # Yuan 1.0 245B on 2,128 A100 with 2 x 200 Gb/s a node: 46.20 s (Yuan 2.0, appendix C)
+    ("yuan-1.0-245b", "A100-80 devices=2128 nic_gbps=50",
+     "tp=8 pp=38 dp_replicate=7 num_microbatches=480 seq_len=2048 recompute=full sequence_parallel=0 program=megatron "
+     "kernel=fused",
+     46.20, 0.05)])
+def test_published_steps_are_met(model: str, cluster: str, layout: str, seconds: float, within: float) -> None:
+    assert asked(model, cluster, layout)["step_seconds"] == pytest.approx(seconds, rel=within)
+
+
+def test_mfu_and_hfu_are_flops_over_the_peak() -> None:
+    plain = asked("llama-2-7b", "A100-80 devices=8", "dp_shard=8 seq_len=4096")
+    again = asked("llama-2-7b", "A100-80 devices=8", "dp_shard=8 seq_len=4096 recompute=full")
+    flops = find_shape("llama-2-7b").flops(8 * 4096, 4097 / 2)
+    assert plain["mfu"] == pytest.approx(flops / (8 * 3.12e14 * plain["step_seconds"]), rel=1e-9)
+    assert plain["hfu"] == plain["mfu"] and 1.3 < again["hfu"] / again["mfu"] < 4 / 3
+    assert again["step_seconds"] > plain["step_seconds"] and again["memory_gib"][0] < plain["memory_gib"][0]
+
+
+def test_memory_is_that_of_each_pipeline_rank() -> None:
+    found = asked("llama-3-405b", "H100-80 devices=2048", LLAMA)
+    memory = found["memory_gib"]
+    assert len(memory) == 8 and memory[:-1] == sorted(memory[:-1], reverse=True)  # earlier ranks keep more micro-batches
+    assert 0 <= found["out_of_memory_probability"] <= 1
+    assert found["out_of_memory_probability"] > asked("llama-3-405b", "B300 devices=2048", LLAMA)["out_of_memory_probability"]
+
+
+@pytest.mark.parametrize(("cluster", "layout", "words"), [
+    ("H100-8O", "", "did you mean 'H100-80'"), ("H100-80 device=8", "", "did you mean 'devices'"),
+    ("H100-80", "micro_batch=1", "did you mean 'micro_batch_size'"), ("H100-80", "tp=three", "tp=three"),
+    ("H100-80", "recompute=some", "allowed: full, none, selective"), ("H100-80", "program=megatron-cor", "megatron-core"),
+    ("H100-80 devices=16", "tp=4 dp_shard=2", "there are 16 ranks"), ("H100-80", "tp=3", "does not divide"),
+    ("H100-80", "dp_shard=-1", "needs a cluster with a number of devices"), ("H100-80", "pp=64", "more than the 32 blocks"),
+    ("H100-80", "dp_shard=3 global_batch_tokens=8192 seq_len=4096", "do not split into micro-batches"),
+    ("H100-80", "global_batch_tokens=8192 seq_len=4096 num_microbatches=3", "makes 2 of them"),
+    ("H100-80", "tp=nan", "tp=nan"), ("H100-80", "ep=2 dp_shard=2", "has no experts"), ("nowhere.toml", "", "does not exist")])
+def test_contradictions_are_one_sentence(cluster: str, layout: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        asked("llama-3-8b", cluster, layout)
+    assert "\n" not in str(caught.value)
