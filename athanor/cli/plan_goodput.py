@@ -23,10 +23,10 @@ QUANTILES = {"p10": 10, "p50": 50, "p90": 90}
 @click.option("--checkpoint-seconds", type=float, help="seconds that a save blocks; or --params and --write-rate")
 @click.option("--params", type=float, help="parameters, saved with 14 bytes each")
 @click.option("--write-rate", type=float, help="bytes a second that all devices together write")
-@click.option("--restart-seconds", type=float, default=600.0, show_default=True, help="from new processes to the first step")
-@click.option("--detect-seconds", type=float, default=300.0, show_default=True, help="from a fault to new processes")
-@click.option("--failures-per-1000-device-days", type=float, help="faults that grow with the devices; then all of them. "
-              "When left out, those of Llama 3 405B and its software's")
+@click.option("--restart-seconds", type=float, default=600.0, help="from new processes to the first step; 600")
+@click.option("--detect-seconds", type=float, default=300.0, help="from a fault to new processes; 300")
+@click.option("--failures-per-1000-device-days", type=float, help="all faults; when left out, those of Llama 3 405B, "
+              "whose software's do not grow with the devices")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="of the simulation behind the finish")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
 def command(devices: int, days_of_steps: float, checkpoint_seconds: float | None, params: float | None,

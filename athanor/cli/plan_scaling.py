@@ -96,7 +96,7 @@ def show(parameters: float, tokens: float, unique_tokens: float, opinions: list[
     say(f"{format_count(parameters)} parameters on {format_count(tokens)} tokens, {tokens / parameters:.3g} a parameter: "
         f"{format_flops(flops)} (6 N D)")
     table = Table(box=None)
-    for column in ("law", "its optimum", "tokens", "a parameter", "loss", "at its optimum", "given up", "compute for that loss"):
+    for column in ("law", "its optimum", "tokens", "ratio", "loss", "at its optimum", "given up", "compute for it"):
         table.add_column(column, justify="left" if column == "law" else "right")
     for one in opinions:
         cells = [format_count(one.optimal_parameters), format_count(one.optimal_tokens),
@@ -108,7 +108,7 @@ def show(parameters: float, tokens: float, unique_tokens: float, opinions: list[
     if unique_tokens < tokens:
         say(f"{tokens / unique_tokens:.3g} epochs of {format_count(unique_tokens)} tokens count as "
             f"{format_count(effective_tokens(tokens, unique_tokens))} new ones")
-    say(f"The advised sizes differ by a factor of {disagreement(opinions):.3g}. Losses of different laws are of different text: "
+    say(f"The advised sizes differ by a factor of {disagreement(opinions):.3g}. Losses of different laws are of other text: "
         "compare what each gives up.")
 
 

@@ -53,9 +53,9 @@ def best_interval(save_seconds: float, faults: float) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that must spend `stepping_seconds` in steps. A fault is noticed after `detect_seconds`; then new processes need
+    """A run that must spend `stepping_seconds` in steps. Faults come while stepping, saving and restarting alike.
 
-    `restart_seconds` until they step again, from the last save. Faults come while stepping, saving and restarting alike.
+    New processes start `detect_seconds` after a fault and step `restart_seconds` later, from the last save.
     """
 
     stepping_seconds: float

@@ -153,9 +153,9 @@ def read_laws(path: Path) -> list[Law]:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What one law says of (N, D); a frontier tells no loss. `excess` is the loss given up against `optimal_loss`, in nats,
+    """What one law says of (N, D); a frontier tells no loss.
 
-    and `enough_flops` what the law's own optimum needs for the same loss.
+    `excess` is the loss given up against `optimal_loss`, in nats; `enough_flops` what the law's own optimum needs for `loss`.
     """
 
     name: str

@@ -101,6 +101,7 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
     """
     progress = Progress()
     job: Job | None = None
+    mesh: Mesh | None = None
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "wants_to_stop", True))
     try:
         job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
@@ -116,7 +117,7 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
             run_loop(Run(job, trainee, progress, meter, channel))
         return summarise(job, progress.is_asked_to_stop)
     except (RuntimeError, MemoryError) as error:
-        if job is None or not is_out_of_memory(error):
+        if job is None or mesh is None or not is_out_of_memory(error):
             raise
         raise explain(job, mesh.device) from error
     finally:

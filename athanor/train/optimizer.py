@@ -89,6 +89,7 @@ class Optimizer:
                 piece = Piece(name, parameter, shard, slots, group.learning_rate_factor, decay, masters)
                 (self.muon if is_muon else self.adamw).append(piece)
         self.pieces = [*self.adamw, *self.muon]
+        self.by_parameter = {piece.parameter: piece for piece in self.pieces}
         self.orthogonaliser: Orthogonaliser | None = None
         if self.muon:
             self.orthogonaliser = Orthogonaliser([self.placed[piece.parameter] for piece in self.muon], self.stages.mesh)
@@ -101,8 +102,7 @@ class Optimizer:
 
     def complete(self) -> None:
         """Make this rank's gradients those of all ranks, after the last micro-batch."""
-        parts = {piece.parameter: piece for piece in self.pieces}
-        self.stages.complete(lambda parameter: parts[parameter].gradient)
+        self.stages.complete(lambda parameter: self.by_parameter[parameter].gradient)
 
     def squared_norm(self) -> torch.Tensor:
         """The sum of squares of this rank's part of the gradient, in fp64; each part is counted on one rank only."""

@@ -187,10 +187,11 @@ def test_models_are_found_by_name_or_path(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="llama3"):
         load_shape(tmp_path)
     recipe = tmp_path / "my.toml"
-    recipe.write_text('name = "x"\n[data]\nvocab_size = 512\n[model]\nhidden_size = 32\nintermediate_size = 48\n'
-                      'num_hidden_layers = 3\nnum_attention_heads = 4\n')
+    source = '[[data.source]]\nname = "a"\nkind = "text"\npath = "a.txt"\n[model]\nhidden_size = 32\nnum_hidden_layers = 3\n'
+    sizes = 'intermediate_size = 48\nnum_attention_heads = 4\n[[stage]]\nname = "pretrain"\n'
+    recipe.write_text(f'name = "x"\n[data]\nvocab_size = 512\n{source}{sizes}')
     assert find_shape(recipe) == load_shape({"model_type": "llama", **SMALL, "vocab_size": 512})
-    recipe.write_text('name = "x"\n[model]\nhidden_size = 32\n')
+    recipe.write_text(f'name = "x"\n[data]\n{source}{sizes}')
     with pytest.raises(ModelError, match=r"my\.toml, \[model\] and data has no 'vocab_size'"):
         find_shape(recipe)
     with pytest.raises(ModelError, match="10000000 blocks"):
