@@ -291,3 +291,28 @@ def test_100_000_layouts_of_96_layers_take_seconds() -> None:
     grid = sweep(task(LARGE, 10240, 2560, 8192, "H100-80"))
     assert len(grid) >= 100_000 and grid.took < 6  # 2 s are wanted on a quiet core
     assert sweep(task(LARGE, 100_000, 20_000, 4096, "H100-80")).took < 20
+
+
+YUAN_LAYOUT = ("tp=8 pp=38 dp_replicate=7 seq_len=2048 global_batch_tokens=6881280 recompute=full sequence_parallel=0 "
+               "program=megatron kernel=fused")
+
+
+def test_yuan_1_is_forecast_within_5_percent_of_what_was_measured() -> None:
+    """46.20 s a step in table 5 of Yuan 2.0 (arXiv:2311.15786); no step time of it is among the runs of the fit."""
+    shape = find_shape(Path(__file__).parents[2] / "recipes" / "yuan-1.0.toml")
+    found = estimate(shape, "A100-80 devices=2128 per_node=8 nic_gbps=50", YUAN_LAYOUT)
+    assert found["layout"]["num_microbatches"] == 480
+    assert found["step_seconds"] == pytest.approx(46.20, rel=0.05)
+    assert found["hfu"] / found["mfu"] == pytest.approx(4 / 3, rel=0.01) and found["hfu"] == pytest.approx(0.445, rel=0.05)
+    one = Task(shape, read_cluster_words("A100-80 nic_gbps=50"), 2128, 6881280, 2048, recompute=("full",), program="megatron",
+               kernel="fused")
+    grid = sweep(one)
+    wanted = {"tp": 8, "pp": 38, "dp": 7, "chunks": 1, "cp": 1, "micro_batch_size": 1, "zero": 0, "is_sequence_parallel": 0}
+    index = np.flatnonzero(np.logical_and.reduce([grid.columns[name] == value for name, value in wanted.items()]))
+    assert len(index) == 1
+    as_it_was = refine(grid, int(index[0]))
+    assert as_it_was.seconds == pytest.approx(46.20, rel=0.05) and as_it_was.split == (2,) * 38
+    assert finalists(grid, count=10)[0].seconds < as_it_was.seconds
+    paid = answers.cost(one, 46.20, 180e9, None)
+    assert paid["days"] == pytest.approx(14.0, rel=0.005) and paid["pd_6nd"] == pytest.approx(3072, abs=1)
+    assert paid["money"] is None
