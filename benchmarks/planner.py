@@ -91,7 +91,8 @@ def show(card: dict[str, Any]) -> None:
     print(f"models left out: {rank['groups']} groups of 7 or more layouts, tau {rank['tau']:.2f}, the chosen one is "
           f"{cell(rank['regret'])} % slower than the best on average, {cell(rank['regret_median'])} % in the median")
     print(f"out of memory, {lost['rows']} rows: right in {cell(lost['accuracy'])} %, precision {cell(lost['precision'])} %, "
-          f"recall {cell(lost['recall'])} %; memory off by {cell(left['memory']['mean_error'])} % on {left['memory']['rows']} rows")
+          f"recall {cell(lost['recall'])} %; memory off by {cell(left['memory']['mean_error'])} % on {left['memory']['rows']} "
+          "rows")
     print(f"covered: {cell(left['coverage']['dense'])} % of dense rows, {cell(left['coverage']['mixture'])} % of mixtures")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from athanor.cluster.spec import load_accelerator
 from athanor.foundation.errors import UserError
@@ -205,7 +206,7 @@ class Datasheet(Rated):
         """FLOP/s in the dtype of the blocks' products, in which useful time is counted."""
         return self.machine.product_flops
 
-    def bus(self, ranks: Array, stride: Array) -> tuple[Array, Array]:
+    def bus(self, ranks: Array, stride: Array) -> tuple[Array, NDArray[np.bool_]]:
         """Bytes per second that a ring of ranks, `stride` devices apart, moves at each; and whether it leaves the domain."""
         machine = self.machine
         inside = np.minimum(np.maximum(1.0, machine.domain / stride), ranks)

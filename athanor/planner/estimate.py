@@ -111,9 +111,10 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
               "sequence_parallel": int(found.get("sequence_parallel", layout.tp > 1)),
               "program": found.get("program", "megatron-core"), "kernel": found.get("kernel", "flash")}
     run = {axis: filled[axis] for axis in ("pp", "cp", "tp", "ep", "zero", "seq_len", "micro_batch_size", "num_microbatches")}
+    is_scattered = filled["sequence_parallel"] or filled["program"] in ("megatron", "megatron-core")
     run |= {"dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "chunks": loops,
             "is_sequence_parallel": filled["sequence_parallel"],
-            "is_scattered": filled["sequence_parallel"] or filled["program"] in ("megatron", "megatron-core"), "recompute": RECOMPUTE[filled["recompute"]],
+            "is_scattered": float(is_scattered), "recompute": RECOMPUTE[filled["recompute"]],
             "weight_bytes": max(2.0, PRODUCT_BYTES[precision]), "product_bytes": PRODUCT_BYTES[precision]}
     return case_of([shape], run), filled
 

@@ -75,8 +75,8 @@ class Footprint(Rated):
 
     def peak(self, case: Case) -> Array:
         """Bytes of the fullest of the first, a middle and the last rank of the pipeline."""
-        return np.max([sum(self.kinds(case, rank).values(), np.zeros(1)) for rank in (
-            np.zeros(1), np.floor(case.pp / 2), case.pp - 1)], axis=0)
+        ranks = (np.zeros(1), np.floor(case.pp / 2), case.pp - 1)
+        return np.asarray(np.max([sum(self.kinds(case, rank).values(), np.zeros(1)) for rank in ranks], axis=0))
 
     def log_odds(self, peak: Array) -> Array:
         """Of running out of memory with a peak of so many bytes."""

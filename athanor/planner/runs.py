@@ -21,8 +21,9 @@ from athanor.planner.datasheet import Machine, machine_of
 
 WORDS = ("model", "gpu", "sequence_parallel", "recompute", "precision", "flash_attention", "framework", "attn_kernel",
          "gated_mlp", "tied_embed")
-NUMBERS = ("year", "params_B", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "seq", "moe_experts", "moe_topk",
-           "moe_ffn_hidden", "shared_expert_ffn", "dense_layers", "global_batch_seqs", "micro_batch", "n_gpus", "gpus_per_node",
+SIZES = ("params_B", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "vocab", "moe_experts", "moe_topk", "moe_ffn_hidden",
+         "shared_expert_ffn", "dense_layers")
+NUMBERS = (*SIZES, "year", "seq", "global_batch_seqs", "micro_batch", "n_gpus", "gpus_per_node",
            "tp", "pp", "vpp", "dp", "cp", "ep", "zero_stage", "nic_gbps_per_gpu", "gpu_mem_gib")
 MEASURED = ("step_time_s", "mem_gib_per_gpu")
 NAMES = ("id", "status", "group")
@@ -80,11 +81,12 @@ def _read_row(row: dict[str, str | None], where: str) -> Run:
     numbers = {}
     for name in (*NUMBERS, *MEASURED):
         try:
-            numbers[name] = float(texts[name]) if texts[name] else math.nan
+            numbers[name] = float(texts[name] or 0)
         except ValueError:
-            numbers[name] = math.inf
-        if numbers[name] < 0 or math.isinf(numbers[name]):
+            numbers[name] = math.nan
+        if not 0 <= numbers[name] < math.inf:
             raise UserError(f"{where} ({texts['id']}), column '{name}': {texts[name]!r} is not a number of at least 0")
+        numbers[name] = numbers[name] if texts[name] else math.nan
     return Run(texts["id"], texts["group"], texts["status"], {name: texts[name] for name in WORDS},
                {name: numbers[name] for name in NUMBERS}, *(numbers[name] for name in MEASURED))
 
@@ -237,8 +239,8 @@ def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
     seen: dict[tuple[object, ...], Counted] = {}
     for index, run in enumerate(runs):
         try:
-            key = (run.words["model"], run.words["gated_mlp"], run.words["tied_embed"], *(
-                str(run.numbers[name]) for name in NUMBERS[2:14] if name != "seq"))
+            key = tuple(run.words[name] for name in ("model", "gated_mlp", "tied_embed")) + tuple(
+                str(run.numbers[name]) for name in SIZES)
             shape = seen[key] if key in seen else seen.setdefault(key, shape_of(run))
             layouts = layouts_of(run)
             machine = _machine(run, layouts[0])

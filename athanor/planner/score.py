@@ -41,11 +41,11 @@ class Predictions:
 def predict(runs: Sequence[Run], time: Mapping[str, float] | None = None,
             memory: Mapping[str, float] | None = None) -> Predictions:
     """Step time and peak memory of each row, by the fitted coefficients unless others are given."""
-    columns = np.full((4, len(runs)), np.nan)
+    columns = [np.full(len(runs), np.nan) for _ in range(4)]
     try:
         case, machine, rows, why_not = describe(runs)
     except UserError as error:
-        return Predictions(*columns, [str(error)] * len(runs))
+        return Predictions(*columns, why_not=[str(error)] * len(runs))
     footprint = Footprint(machine, memory or coefficients("memory").mapping())
     seconds, peak = price(case, Datasheet(machine, time or coefficients("time").mapping())).seconds, footprint.peak(case)
     odds = footprint.out_of_memory(case)
@@ -53,7 +53,7 @@ def predict(runs: Sequence[Run], time: Mapping[str, float] | None = None,
     baseline = case.model_flops() / (CONSTANT_MFU * machine.product_flops * case.devices)
     for column, values in zip(columns, (seconds, peak, odds, baseline), strict=True):
         column[rows[best]] = np.broadcast_to(values, rows.shape)[best]
-    return Predictions(*columns, why_not)
+    return Predictions(*columns, why_not=why_not)
 
 
 def choose(rows: Array, seconds: Array, odds: Array) -> Array:
@@ -130,8 +130,8 @@ def score(runs: Sequence[Run], found: Predictions) -> dict[str, Any]:
 def ranking(runs: Sequence[Run], predicted: Array, timed: Array) -> dict[str, Any]:
     """Kendall's tau and top-1 regret (how much slower the chosen layout is than the best) in groups of many layouts."""
     groups: dict[str, list[int]] = {}
-    for index in np.flatnonzero(timed):
-        groups.setdefault(runs[index].group or runs[index].id, []).append(int(index))
+    for index in map(int, np.flatnonzero(timed)):
+        groups.setdefault(runs[index].group or runs[index].id, []).append(index)
     taus, regrets = [], []
     for rows in (np.array(rows) for rows in groups.values() if len(rows) >= LEAST_GROUP):
         real, said = np.array([runs[i].step_seconds for i in rows]), predicted[rows]

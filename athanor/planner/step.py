@@ -64,5 +64,5 @@ def price(case: Case, rates: Datasheet) -> Priced:
     accounts = {"useful": useful, "kernel": computing + c("host") - useful, "recompute": per * work.recomputed,
                 "bubble": stepping - times * (mean + hops), "tensor": per * tensor, "context": per * context,
                 "expert": per * expert, "pipeline": times * hops, "data_parallel": data, "optimizer": update, "skew": skew}
-    own = c("own") - 1.0  # what the user's own runs say: device-seconds that no account above knows
-    return Priced(seconds * (1 + own), accounts | {"kernel": accounts["kernel"] + own * seconds})
+    own = (c("own") - 1.0) * seconds  # what the user's own runs say: seconds that no account above knows
+    return Priced(seconds + own, accounts | {"kernel": accounts["kernel"] + own})

@@ -17,7 +17,7 @@ from athanor.cli.plan_calibrate import command as calibrate
 from athanor.cli.plan_score import command as plan_score
 from athanor.foundation.errors import UserError
 from athanor.planner.calibrate import coefficients, own_factor, tables
-from athanor.planner.case import Case
+from athanor.planner.case import Array, Case
 from athanor.planner.datasheet import Datasheet
 from athanor.planner.memory import Footprint
 from athanor.planner.runs import Run, read_runs
@@ -53,10 +53,9 @@ def write(path: Path, rows: Rows) -> Path:
     return path
 
 
-def priced(path: Path) -> list[tuple[float, ...]]:
+def priced(path: Path) -> Array:
     found = predict(read_runs(path))
-    return [tuple(np.nan_to_num(row, nan=-1.0)) for row in zip(found.seconds, found.memory_bytes, found.out_of_memory,
-                                                              strict=True)]
+    return np.stack([found.seconds, found.memory_bytes, found.out_of_memory])
 
 
 def test_predictions_do_not_look_at_what_was_measured(tmp_path: Path, some: Rows) -> None:
@@ -64,9 +63,9 @@ def test_predictions_do_not_look_at_what_was_measured(tmp_path: Path, some: Rows
     measured = ("id", "source", "group", "notes", "step_time_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu_pct",
                 "confidence", "mem_gib_per_gpu", "tflops_std", "mfu_std_pct", "status", "mfu_or_hfu", "flops_formula_note")
     hidden = [row | dict.fromkeys(measured, "") | {"id": f"x-{i}"} for i, row in enumerate(some)]
-    assert priced(write(tmp_path / "hidden.csv", hidden)) == plain
-    assert priced(write(tmp_path / "turned.csv", some[::-1])) == pytest.approx(plain[::-1], rel=1e-12)
-    assert sum(row[0] > 0 for row in plain) > 0.9 * len(some)
+    np.testing.assert_array_equal(priced(write(tmp_path / "hidden.csv", hidden)), plain)
+    np.testing.assert_allclose(priced(write(tmp_path / "turned.csv", some[::-1]))[:, ::-1], plain, rtol=1e-12)
+    assert np.isfinite(plain[0]).mean() > 0.9
 
 
 def test_the_report_card_stays_as_good(card: dict[str, Any]) -> None:
