@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from athanor.models.collectives import all_to_all, gather, rank, size
+from athanor.models.collectives import all_to_all, gather, own, rank, size
 from athanor.models.context import Context, Packed, Paged
 from athanor.models.cpu_attention import attend, attend_within_documents, of_documents, part_attention, pieces, runs
 from athanor.models.fused import rotate
@@ -29,7 +29,7 @@ SHARES_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.s
 
 
 def attention(qkv: Tensor, context: Context, layer: int, heads: int, kv_heads: int) -> Tensor:
-    """Turn queries and keys by their positions and attend within documents.
+    """Turn queries and keys by their positions, where these are rotary, and attend within documents.
 
     qkv [T, heads + 2 kv_heads, head_dim]: queries, keys and values of this rank's heads. Returns [T, heads x head_dim].
     """
@@ -60,14 +60,18 @@ def choose(device_type: str, dtype: torch.dtype, is_even: bool) -> str:
     return "even" if is_even else "ragged"
 
 
+def _table(context: Context) -> Tensor | None:
+    """The angles of rotary positions; None where positions are learned."""
+    return None if context.rope is None else context.rope.table
+
+
 def _packed(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor:
     """[T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim]."""
-    assert context.rope is not None, "the model fills rope before its first block"
-    way = choose(device_type(qkv), qkv.dtype, context.is_even)
+    rope, way = _table(context), choose(device_type(qkv), qkv.dtype, context.is_even)
     if way == "operator":
-        return attend_within_documents(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
+        return attend_within_documents(qkv, rope, context.cu_seqlens, heads, kv_heads)
     turned, value = qkv.split([heads + kv_heads, kv_heads], 1)
-    query, key = rotate(turned, context.rope.table).split([heads, kv_heads], 1)
+    query, key = rotate(turned, rope).split([heads, kv_heads], 1)
     if way == "pieces":
         return attend_by_runs(query, key, value, context.cu_seqlens)
     if way == "even":
@@ -110,11 +114,11 @@ def _gathered(qkv: Tensor, context: Packed, heads: int, kv_heads: int) -> Tensor
     [t, heads + 2 kv_heads, head_dim] -> [t, heads, head_dim]. Only keys and values travel, before attention forward and
     after it backward.
     """
-    assert context.rope is not None, "the model fills rope before its first block"
     cp, tokens = context.groups.cp, qkv.shape[0]
+    rope = None if context.rope is None else own(context.rope.table, cp)
     begin, total = rank(cp) * tokens, size(cp) * tokens
     turned, value = qkv.split([heads + kv_heads, kv_heads], 1)
-    query, key = rotate(turned, context.rope.table[begin:begin + tokens]).split([heads, kv_heads], 1)
+    query, key = rotate(turned, rope).split([heads, kv_heads], 1)
     both = gather(torch.cat([key, value], 1), cp, total, "context")
     way = choose(device_type(qkv), qkv.dtype, is_even=False)
     if way == "operator":
@@ -154,12 +158,12 @@ def attend_by_pieces(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int
 
 def _paged(qkv: Tensor, context: Paged, layer: int, heads: int, kv_heads: int) -> Tensor:
     """Write new keys and values into their pages and attend to all of the sequence; whole prompts are not read back."""
-    assert context.rope is not None, "the model fills rope before its first block"
+    rope = _table(context)
     is_packed = context.is_whole and qkv.device.type == "cpu"
     if is_packed:
-        out, turned, _ = attend(qkv, context.rope.table, context.cu_seqlens, heads, kv_heads)
+        out, turned, _ = attend(qkv, rope, context.cu_seqlens, heads, kv_heads)
     else:
-        turned = torch.cat([rotate(qkv[:, :heads + kv_heads], context.rope.table), qkv[:, heads + kv_heads:]], 1)
+        turned = torch.cat([rotate(qkv[:, :heads + kv_heads], rope), qkv[:, heads + kv_heads:]], 1)
     (keys, values), (page, slot) = context.cache.layers[layer], context.places
     keys[page, slot], values[page, slot] = turned[:, heads:heads + kv_heads], turned[:, heads + kv_heads:]
     if is_packed:

@@ -141,6 +141,11 @@ def scatter(x: Tensor, group: Group) -> Tensor:
     return x if size(group) == 1 else _Scatter.apply(x, group)
 
 
+def own(x: Tensor, group: Group) -> Tensor:
+    """This rank's part [t, ...] of what all ranks of the group have in full [T, ...], as `scatter` shares it out."""
+    return x if size(group) == 1 else _padded(x, group).chunk(size(group))[rank(group)]
+
+
 def all_to_all(x: Tensor, group: Group, account: str) -> Tensor:
     """Part i of dim 0 goes to rank i; part j of the result comes from rank j. Backward is the way back."""
     return x if size(group) == 1 else _AllToAll.apply(x, group, account)

@@ -50,7 +50,7 @@ def new_mask(begin: int, end: int, dtype: torch.dtype) -> Tensor | None:
 causal_mask = lru_cache(maxsize=64)(new_mask)
 
 
-def attend(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def attend(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Attention within documents: (out [T, heads, head_dim], turned qkv, logsumexp of the scores, block by block)."""
     turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     rotate(qkv[:, :heads + kv_heads], rope, out=turned[:, :heads + kv_heads])
@@ -69,8 +69,8 @@ def attend(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: 
     return out, turned, torch.cat(sums)
 
 
-def attend_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor, heads: int,
-                    kv_heads: int) -> Tensor:
+def attend_backward(gradient: Tensor, turned: Tensor, rope: Tensor | None, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
+                    heads: int, kv_heads: int) -> Tensor:
     """The gradient of qkv [T, heads + 2 kv_heads, head_dim]."""
     result, start = torch.empty_like(turned), 0
     for count, length in runs(cu_seqlens):
@@ -91,7 +91,8 @@ def attend_backward(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: 
                 else:
                     target[:, :, :end] += part
         start = tokens.stop
-    rotate(result[:, :heads + kv_heads], rope, backwards=True, out=result[:, :heads + kv_heads])
+    if rope is not None:
+        rotate(result[:, :heads + kv_heads], rope, backwards=True, out=result[:, :heads + kv_heads])
     return result
 
 
@@ -108,14 +109,14 @@ packed_attention_backward = torch.library.custom_op("athanor::packed_attention_b
 
 
 @packed_attention.register_fake
-def _(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(qkv.dtype, torch.float32)
     tokens, _, head_dim = qkv.shape
     return (qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(qkv.shape), qkv.new_empty(tokens * heads, dtype=wide))
 
 
 @packed_attention_backward.register_fake
-def _(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor, heads: int,
+def _(gradient: Tensor, turned: Tensor, rope: Tensor | None, cu_seqlens: Tensor, out: Tensor, sums: Tensor, heads: int,
       kv_heads: int) -> Tensor:
     return torch.empty_like(turned)
 
@@ -151,7 +152,7 @@ class _Attend(torch.autograd.Function):
         return attend_backward(gradient, turned, rope, cu_seqlens, out, sums, ctx.heads, ctx.kv_heads), None, None, None, None
 
 
-def attend_within_documents(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> Tensor:
+def attend_within_documents(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads: int) -> Tensor:
     """qkv [T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim], by the operator where somebody looks at operators."""
     how = packed_attention if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() else _Attend.apply
     out, _, _ = how(qkv, rope, cu_seqlens, heads, kv_heads)

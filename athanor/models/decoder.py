@@ -1,4 +1,4 @@
-"""The decoder: one class for every pipeline stage, with the parameter names of Hugging Face's Llama.
+"""The decoder: one class for every pipeline stage, with the parameter names of Hugging Face's Llama; a shape chooses its pieces.
 
 Activations are token-major [T, H]. Under tensor parallelism the residual stream holds this rank's part of the tokens, and
 two visible collectives lead in and out of every sub-layer: x + scatter(sublayer(gather(norm(x)))).
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from athanor.foundation.errors import ModelError
 from athanor.models.attention import attention
-from athanor.models.collectives import all_gather, gather, rank, scatter, size
+from athanor.models.collectives import all_gather, gather, own, rank, scatter, size
 from athanor.models.context import Context, Packed, Rope, Scored
 from athanor.models.experts import Mixture
 from athanor.models.fused import rms_norm, rope_table, swiglu
@@ -24,15 +25,16 @@ from athanor.models.loss import score
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.mixture import MixtureShape
 
-Linear = Callable[[Tensor, Tensor], Tensor]  # how a block multiplies by its matrices; `fp8.convert` sets another
+Linear = Callable[..., Tensor]  # of x, weight and bias: how a block multiplies by its matrices; `fp8.convert` sets another
 
 
 class Matrix(nn.Module):
-    """A weight [rows, columns], not yet initialised: `initialize` or `load_weights` fill it."""
+    """A weight [rows, columns] and maybe a bias [rows], not yet initialised: `initialize` or `load_weights` fill them."""
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.bias = nn.Parameter(torch.empty(rows)) if has_bias else None
 
 
 class Norm(nn.Module):
@@ -46,31 +48,76 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm(nn.Module):
+    """LayerNorm with a shift; else as Norm."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size)), eps
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def new_norm(shape: DecoderShape) -> Norm | LayerNorm:
+    """The norm of a shape over its residual stream."""
+    return (Norm if shape.NORM_VECTORS == 1 else LayerNorm)(shape.hidden_size, shape.rms_norm_eps)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; the three projections run as one matmul."""
+    """Grouped-query attention; the three projections run as one matmul.
+
+    Like the feed-forward layers it returns partial sums under tensor parallelism, to which `closing_bias` is not added yet.
+    """
 
     def __init__(self, shape: DecoderShape, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, shape.head_dim
+        self.layer, self.head_dim, self.is_rotary = layer, shape.head_dim, shape.IS_ROTARY
         self.linear: Linear = F.linear
         self.group_heads = shape.num_attention_heads // shape.num_key_value_heads  # query heads of one key head
-        self.q_proj = Matrix(shape.query_size, shape.hidden_size)
-        self.k_proj = Matrix(shape.key_value_size, shape.hidden_size)
-        self.v_proj = Matrix(shape.key_value_size, shape.hidden_size)
-        self.o_proj = Matrix(shape.hidden_size, shape.query_size)
+        has_bias = "qkv" in shape.biased
+        self.q_proj = Matrix(shape.query_size, shape.hidden_size, has_bias)
+        self.k_proj = Matrix(shape.key_value_size, shape.hidden_size, has_bias)
+        self.v_proj = Matrix(shape.key_value_size, shape.hidden_size, has_bias)
+        self.o_proj = Matrix(shape.hidden_size, shape.query_size, "attention_out" in shape.biased)
+        self.q_norm, self.k_norm = (Norm(shape.head_dim, shape.rms_norm_eps) if shape.HAS_HEAD_NORMS else None for _ in "qk")
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        qkv = self.linear(x, context.prepared(self, self.fuse)).unflatten(1, (-1, self.head_dim))
+        bias = None if self.q_proj.bias is None else context.prepared(self.q_proj, self.fuse_biases)
+        qkv = self.linear(x, context.prepared(self, self.fuse), bias).unflatten(1, (-1, self.head_dim))
         kv_heads = qkv.shape[1] // (self.group_heads + 2)
         heads = self.group_heads * kv_heads
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key, value = qkv.split([heads, kv_heads, kv_heads], 1)
+            qkv = torch.cat([self._normed(query, self.q_norm), self._normed(key, self.k_norm), value], 1)
         return self.linear(attention(qkv, context, self.layer, heads, kv_heads), self.o_proj.weight)
 
+    @property
+    def closing_bias(self) -> Tensor | None:
+        return self.o_proj.bias
+
     def fuse(self) -> Tensor:
-        """One weight for queries, keys and values, with the two channels of a rotary pair side by side in q and k."""
+        """One weight for queries, keys and values."""
+        return self._fused(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+
+    def fuse_biases(self) -> Tensor:
+        """Their biases in the same order."""
+        query, key, value = self.q_proj.bias, self.k_proj.bias, self.v_proj.bias
+        assert query is not None and key is not None and value is not None, "all three have one, or none has"
+        return self._fused(query, key, value)
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Rows of all three one after another, with the two channels of a rotary pair side by side in q and k."""
+        if not self.is_rotary:
+            return torch.cat([query, key, value])
         half = self.head_dim // 2
-        query, key, value = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
         turned = [part.unflatten(0, (-1, 2, half)).transpose(1, 2) for part in (query, key)]
         return torch.cat([*turned, value.unflatten(0, (-1, half, 2))]).flatten(0, 2)
+
+    def _normed(self, x: Tensor, norm: Norm) -> Tensor:
+        """Each head [head_dim] of x [T, heads, head_dim] normalised; its channels stand as `_fused` has put them."""
+        weight = norm.weight.unflatten(0, (2, -1)).t().flatten() if self.is_rotary else norm.weight
+        return rms_norm(x.flatten(0, 1), weight, norm.eps).view(x.shape)
 
 
 class MLP(nn.Module):
@@ -88,8 +135,37 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.linear(swiglu(self.linear(x, context.prepared(self, self.fuse))), self.down_proj.weight)
 
+    closing_bias = None
+
     def fuse(self) -> Tensor:
         return torch.cat([self.gate_proj.weight, self.up_proj.weight])
+
+
+class PlainMLP(nn.Module):
+    """GELU, in its form by tanh, between two matrices with biases or without."""
+
+    is_one_graph = True
+
+    def __init__(self, shape: DecoderShape) -> None:
+        super().__init__()
+        self.linear: Linear = F.linear
+        self.up_proj = Matrix(shape.intermediate_size, shape.hidden_size, "up" in shape.biased)
+        self.down_proj = Matrix(shape.hidden_size, shape.intermediate_size, "down" in shape.biased)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        inner = F.gelu(self.linear(x, self.up_proj.weight, self.up_proj.bias), approximate="tanh")
+        return self.linear(inner, self.down_proj.weight)
+
+    @property
+    def closing_bias(self) -> Tensor | None:
+        return self.down_proj.bias
+
+
+def new_feed_forward(shape: DecoderShape, layer: int) -> MLP | PlainMLP | Mixture:
+    """What a block of a shape does after its attention."""
+    if isinstance(shape, MixtureShape) and not shape.is_dense(layer):
+        return Mixture(shape)
+    return MLP(shape) if shape.IS_GATED else PlainMLP(shape)
 
 
 class Block(nn.Module):
@@ -97,10 +173,10 @@ class Block(nn.Module):
 
     def __init__(self, shape: DecoderShape, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.input_layernorm = new_norm(shape)
         self.self_attn = Attention(shape, layer)
-        self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
-        self.mlp = Mixture(shape) if isinstance(shape, MixtureShape) else MLP(shape)
+        self.post_attention_layernorm = new_norm(shape)
+        self.mlp = new_feed_forward(shape, layer)
 
     @property
     def is_one_graph(self) -> bool:
@@ -109,15 +185,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tp, tokens = context.groups.tp, context.tokens
-        x = x + scatter(self.self_attn(gather(self.input_layernorm(x, context), tp, tokens), context), tp)
-        return x + scatter(self.mlp(gather(self.post_attention_layernorm(x, context), tp, tokens), context), tp)
+        for norm, part in ((self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)):
+            x = x + scatter(part(gather(norm(x, context), tp, tokens), context), tp)
+            if part.closing_bias is not None:
+                x = x + part.closing_bias  # by the rank that has the sums, so that it is added once
+        return x
 
 
 class Decoder(nn.Module):
     """Blocks `layers` of a decoder (all of them unless given); the first stage embeds, the last one has norm and head.
 
     Only the root's forward touches embedding, final norm and head, so fully_shard takes them with the root. `on_disk` says
-    which parameters go by other names in a folder (`huggingface.on_disk`).
+    which parameters go by other names in a folder (`stored.written`).
     """
 
     def __init__(self, shape: DecoderShape, layers: range | None = None, is_first: bool = True, is_last: bool = True,
@@ -125,13 +204,20 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape, self.is_first, self.is_last = shape, is_first, is_last
         self.on_disk = on_disk or {}
+        longest = shape.max_position_embeddings
+        window = min((shape.window(layer) or longest for layer in range(shape.num_hidden_layers)), default=longest)
+        if window < longest:
+            raise ModelError(f"max_position_embeddings = {longest}, but queries see a window of {window} keys, which is counted "
+                             f"and not computed here; a model of at most {window} positions feels no window")
         self.model = nn.Module()
         if is_first or (is_last and shape.tie_word_embeddings):
             self.model.embed_tokens = Matrix(shape.vocab_size, shape.hidden_size)
+        if is_first and not shape.IS_ROTARY:
+            self.model.embed_positions = Matrix(shape.max_position_embeddings, shape.hidden_size)
         numbers = range(shape.num_hidden_layers) if layers is None else layers
         self.model.layers = nn.ModuleDict({str(number): Block(shape, number) for number in numbers})
         if is_last:
-            self.model.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+            self.model.norm = new_norm(shape)
             if not shape.tie_word_embeddings:
                 self.lm_head = Matrix(shape.vocab_size, shape.hidden_size)
 
@@ -148,8 +234,16 @@ class Decoder(nn.Module):
         [wanted, V] of the whole vocabulary (not differentiable under tensor parallelism).
         """
         hidden = self._embed(x, context) if self.is_first else x
-        rope = rope_table(context.positions, self.shape.head_dim, self.shape.rope_theta, hidden.dtype)
-        context = replace(context, rope=Rope(rope))
+        if self.is_first and not self.shape.IS_ROTARY:
+            if isinstance(context, Packed) and context.max_length > self.shape.max_position_embeddings:
+                raise ModelError(f"a document of up to {context.max_length} tokens is longer than max_position_embeddings = "
+                                 f"{self.shape.max_position_embeddings}, and the model has learned no positions beyond")
+            positions = own(own(context.positions, context.groups.cp), context.groups.tp)
+            hidden = hidden + F.embedding(positions, self.model.embed_positions.weight)  # type: ignore[union-attr, arg-type]
+        if self.shape.IS_ROTARY:
+            rope = rope_table(context.positions, self.shape.head_dim, self.shape.rope_theta, hidden.dtype,
+                              self.shape.rope_scaling)
+            context = replace(context, rope=Rope(rope))
         for block in self.blocks.values():
             hidden = block(hidden, context)
         if not self.is_last:

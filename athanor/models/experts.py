@@ -75,6 +75,8 @@ class Mixture(nn.Module):
         self.gate = Router(shape)
         self.experts = Experts(shape)
 
+    closing_bias = None
+
     @property
     def is_one_graph(self) -> bool:
         """Whether it compiles without a break: not where rows travel, whose counts the host must know.

@@ -43,9 +43,13 @@ def check(shape: DecoderShape, tp: int = 1) -> None:
                              f"is {size}; train in bf16, or choose other sizes")
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, columns] times weight [rows, columns] transposed, in the dtype of x; gradients are products in fp8 too."""
-    return _Linear.apply(x, weight)  # type: ignore[no-any-return]
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, columns] times weight [rows, columns] transposed, in the dtype of x; gradients are products in fp8 too.
+
+    A bias [rows] is added in that dtype.
+    """
+    out: Tensor = _Linear.apply(x, weight)
+    return out if bias is None else out + bias
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

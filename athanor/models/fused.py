@@ -5,6 +5,7 @@ Compiled code and accelerators with fused kernels of their own take the plain ex
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from athanor.models.rehearsed import device_type
+from athanor.models.shapes.rope import RopeScaling
 
 ROWS = 512  # tokens at a time where several passes are made, so that what one leaves is still in the cache for the next
 
@@ -79,23 +81,48 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None) -> Tensor:
     """Cosine and sine of each position's angles [T, 1, head_dim / 2, 2], in fp32 or wider.
 
     Angles are taken in fp32 whatever the dtype, as transformers does, so that all precisions turn by the same angle.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = torch.outer(positions.float(), 1.0 / theta**exponents)
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = _slowed(frequencies, head_dim, theta, scaling)
+    angles = torch.outer(positions.float(), frequencies)
     table = torch.stack([angles.cos(), angles.sin()], -1).unsqueeze_(1)
+    if scaling is not None and scaling.attention_factor != 1.0:
+        table *= scaling.attention_factor
     return table.to(torch.promote_types(dtype, torch.float32))
 
 
-def rotate(x: Tensor, rope: Tensor, backwards: bool = False, out: Tensor | None = None) -> Tensor:
-    """Turn pairs of neighbouring channels by their position's angle. x [T, heads, head_dim] -> the same.
+def _slowed(frequencies: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """Each pair's frequency [head_dim / 2], divided by the factor where the kind of scaling says so."""
+    original, kept = scaling.original_max_position_embeddings, torch.zeros_like(frequencies)
+    if scaling.rope_type == "llama3":
+        turns = frequencies * original / (2 * math.pi)  # in the original context
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    elif scaling.rope_type == "yarn":
+        first, last = (head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))  # pairs that turn so often
+                       for turns in (scaling.beta_fast, scaling.beta_slow))
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        pairs = torch.arange(len(frequencies), device=frequencies.device, dtype=torch.float32)
+        kept = 1 - (pairs - first) / max(last - first, 0.001)
+    kept = kept.clamp(0, 1)
+    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+
+
+def rotate(x: Tensor, rope: Tensor | None, backwards: bool = False, out: Tensor | None = None) -> Tensor:
+    """Turn pairs of neighbouring channels by their position's angle. x [T, heads, head_dim] -> the same; as it is without rope.
 
     Hugging Face weights pair channel i with i + head_dim/2; the decoder brings pairs together when it fuses the weights,
     which leaves the products of queries and keys as they are. Complex multiplication needs a single pass on the CPU.
     """
+    if rope is None:
+        return x if out is None else out.copy_(x)
     if not _by_hand(x):
         cos, sin = rope.unbind(-1)
         even, odd = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,7 @@ from athanor.models.find import load_architecture
 from athanor.models.initialize import fill
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import load_shape
+from athanor.models.stored import stored
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONVERT = ("convert it where you trust it: from transformers import AutoModelForCausalLM as A; "
@@ -31,6 +32,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 HEADER_ALIGNMENT = 8
 SHOWN_PROBLEMS = 8
+BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # that old folders hold beside the weights
 
 
 def read_shape(folder: Path) -> DecoderShape:
@@ -70,41 +72,34 @@ def load_weights(module: Decoder, folder: Path) -> None:
     """
     folder = Path(folder)
     files = _check_tensors(module, folder)
+    parameters, table = dict(module.named_parameters()), placements(module)
     with contextlib.ExitStack() as stack:
-        opened = {file: stack.enter_context(_open(file)) for file in set(files.values())}
-        for name, parameter in module.named_parameters():
-            parts = [opened[files[part]].get_tensor(part) for part in on_disk(module, name)]
-            placement = placements(module)[name]
-            fill(parameter, placement, (parts[0] if len(parts) == 1 else torch.stack(parts)).view(placement.shape))
+        opened = {file: stack.enter_context(_open(file)) for file, _ in files.values()}
+
+        def read(tensor: str) -> Any:
+            file, name = files[tensor]
+            return opened[file].get_slice(name)
+
+        for group in stored(module):
+            for name in group.rows:
+                fill(parameters[name], table[name], group.take(name, read))
 
 
-def on_disk(module: Decoder, name: str) -> dict[str, tuple[int, ...]]:
-    """The tensors of a folder, with their shapes, that a parameter is made of: itself unless `module.on_disk` says otherwise.
-
-    That maps ends of names to those on disk; with {} in it each part of dim 0 is a tensor of its own.
-    """
-    shape = placements(module)[name].shape
-    for end, written in module.on_disk.items():
-        if name.endswith(end):
-            written = name.removesuffix(end) + written
-            return {written.format(i): shape[1:] for i in range(shape[0])} if "{}" in written else {written: shape}
-    return {name: shape}
+def _shapes(module: Decoder) -> dict[str, tuple[int, ...]]:
+    """The tensors that a folder has of a module, with their shapes."""
+    return {tensor: group.shape for group in stored(module) for tensor in group.tensors}
 
 
-def _all_on_disk(module: Decoder) -> dict[str, tuple[int, ...]]:
-    return {part: shape for name in placements(module) for part, shape in on_disk(module, name).items()}
-
-
-def _check_tensors(module: Decoder, folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor; raises ModelError with every difference between the folder's and the module's."""
-    files = _files_of_tensors(folder)
+def _check_tensors(module: Decoder, folder: Path) -> dict[str, tuple[Path, str]]:
+    """File and name there of each tensor; raises ModelError with every difference between the folder's and the module's."""
+    wanted = _shapes(module)
+    files = _as_causal_model({name: (file, name) for name, file in _files_of_tensors(folder).items()}, wanted)
     with contextlib.ExitStack() as stack:
-        opened = {file: stack.enter_context(_open(file)) for file in set(files.values())}
+        opened = {file: stack.enter_context(_open(file)) for file, _ in files.values()}
         held = {file: set(part.keys()) for file, part in opened.items()}
-        lost = [f"{name} is not in {file.name}" for name, file in files.items() if name not in held[file]]
-        slices = {name: opened[file].get_slice(name) for name, file in files.items() if name in held[file]}
-        problems = lost + _problems(module, _all_on_disk(module),
-                                    {name: tuple(part.get_shape()) for name, part in slices.items()})
+        lost = [f"{own} is not in {file.name}" for file, own in files.values() if own not in held[file]]
+        slices = {name: opened[file].get_slice(own) for name, (file, own) in files.items() if own in held[file]}
+        problems = lost + _problems(module, wanted, {name: tuple(part.get_shape()) for name, part in slices.items()})
         problems += [f"{name} is of type {part.get_dtype()} and should be one of {', '.join(NAMES.values())}"
                      for name, part in slices.items() if part.get_dtype() not in NAMES.values()]
     if problems:
@@ -114,16 +109,24 @@ def _check_tensors(module: Decoder, folder: Path) -> dict[str, Path]:
     return files
 
 
+def _as_causal_model(files: dict[str, tuple[Path, str]], wanted: Collection[str]) -> dict[str, tuple[Path, str]]:
+    """The tensors under the names of a model with a head where a folder has those of its base, and without old buffers."""
+    found = {name: place for name, place in files.items() if not name.endswith(BUFFERS)}
+    base = next(iter(wanted)).split(".")[0] + "."
+    if not any(name.startswith(base) for name in found) and any(base + name in wanted for name in found):
+        return {base + name if base + name in wanted else name: place for name, place in found.items()}
+    return found
+
+
 def _problems(module: Decoder, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
     """Each difference between a module's tensors and a folder's; what other stages hold is no difference."""
     whole = set(wanted)
     if not (module.is_first and module.is_last and len(module.blocks) == module.shape.num_hidden_layers):
         with torch.device("meta"):
-            whole = set(_all_on_disk(Decoder(module.shape, on_disk=module.on_disk)))
+            whole = set(_shapes(Decoder(module.shape, on_disk=module.on_disk)))
     extra = {"lm_head.weight"} if module.shape.tie_word_embeddings else set()
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # a buffer that old folders hold
     return ([f"{name} is missing" for name in wanted if name not in found]
-            + [f"{name} is surplus" for name in sorted(set(found) - whole - extra - ignored)]
+            + [f"{name} is surplus" for name in sorted(set(found) - whole - extra)]
             + [f"{name} is {list(found[name])} and should be {list(wanted[name])}"
                for name in wanted if name in found and found[name] != wanted[name]])
 
@@ -171,11 +174,12 @@ def save_model(module: Decoder, folder: Path, whole: Callable[[str], Tensor | No
     with _writing(folder / "model.safetensors") if writes else contextlib.nullcontext() as file:
         if file is not None:
             file.write(_header(module))
-        for name, parameter in parameters.items():
-            full = parameter.detach() if whole is None else whole(name)
+        for group in stored(module):
+            full = [parameters[name].detach() if whole is None else whole(name) for name in group.rows]
             if file is not None:
-                assert full is not None, f"{name} is whole on the rank that writes"
-                file.write(full.cpu().contiguous().view(torch.uint8).numpy().data if full.numel() else b"")
+                held = [part.cpu() for part in full if part is not None]
+                assert len(held) == len(full), f"{', '.join(group.rows)}: whole on the rank that writes"
+                file.write(group.join(held).contiguous().view(torch.uint8).numpy().data)
     if writes:
         shape = module.shape
         name = next(key for key, value in DTYPES.items() if value == dtype)
@@ -195,11 +199,10 @@ def _writing(path: Path) -> Iterator[IO[bytes]]:
 def _header(module: Decoder) -> bytes:
     """The head of a safetensors file: its length in 8 bytes, then JSON with each tensor's dtype, shape and place."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, parameter in module.named_parameters():
-        for part, shape in on_disk(module, name).items():
-            start, end = end, end + math.prod(shape) * parameter.element_size()
-            entries[part] = {"dtype": NAMES[parameter.dtype], "shape": list(shape), "data_offsets": [start, end]}
+    end, one = 0, next(module.parameters())
+    for name, shape in _shapes(module).items():
+        start, end = end, end + math.prod(shape) * one.element_size()
+        entries[name] = {"dtype": NAMES[one.dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

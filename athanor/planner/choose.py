@@ -13,7 +13,7 @@ from athanor.foundation.layout import Layout, check_batch, check_model
 from athanor.foundation.recipe import Parallel, Recipe, Stage
 from athanor.foundation.units import format_bytes
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.models.shapes.find import check_architecture, load_shape
+from athanor.models.shapes.find import check_architecture, load_shape, new_shape, shape_class
 from athanor.planner import scaling
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.memory import fits, peak_memory
@@ -109,13 +109,12 @@ def shapes(recipe: Recipe, vocab_size: int, max_position: int) -> Iterator[Decod
         keys = model.num_key_value_heads or heads
         if heads % keys:
             raise UserError(f"model.num_key_value_heads = {keys} does not divide the {heads} query heads")
-        yield DecoderShape(
-            vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=keys, head_dim=head_dim, max_position_embeddings=model.max_position_embeddings or max_position,
-            intermediate_size=model.intermediate_size or round(8 * hidden / 3 / 32) * 32,
-            rope_theta=model.rope_theta or 10000.0, rms_norm_eps=model.rms_norm_eps or 1e-5,
-            initializer_range=model.initializer_range or 0.02,
-            tie_word_embeddings=hidden < 2048 if model.tie_word_embeddings is None else model.tie_word_embeddings)
+        open_sizes = {
+            "max_position_embeddings": max_position, "tie_word_embeddings": hidden < 2048,
+            "intermediate_size": round(hidden * shape_class(model.architecture).GROWTH / 32) * 32}
+        yield new_shape(model.architecture, vocab_size=vocab_size, **{
+            **open_sizes, **model.model_dump(exclude={"architecture"}, exclude_none=True), "hidden_size": hidden,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": head_dim})
 
 
 def head_size(hidden_size: int) -> int:

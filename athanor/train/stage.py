@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from athanor.data.lineage import open_manifest
 from athanor.data.rows import Rows, open_rows
-from athanor.foundation.errors import LayoutError, ModelError, UserError, did_you_mean
+from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe, Stage, toml_value
@@ -22,14 +23,14 @@ from athanor.models import fp8
 from athanor.models.find import load_architecture
 from athanor.models.huggingface import read_shape
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.models.shapes.find import architectures, shape_class
+from athanor.models.shapes.find import new_shape, shape_class
 from athanor.objectives.find import load_objective
 from athanor.parallel.recompute import recomputed
 from athanor.train.groups import check_groups
 from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
 
 VOCABULARY_MULTIPLE = 64  # a new model's vocabulary is filled up to it, so that it can be cut into equal parts
-HEAD_WIDTH = 32
+HEAD_WIDTH = INNER_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -122,19 +123,13 @@ def fresh_shape(recipe: Recipe, manifest: dict[str, Any]) -> DecoderShape:
     hidden_size = given.setdefault("hidden_size", 128)
     given.setdefault("num_hidden_layers", 4)
     given.setdefault("num_attention_heads", max(1, hidden_size // HEAD_WIDTH))
-    given.setdefault("intermediate_size", -(-hidden_size * 8 // 3 // 32) * 32)
+    growth = shape_class(recipe.model.architecture).GROWTH
+    given.setdefault("intermediate_size", math.ceil(hidden_size * growth / INNER_MULTIPLE) * INNER_MULTIPLE)
     given.setdefault("max_position_embeddings", max([256, *(stage.seq_len or 0 for stage in recipe.stage)]))
     given.setdefault("tie_word_embeddings", True)
     vocabulary = -(-manifest["vocab_size"] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    shape = shape_class(recipe.model.architecture)
-    sizes = [field.name for field in fields(shape)]
-    for key in given:
-        if key not in sizes:
-            having = [name for name in architectures() if key in {field.name for field in fields(shape_class(name))}]
-            raise ModelError(f"model.{key} is no size of the architecture '{recipe.model.architecture}'; "
-                             + (f"it is one of {', '.join(having)}" if having else did_you_mean(key, sizes)))
-    return shape(vocab_size=vocabulary, bos_token_id=manifest["bos_id"], eos_token_id=manifest["eos_id"],
-                 pad_token_id=manifest["pad_id"], **given)
+    return new_shape(recipe.model.architecture, vocab_size=vocabulary, bos_token_id=manifest["bos_id"],
+                     eos_token_id=manifest["eos_id"], pad_token_id=manifest["pad_id"], **given)
 
 
 def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, manifest: dict[str, Any], tokenizer: Path) -> None:

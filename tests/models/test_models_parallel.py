@@ -17,7 +17,7 @@ from athanor.models.initialize import initialize
 
 def alone(is_tied: bool, weighted: bool, lengths: list[int] = models_ranks.LENGTHS, **changes: int) -> tuple[Any, Any]:
     model = models_ranks.build(is_tied, **changes)
-    initialize(model, 7)
+    models_ranks.initialize(model, 7)
     return model, models_ranks.results(model, replace(Packed.of(lengths), z_loss=models_ranks.Z_LOSS), weighted)
 
 
@@ -68,9 +68,13 @@ def test_compiled_blocks_exchange_the_same(count: int, kv_heads: int, tmp_path: 
         assert close(found["gradients"], wanted["gradients"])
 
 
-def test_weights_cut_both_ways_are_bitwise_the_same(tmp_path: Path) -> None:
-    model, _ = alone(False, True)
-    for found in ranks("sharded_both_ways", {"folder": str(tmp_path / "model")}, 4, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", pytest.param("qwen2", marks=pytest.mark.slow),
+                                          pytest.param("qwen3", marks=pytest.mark.slow)])
+def test_weights_cut_both_ways_are_bitwise_the_same(tmp_path: Path, architecture: str) -> None:
+    model = models_ranks.build(False, architecture)
+    models_ranks.initialize(model, 7)
+    arguments = {"folder": str(tmp_path / "model"), "architecture": architecture}
+    for found in ranks("sharded_both_ways", arguments, 4, tmp_path):
         for name, parameter in model.named_parameters():
             assert (found["initial"][name] == parameter.detach().numpy()).all(), name
             assert (found["loaded"][name] == parameter.detach().numpy()).all(), name

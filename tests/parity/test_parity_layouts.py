@@ -17,6 +17,15 @@ KINDS = {
     "wide": ["model.hidden_size=64", "model.intermediate_size=96"],  # what products in fp8 can be cut from
     "mixture": ["model.architecture=mixtral", "model.num_experts=4", "model.num_experts_per_tok=2",
                 "model.num_hidden_layers=4", "stage.pretrain.optimizer=muon"],
+    "gpt2": ["model.architecture=gpt2", "model.num_hidden_layers=4"],
+    "gpt2 wide": ["model.architecture=gpt2", "model.hidden_size=64", "model.intermediate_size=96", "model.num_hidden_layers=4"],
+    "mistral": ["model.architecture=mistral", "model.num_key_value_heads=2", "model.num_hidden_layers=4"],
+    "qwen2": ["model.architecture=qwen2", "model.num_key_value_heads=2", "model.num_hidden_layers=4",
+              "model.tie_word_embeddings=false"],
+    "qwen3": ["model.architecture=qwen3", "model.num_key_value_heads=2", "model.head_dim=6", "model.num_hidden_layers=4",
+              "stage.pretrain.optimizer=muon"],
+    "qwen3 mixture": ["model.architecture=qwen3_moe", "model.num_experts=4", "model.num_experts_per_tok=2",
+                      "model.num_hidden_layers=4"],
 }
 # what is trained, and how it is laid out
 QUICK = [
@@ -25,6 +34,7 @@ QUICK = [
     ("untied", "pp=2 pipeline_schedule=Interleaved1F1B"), ("dense", "pp=2 pipeline_schedule=LoopedBFS split=[1,3,2,2]"),
     ("untied", "pp=2 pipeline_schedule=InterleavedZeroBubble"), ("dense", "pp=2 pipeline_schedule=ZBVZeroBubble recompute=full"),
     ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"), ("mixture", "dp_shard=2 ep=2"),
+    ("gpt2", "tp=2"), ("gpt2", "pp=2"), ("qwen2", "tp=2"), ("qwen3", "tp=2"),
     ("dense", "dp_shard=2 keep_whole=false"), ("dense", "dp_replicate=2 keep_whole=false"),
 ]
 SLOW = [
@@ -47,6 +57,11 @@ SLOW = [
     ("mixture", "dp_replicate=2 dp_shard=2 ep=2 recompute=full"), ("mixture", "dp_shard=2 cp=2 ep=4"),
     ("mixture", "pp=2 dp_shard=2 ep=2"), ("mixture", "pp=2 dp_shard=2 tp=2 ep=2 pipeline_schedule=ZBVZeroBubble"),
     ("mixture", "pp=2 dp_shard=2 ep=2 pipeline_schedule=InterleavedZeroBubble"),
+    ("gpt2", "cp=2"), ("gpt2", "dp_shard=2"), ("gpt2", "dp_shard=2 cp=2 tp=2 recompute=full"), ("gpt2", "dp_replicate=2"),
+    ("gpt2", "pp=2 tp=2 pipeline_schedule=ZBVZeroBubble"), ("gpt2", "pp=2 dp_shard=2 cp=2 recompute=selective"),
+    ("qwen2", "pp=2"), ("qwen2", "cp=2"), ("qwen2", "dp_shard=2"), ("qwen2", "pp=2 tp=2"), ("qwen3", "pp=2"), ("qwen3", "cp=2"),
+    ("qwen3", "dp_shard=2"), ("qwen3", "dp_shard=2 tp=2 recompute=full"), ("mistral", "dp_shard=2 tp=2"),
+    ("mistral", "pp=2 cp=2"), ("qwen3 mixture", "dp_shard=2 ep=2 tp=2"), ("qwen3 mixture", "pp=2 cp=2 ep=2"),
     ("untied", "pp=4 tp=2 pipeline_schedule=LoopedBFS"), ("dense", "pp=4 dp_shard=2 pipeline_schedule=ZBVZeroBubble"),
 ]
 
@@ -86,6 +101,8 @@ ROUGH = [
     ("dense", "precision=bf16 dp_shard=2", 3e-2),
     ("untied", "precision=bf16 tp=2", 3e-2), ("dense", "precision=bf16 pp=2 pipeline_schedule=ZBVZeroBubble", 3e-2),
     ("wide", "precision=fp8", 6e-2), ("wide", "precision=fp8 dp_shard=2 tp=2", 6e-2), ("wide", "precision=fp8 pp=2", 6e-2),
+    ("gpt2", "precision=fp32 tp=2 compile=true", 1e-6), ("qwen3", "precision=fp32 pp=2 compile=true", 1e-6),
+    ("gpt2", "precision=bf16 dp_shard=2 tp=2", 3e-2), ("gpt2 wide", "precision=fp8 tp=2", 6e-2),
     ("dense", "precision=bf16 pp=2 dp_shard=2", 3e-2), ("mixture", "precision=bf16 dp_shard=2 ep=2", 3e-2),
 ]
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from athanor.cluster.spec import ClusterSpec
-from athanor.foundation.errors import LayoutError, UserError
+from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import check_batch
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.units import PD_FLOP
@@ -106,6 +106,16 @@ def test_fixed_sizes_and_degrees_are_kept(machine: ClusterSpec, toy: Toy) -> Non
     assert plan.values["parallel"]["tp"] == 2 and plan.values["parallel"]["dp_shard"] == 1
     assert stage_of(plan, "pretrain")["global_batch_tokens"] == 8192
     assert plan.reasons["model"] == "its sizes are given by the recipe" and not plan.runner_ups
+
+
+def test_shapes_are_those_of_the_architecture(machine: ClusterSpec, toy: Toy) -> None:
+    plain = make_plan(toy("model.architecture=gpt2", "model.hidden_size=96"), machine, SCAN).values["model"]
+    assert plain["intermediate_size"] == 4 * 96 and plain["num_attention_heads"] * plain["head_dim"] == 96
+    sizes = ["model.architecture=mixtral", "model.num_experts=4", "model.hidden_size=64", "model.num_hidden_layers=2"]
+    mixture = make_plan(toy(*sizes), machine, SCAN).values["model"]
+    assert mixture["num_experts"] == 4 and mixture["num_experts_per_tok"] == 2 and mixture["rope_theta"] == 1e6
+    with pytest.raises(ModelError, match=r"model\.num_experts is no size of the architecture 'gpt2'; it is one of mixtral"):
+        make_plan(toy("model.architecture=gpt2", "model.num_experts=4"), machine, SCAN)
 
 
 def test_what_cannot_be_laid_out_is_refused(machine: ClusterSpec, toy: Toy) -> None:

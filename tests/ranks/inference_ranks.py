@@ -8,7 +8,7 @@ PROMPTS = [[5, 6, 7], [9] * 20, [3, 11, 4, 60, 8]]
 ASKED = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 30, "seed": 3}
 
 
-def tensor_parallel_answers(channel: Callable[..., None]) -> list[list[int]]:
+def tensor_parallel_answers(channel: Callable[..., None], architecture: str) -> list[list[int]]:
     """Every rank's answers with the model cut over all ranks."""
     import models_ranks
     import torch.distributed as dist
@@ -16,13 +16,12 @@ def tensor_parallel_answers(channel: Callable[..., None]) -> list[list[int]]:
 
     from athanor.inference.engine import Sampling, generate
     from athanor.models.context import Groups
-    from athanor.models.initialize import initialize
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = models_ranks.build(False)
+    model = models_ranks.build(False, architecture)
     models_ranks.shard(model, mesh)
-    initialize(model, 7)
+    models_ranks.initialize(model, 7)
     answers = generate(model, PROMPTS, Sampling(**ASKED), Groups(tp=mesh.get_group()))
     dist.destroy_process_group()
     return answers

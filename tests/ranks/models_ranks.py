@@ -21,22 +21,39 @@ def batch(count: int = sum(LENGTHS)) -> dict[str, Any]:
     return {"tokens": tokens, "targets": targets, "weights": weights}
 
 
-def build(is_tied: bool, **changes: int) -> Any:
+def build(is_tied: bool, architecture: str = "llama", **changes: int) -> Any:
     """The test model in fp64, not initialised."""
     import torch
 
-    from athanor.models.shapes.decoder import DecoderShape
-    from athanor.models.zoo.llama import build as build_llama
+    from athanor.models.find import load_architecture
+    from athanor.models.shapes.find import new_shape
 
-    return build_llama(DecoderShape(**{**SIZES, **changes}, tie_word_embeddings=is_tied)).to(torch.float64)
+    own = {"num_key_value_heads": SIZES["num_attention_heads"]} if architecture == "gpt2" else {}
+    shape = new_shape(architecture, **{**SIZES, **own, **changes}, tie_word_embeddings=is_tied)
+    return load_architecture(architecture).build(shape).to(torch.float64)
+
+
+def initialize(model: Any, seed: int) -> None:
+    """Initial weights, and vectors that are neither 0 nor 1, whatever the layout."""
+    import torch
+
+    from athanor.foundation.placement import placements
+    from athanor.models import initialize as initializer
+
+    initializer.initialize(model, seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            placement = placements(model)[name]
+            count = placement.shape[0]
+            initializer.fill(parameter, placement, 1 + torch.sin(torch.arange(count, dtype=torch.float64) + len(name)) / 3)
 
 
 def shard(model: Any, mesh: Any) -> None:
     """Leave of every parameter this rank's part on the tensor-parallel mesh, as TENSOR_DIMS says."""
-    from athanor.models.zoo.llama import TENSOR_DIMS
+    from athanor.models.find import load_architecture
     from athanor.parallel.tensor import shard_parameters
 
-    shard_parameters(model, TENSOR_DIMS, mesh)
+    shard_parameters(model, load_architecture(model.shape.MODEL_TYPE).TENSOR_DIMS, mesh)
 
 
 def whole(model: Any, mesh: Any) -> dict[str, Any]:
@@ -87,7 +104,6 @@ def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool)
     from athanor.foundation.intervals import Recorder, activate
     from athanor.foundation.placement import placements
     from athanor.models.context import Groups, Packed
-    from athanor.models.initialize import initialize
     from athanor.parallel.tensor import full
 
     dist.init_process_group("gloo")
@@ -118,7 +134,6 @@ def context_parallel(channel: Callable[..., None], lengths: list[int], is_compil
 
     from athanor.foundation.intervals import Recorder, activate
     from athanor.models.context import Groups, Packed
-    from athanor.models.initialize import initialize
 
     dist.init_process_group("gloo")
     rank, ranks, total = dist.get_rank(), dist.get_world_size(), sum(lengths)
@@ -144,24 +159,23 @@ def context_parallel(channel: Callable[..., None], lengths: list[int], is_compil
             "intervals": [row.name for row in recorder.rows]}
 
 
-def sharded_both_ways(channel: Callable[..., None], folder: str) -> dict[str, Any]:
+def sharded_both_ways(channel: Callable[..., None], folder: str, architecture: str) -> dict[str, Any]:
     """fully_shard over 2 ranks after tensor parallelism over 2: initialise, save, and load again what was saved."""
     import torch.distributed as dist
 
     from athanor.foundation.layout import Layout
+    from athanor.models.find import load_architecture
     from athanor.models.huggingface import load_weights, save_model
-    from athanor.models.initialize import initialize
-    from athanor.models.zoo.llama import TENSOR_DIMS
     from athanor.parallel.apply import Choices, parallelize
     from athanor.parallel.mesh import leave, make_mesh
     from athanor.parallel.stages import Stages
 
     mesh = make_mesh(Layout(dp_shard=2, tp=2), "cpu")
-    model = build(False)
-    parallelize(model, mesh, TENSOR_DIMS, Choices(precision="fp64"))
+    model = build(False, architecture)
+    parallelize(model, mesh, load_architecture(architecture).TENSOR_DIMS, Choices(precision="fp64"))
     initialize(model, 7)
     found = whole(model, mesh)
-    save_model(build(False), folder, Stages.alone(model, mesh).whole)
+    save_model(build(False, architecture), folder, Stages.alone(model, mesh).whole)
     dist.barrier()
     initialize(model, 8)
     load_weights(model, folder)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from athanor.foundation.errors import ModelError
 from athanor.models.shapes.products import Attended, Counted, Product, feed_forward
+from athanor.models.shapes.rope import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class DecoderShape(Counted):
     ONLY: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
     COUNTS_ALIKE: ClassVar[frozenset[str]] = frozenset({"hidden_act", "attention_dropout", "router_jitter_noise"})
     IS_GATED: ClassVar[bool] = True
-    IS_ROTARY: ClassVar[bool] = True
+    IS_ROTARY: ClassVar[bool] = True  # else positions are learned
+    GROWTH: ClassVar[float] = 8 / 3  # of the width in the feed-forward layer, as is usual
+    HAS_HEAD_NORMS: ClassVar[bool] = False  # of each query and key head
 
     vocab_size: int
     hidden_size: int
@@ -41,6 +44,7 @@ class DecoderShape(Counted):
     bos_token_id: int = 0
     eos_token_id: int = 1
     pad_token_id: int = 2
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if not self.num_key_value_heads:
@@ -96,8 +100,14 @@ class DecoderShape(Counted):
         """Keys that a query of this block may see; 0: all before it."""
         return 0
 
+    @property
+    def biased(self) -> frozenset[str]:
+        """Names of the products that a bias is added to."""
+        return frozenset()
+
     def block_vectors(self, layer: int) -> int:
-        return 2 * self.NORM_VECTORS * self.hidden_size
+        biases = sum(product.outputs for product in self.block_products(layer) if product.name in self.biased)
+        return 2 * self.NORM_VECTORS * self.hidden_size + biases + (2 * self.head_dim if self.HAS_HEAD_NORMS else 0)
 
     def embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size
@@ -132,26 +142,27 @@ class DecoderShape(Counted):
                 values[f.name] = value = value[0] if f.name == "eos_token_id" and value else tuple(value)
             if not _fits(value, str(f.type)):
                 raise ModelError(f"{where}: {key} = {value!r} is not of type {f.type}")
+        if for_training:
+            longest = values.get("max_position_embeddings", cls.max_position_embeddings)
+            values["rope_scaling"] = RopeScaling.from_config(rope, longest, where)
         return cls(**values)
 
     def to_config(self) -> dict[str, Any]:
         """A config.json that transformers loads as ARCHITECTURE."""
         sizes = {key: getattr(self, name) for name, key in self._keys().items()}
-        return {"architectures": [self.ARCHITECTURE], "model_type": self.MODEL_TYPE, **sizes, **self.ONLY,
-                "rope_scaling": None, "use_cache": True}
+        if self.IS_ROTARY:
+            sizes["rope_scaling"] = None if self.rope_scaling is None else self.rope_scaling.to_config()
+        return {"architectures": [self.ARCHITECTURE], "model_type": self.MODEL_TYPE, **sizes, **self.ONLY, "use_cache": True}
 
     @classmethod
     def _keys(cls) -> dict[str, str]:
-        """The fields that a configuration holds, with their keys there."""
-        keys = {f.name: cls.KEYS.get(f.name, f.name) for f in fields(cls)}
+        """The fields that a configuration holds as they are, with their keys there."""
+        keys = {f.name: cls.KEYS.get(f.name, f.name) for f in fields(cls) if f.name != "rope_scaling"}
         return {name: key for name, key in keys.items() if key is not None}
 
 
 def _refuse_variants(config: dict[str, Any], rope: dict[str, Any], where: str) -> None:
     """What would give other numbers in training, while it changes no count."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ModelError(f"{where}: rope_type = {kind!r} is not supported; only 'default' is")
     for table, key, only in ((config, "partial_rotary_factor", 1), (rope, "partial_rotary_factor", 1),
                              (config, "quantization_config", None)):
         if table.get(key) not in (None, only):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from athanor.models.shapes.decoder import DecoderShape
 
 ZOO = Path(__file__).parents[1] / "zoo"
 KNOWN = Path(__file__).with_name("known.toml")
+AS_USUAL = ("head_dim", "moe_intermediate_size")  # where 0 says so; an architecture's default is that of a published model
 ALIASES = {"gpt": "gpt2", "yuan2": "yuan"}  # model_type -> the architecture's file
 
 
@@ -44,6 +46,18 @@ def shape_class(architecture: str) -> type[DecoderShape]:
         return DecoderShape
     found: type[DecoderShape] = _module(architecture).Shape
     return found
+
+
+def new_shape(architecture: str, **sizes: Any) -> DecoderShape:
+    """The shape of a new model. Raises ModelError for a size that its architecture does not have."""
+    shape = shape_class(architecture)
+    known = [field.name for field in fields(shape)]
+    for key in sizes:
+        if key not in known:
+            having = [name for name in architectures() if key in {field.name for field in fields(shape_class(name))}]
+            raise ModelError(f"model.{key} is no size of the architecture '{architecture}'; "
+                             + (f"it is one of {', '.join(having)}" if having else did_you_mean(key, known)))
+    return shape(**{**{key: 0 for key in AS_USUAL if key in known}, **sizes})
 
 
 def load_shape(source: Path | dict[str, Any], for_training: bool = True, where: str = "the configuration") -> DecoderShape:

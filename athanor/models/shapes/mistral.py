@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from athanor.models.shapes.decoder import DecoderShape
 
@@ -17,6 +17,9 @@ class Shape(DecoderShape):
     ONLY: ClassVar = {"hidden_act": "silu", "attention_dropout": 0.0}
 
     sliding_window: int = 0  # keys that a query may see; 0: all before it
+
+    def to_config(self) -> dict[str, Any]:
+        return {**super().to_config(), "sliding_window": self.sliding_window or None}
 
     def window(self, layer: int) -> int:
         return self.sliding_window

@@ -23,5 +23,6 @@ class Shape(DecoderShape):
     def window(self, layer: int) -> int:
         return self.sliding_window if self.use_sliding_window and layer >= self.max_window_layers else 0
 
-    def block_vectors(self, layer: int) -> int:
-        return super().block_vectors(layer) + self.query_size + 2 * self.key_value_size
+    @property
+    def biased(self) -> frozenset[str]:
+        return frozenset({"qkv"})

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from athanor.models.shapes import qwen2
-from athanor.models.shapes.decoder import DecoderShape
 
 
 @dataclass(frozen=True)
@@ -15,10 +14,11 @@ class Shape(qwen2.Shape):
 
     MODEL_TYPE: ClassVar = "qwen3"
     ARCHITECTURE: ClassVar = "Qwen3ForCausalLM"
+    HAS_HEAD_NORMS: ClassVar = True
 
     head_dim: int = 128
     attention_bias: bool = False
 
-    def block_vectors(self, layer: int) -> int:
-        biases = sum(product.outputs for product in self.attention_products()) if self.attention_bias else 0
-        return DecoderShape.block_vectors(self, layer) + 2 * self.head_dim + biases
+    @property
+    def biased(self) -> frozenset[str]:
+        return frozenset({"qkv", "attention_out"} if self.attention_bias else ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from athanor.models.shapes import qwen3
 from athanor.models.shapes.mixture import MixtureShape
@@ -27,6 +27,11 @@ class Shape(MixtureShape, qwen3.Shape):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(1, "decoder_sparse_step")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], where: str = "config.json", for_training: bool = True) -> Self:
+        renamed = {"num_experts": config["num_local_experts"]} if "num_local_experts" in config else {}  # by transformers 5
+        return super().from_config({**renamed, **config}, where, for_training)
 
     def is_dense(self, layer: int) -> bool:
         return layer in self.mlp_only_layers or (layer + 1) % self.decoder_sparse_step != 0
