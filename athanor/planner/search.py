@@ -80,8 +80,8 @@ class Task:
     def case(self, columns: Mapping[str, Array]) -> Case:
         width = PRODUCT_BYTES[self.precision]
         scatters = float(self.program in ("megatron", "megatron-core"))
-        run = {"seq_len": self.seq_len, "weight_bytes": max(2.0, width), "product_bytes": width,
-               "is_scattered": np.maximum(columns["is_sequence_parallel"], scatters)}
+        run: dict[str, Any] = {"seq_len": self.seq_len, "weight_bytes": max(2.0, width), "product_bytes": width,
+                               "is_scattered": np.maximum(columns["is_sequence_parallel"], scatters)}
         return case_of([self.shape], {**columns, **run})
 
 

@@ -71,6 +71,11 @@ def test_the_grid_is_every_layout_that_foundation_allows_and_no_other(shape: Dec
             except LayoutError:
                 continue
     assert found == expected and len(found) > 100
+    rows = zip(*(grid.columns[name].astype(int).tolist() for name in (*names, "shard", "zero", "num_microbatches")), strict=True)
+    for tp, pp, chunks, cp, ep, dp, micro, shard, zero, count in set(rows):
+        values = {"micro_batch_size": micro, "stages_per_rank": chunks, "recompute": "none"}
+        assert check(one, Layout(pp, dp * cp // shard, shard // cp, cp, tp, ep), values, pp * chunks) == count
+        assert zero == 0 or shard > 1
 
 
 def test_every_finalist_is_legal_and_its_accounts_are_its_step() -> None:
