@@ -134,11 +134,12 @@ def shape_of(run: Run) -> Counted:
     known = _known(run.words["model"])
     if known and run.number("layers", known.num_hidden_layers) == known.num_hidden_layers:
         return known
-    missing = [name for name in ("layers", "hidden", "heads", "vocab") if math.isnan(run.numbers[name])]
+    missing = [name for name in ("layers", "hidden", "heads", "vocab") if run.number(name, 0) < 1]
     if missing and run.number("params_B", 0) and not run.is_mixture and "gpt" in run.words["model"].lower():
         return _gpt_of_size(run.numbers["params_B"] * 1e9)
     if missing:
-        raise UserError(f"the model's {', '.join(missing)} are blank, and no shape is known by the name '{run.words['model']}'")
+        raise UserError(f"the model's {', '.join(missing)} are blank or 0, and no shape is known by the name "
+                        f"'{run.words['model']}'")
     hidden, heads = int(run.numbers["hidden"]), int(run.numbers["heads"])
     size = hidden // heads
     experts = int(run.number("moe_experts", 0))
@@ -187,7 +188,7 @@ def kernel_of(run: Run, program: str) -> str:
         return "fused"
     if "v1" in named:
         return "flash1"
-    is_new = program in ("megatron-core", "fsdp", "scaling", "jax") and run.number("year", 2024) >= 2024
+    is_new = program not in ("megatron-deepspeed", "zero3") and run.number("year", 2024) >= 2024
     is_flash = "flash" in named or flash == "y" or (flash == "" and is_new)
     own = "flash2" if program in ("fsdp", "scaling") else "flash"
     return own if is_flash else "fused"
@@ -201,9 +202,11 @@ def release_of(run: Run) -> float:
 
 def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:
     """Layout, batch and choices of a row under the names of `Case`. UserError when its degrees are not its devices."""
-    blank = [name for name in ("seq", "global_batch_seqs", "n_gpus") if math.isnan(run.numbers[name])]
+    blank = [name for name in ("seq", "global_batch_seqs", "n_gpus") if run.number(name, 0) < 1]
     if blank:
         raise UserError(f"{', '.join(blank)} is blank")
+    if min(tp, pp, micro) < 1:
+        raise UserError(f"tp = {tp:g}, pp = {pp:g} and micro_batch = {micro:g} must be at least 1")
     zero, devices, cp = run.number("zero_stage"), run.numbers["n_gpus"], max(1.0, run.number("cp", 1))
     program = program_of(run.words["framework"], zero, run.number("year", 2024))
     if math.isnan(zero):
@@ -217,7 +220,8 @@ def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:
     precision = run.words["precision"].lower()
     parallel = run.words["sequence_parallel"]
     chunks = run.number("vpp", 2 if "hai-llm" in run.words["framework"].lower() else 1)  # DualPipe halves the bubble
-    sequence = float(tp > 1 and (parallel == "y" or (parallel == "" and program == "megatron-core")))
+    is_new = program == "megatron-core" or (program == "megatron" and run.number("year", 2024) >= 2024)
+    sequence = float(tp > 1 and (parallel == "y" or (parallel == "" and is_new)))
     return {"pp": pp, "chunks": max(1.0, chunks), "dp": dp, "shard": dp * cp, "cp": cp, "tp": tp,
             "ep": min(max(1.0, run.number("ep", 1)), tp * cp * dp), "zero": zero,
             "is_sequence_parallel": sequence, "is_scattered": float(sequence or program in ("megatron", "megatron-core")),
