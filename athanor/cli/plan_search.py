@@ -66,7 +66,10 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
 
     check_positive(tokens=tokens, price=price)
     shape, machines = find_shape(model), read_cluster_words(cluster)
-    task = Task(shape, machines, devices if devices is not None else machines.devices or 0, global_batch_tokens,
+    devices = devices if devices is not None else machines.devices
+    if devices is None:
+        raise UserError(f"on how many {machines.accelerator}? Give --devices, or devices=… with the cluster")
+    task = Task(shape, machines, devices, global_batch_tokens,
                 seq_len if seq_len is not None else min(8192, shape.max_position_embeddings),
                 recompute=recompute or tuple(RECOMPUTE), precision=choices["precision"], program=choices["program"],
                 kernel=choices["kernel"], most_odds=choices["most_oom"])
@@ -148,7 +151,7 @@ def show(found: dict[str, Any]) -> None:
 
 def step(seconds: float) -> str:
     """With digits enough to tell layouts apart."""
-    return f"{seconds:,.2f} s" if seconds >= 0.995 else format_seconds(seconds)
+    return f"{seconds:,.2f} s" if 0.995 <= seconds < 1000 else format_seconds(seconds)
 
 
 def table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> None:
