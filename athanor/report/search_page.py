@@ -14,6 +14,8 @@ from athanor.ledger.accounts import ACCOUNTS, BY_NAME
 from athanor.ledger.book import Book
 from athanor.report import plots
 
+HEADROOM = 1.5  # of the plot, over the slowest of the best steps; what saves the last bytes takes many times as long
+
 
 def write_search(found: dict[str, Any], path: Path) -> None:
     """Write the page of a search's document; everything that comes from it is escaped."""
@@ -37,12 +39,13 @@ def _pareto(found: dict[str, Any]) -> Markup:
     points: dict[int, list[plots.Point]] = {}
     for row in found["pareto"]:
         points.setdefault(row["devices"], []).append((row["memory_gib"], row["step_seconds"]))
+    highest = HEADROOM * max(min(y for _, y in row) for row in points.values())
+    points = {devices: [point for point in row if point[1] <= highest] for devices, row in points.items()}
     curves = [plots.Curve(f"{devices:,} devices", row, "main" if devices == found["devices"] else "faint")
               for devices, row in points.items()]
     curves += [plots.Curve(f"best of {devices:,} devices", [min(row, key=lambda point: point[1])], "dots")
                for devices, row in points.items()]
-    highest = max(y for row in points.values() for _, y in row)
     ends = "; ".join(f"{devices:,} devices down to {format_seconds(min(y for _, y in row))}" for devices, row in points.items())
     return plots.draw(plots.Chart("Step time against memory", f"fastest step for the memory of a device: {ends}", curves,
                                   plots.Axis("GiB of the fullest device", lambda value: f"{value:.0f}"),
-                                  plots.Axis("step", format_seconds), (0.0, highest)))
+                                  plots.Axis("step", lambda value: f"{value:,.3g} s"), (0.0, highest)))
