@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,19 +42,24 @@ class Predictions:
 def predict(runs: Sequence[Run], time: Mapping[str, float] | None = None,
             memory: Mapping[str, float] | None = None) -> Predictions:
     """Step time and peak memory of each row, by the fitted coefficients unless others are given."""
-    columns = [np.full(len(runs), np.nan) for _ in range(4)]
+    def column(values: Array | float = math.nan) -> Array:
+        out = np.full(len(runs), np.nan)
+        if len(best):
+            out[rows[best]] = np.broadcast_to(values, rows.shape)[best]
+        return out
+
+    rows: Any = ()
+    best: Any = ()
     try:
         case, machine, rows, why_not = describe(runs)
     except UserError as error:
-        return Predictions(*columns, why_not=[str(error)] * len(runs))
+        return Predictions(column(), column(), column(), column(), [str(error)] * len(runs))
     footprint = Footprint(machine, memory or coefficients("memory").mapping())
-    seconds, peak = price(case, Datasheet(machine, time or coefficients("time").mapping())).seconds, footprint.peak(case)
+    seconds = price(case, Datasheet(machine, time or coefficients("time").mapping())).seconds
     odds = footprint.out_of_memory(case)
     best = choose(rows, seconds, odds)
     baseline = case.model_flops() / (CONSTANT_MFU * machine.product_flops * case.devices)
-    for column, values in zip(columns, (seconds, peak, odds, baseline), strict=True):
-        column[rows[best]] = np.broadcast_to(values, rows.shape)[best]
-    return Predictions(*columns, why_not=why_not)
+    return Predictions(column(seconds), column(footprint.peak(case)), column(odds), column(baseline), why_not)
 
 
 def choose(rows: Array, seconds: Array, odds: Array) -> Array:

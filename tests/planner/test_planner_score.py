@@ -176,7 +176,7 @@ def test_missing_columns_and_files_are_named(tmp_path: Path, some: Rows) -> None
 @pytest.mark.parametrize(("change", "words"), [
     ({"gpu": "A100-8O"}, "unknown; did you mean 'A100-80'"), ({"n_gpus": "7"}, "are not the 7 devices"),
     ({"model": "nobody's", "layers": ""}, "layers are blank"), ({"seq": ""}, "seq is blank"), ({"tp": "0"}, "tp = 0"),
-    ({"heads": "0"}, "heads are blank or 0")])
+    ({"model": "nobody's", "heads": "0"}, "heads are blank or 0")])
 def test_rows_that_cannot_be_priced_say_why(tmp_path: Path, some: Rows, change: dict[str, str], words: str) -> None:
     row = next(row for row in some if row["id"].startswith("VTS"))
     (why,) = predict(read_runs(write(tmp_path / "odd.csv", [row | change]))).why_not
