@@ -17,6 +17,7 @@ from athanor.planner.rates import Work, smooth_max
 
 GENERATIONS = ("volta", "ampere", "hopper", "blackwell", "blackwell-ultra", "other")
 PROGRAMS = ("megatron", "megatron-deepspeed", "scaling", "megatron-core", "fsdp", "zero3", "jax")
+SCATTERING = ("megatron", "megatron-core")  # programs whose tensor ranks share what goes from stage to stage
 KERNELS = ("flash", "flash2", "flash1", "fused", "eager")  # flash2 is made for ampere, flash for whatever the device is
 LATEST = 2026.7  # release of a program that is known by no date
 FUSED, GRAPHED = 2025.6, 2026.4  # releases since which experts are computed in few kernels, and (on Blackwell) in a graph

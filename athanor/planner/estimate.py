@@ -17,7 +17,7 @@ from athanor.foundation.schedules import DEFAULT_SCHEDULE, LOOPS, find_schedule
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.calibrate import mappings
 from athanor.planner.case import FULL, NONE, SELECTIVE, Case, case_of
-from athanor.planner.datasheet import KERNELS, PROGRAMS, Datasheet, machine_of
+from athanor.planner.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, machine_of
 from athanor.planner.memory import GIB, Footprint
 from athanor.planner.step import price
 
@@ -111,7 +111,7 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
               "sequence_parallel": int(found.get("sequence_parallel", layout.tp > 1)),
               "program": found.get("program", "megatron-core"), "kernel": found.get("kernel", "flash")}
     run = {axis: filled[axis] for axis in ("pp", "cp", "tp", "ep", "zero", "seq_len", "micro_batch_size", "num_microbatches")}
-    is_scattered = filled["sequence_parallel"] or filled["program"] in ("megatron", "megatron-core")
+    is_scattered = filled["sequence_parallel"] or filled["program"] in SCATTERING
     run |= {"dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "chunks": loops,
             "is_sequence_parallel": filled["sequence_parallel"],
             "is_scattered": float(is_scattered), "recompute": RECOMPUTE[filled["recompute"]],

@@ -17,7 +17,7 @@ from athanor.foundation.errors import ModelError, UserError, did_you_mean
 from athanor.models.shapes.find import find_shape
 from athanor.models.shapes.products import Attended, Counted, Product, feed_forward
 from athanor.planner.case import FULL, NONE, SELECTIVE, Array, Case, case_of
-from athanor.planner.datasheet import Machine, machine_of
+from athanor.planner.datasheet import SCATTERING, Machine, machine_of
 
 WORDS = ("model", "gpu", "sequence_parallel", "recompute", "precision", "flash_attention", "framework", "attn_kernel",
          "gated_mlp", "tied_embed")
@@ -224,7 +224,7 @@ def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:
     sequence = float(tp > 1 and (parallel == "y" or (parallel == "" and is_new)))
     return {"pp": pp, "chunks": max(1.0, chunks), "dp": dp, "shard": dp * cp, "cp": cp, "tp": tp,
             "ep": min(max(1.0, run.number("ep", 1)), tp * cp * dp), "zero": zero,
-            "is_sequence_parallel": sequence, "is_scattered": float(sequence or program in ("megatron", "megatron-core")),
+            "is_sequence_parallel": sequence, "is_scattered": float(sequence or program in SCATTERING),
             "seq_len": run.numbers["seq"], "micro_batch_size": micro, "num_microbatches": max(1.0, batch / (dp * micro)),
             "recompute": recompute, "weight_bytes": 4.0 if precision in ("fp32", "tf32") else 2.0,
             "product_bytes": next((size for word, size in PRODUCT_BYTES.items() if word in precision), 2.0)}
