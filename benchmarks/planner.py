@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from athanor.planner.calibrate import coefficients
-from athanor.planner.runs import Run, read_runs
-from athanor.planner.score import Fitting, Predictions, predict, score
+from athanor.cost.calibrate import coefficients
+from athanor.cost.runs import Run, read_runs
+from athanor.cost.score import Fitting, Predictions, predict, score
 
 DATA = Path(__file__).parent / "data"
 RUNS = DATA / "published_runs.csv.gz"

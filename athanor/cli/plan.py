@@ -85,10 +85,10 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -
     """Plan a recipe on its cluster; measures this machine into the run folder when nothing else is given."""
     from athanor.cli.check import check
     from athanor.cluster.spec import read_cluster
+    from athanor.cost.own import factors
     from athanor.data.sources import scan
     from athanor.foundation.errors import UserError
     from athanor.foundation.run_folder import runs_root
-    from athanor.planner.own import factors
     from athanor.planner.plan import make_plan
 
     named = None if recipe.cluster.file == "auto" else Path(recipe.cluster.file)

@@ -23,11 +23,11 @@ def command(runs: Path, out: Path, own: bool, as_json: bool) -> None:
 
     `athanor plan estimate` and `athanor plan score` take the file with --coefficients.
     """
+    from athanor.cost.calibrate import mappings, own_factor, rewritten
+    from athanor.cost.runs import read_runs
+    from athanor.cost.score import Fitting, predict
     from athanor.foundation.errors import UserError
     from athanor.foundation.run_folder import write_atomic
-    from athanor.planner.calibrate import mappings, own_factor, rewritten
-    from athanor.planner.runs import read_runs
-    from athanor.planner.score import Fitting, predict
 
     rows = read_runs(runs)
     fitting = Fitting.of(rows)

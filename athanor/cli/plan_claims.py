@@ -23,8 +23,8 @@ from athanor.foundation.progress import say
 def command(accelerator: str | None, model: str | None, as_json: bool, **figures: float | None) -> None:
     """Say which published figures of a run agree: 6ND or 8ND, MFU or HFU, and the goodput that is left."""
     from athanor.cluster.spec import load_accelerator
+    from athanor.laws.claims import Claims, compare
     from athanor.models.shapes.find import find_shape
-    from athanor.planner.claims import Claims, compare
 
     peak = load_accelerator(accelerator)["peak_bf16_flops"]["value"] if accelerator is not None else None
     shape = find_shape(model) if model is not None else None

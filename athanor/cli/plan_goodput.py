@@ -12,7 +12,7 @@ from athanor.foundation.progress import console, say
 from athanor.foundation.units import format_seconds, format_share
 
 if TYPE_CHECKING:
-    from athanor.planner.goodput import Job
+    from athanor.laws.goodput import Job
 
 QUANTILES = {"p10": 10, "p50": 50, "p90": 90}
 
@@ -37,7 +37,7 @@ def command(devices: int, days_of_steps: float, checkpoint_seconds: float | None
 
     from athanor.foundation.errors import UserError
     from athanor.foundation.units import check_positive
-    from athanor.planner import goodput
+    from athanor.laws import goodput
 
     check_positive(failures_per_1000_device_days=failures_per_1000_device_days)
     if checkpoint_seconds is None:
@@ -66,7 +66,7 @@ def show(job: Job, devices: int, finish: dict[str, float]) -> None:
     """Interval, goodput, accounts, and the range of the finish."""
     from rich.table import Table
 
-    from athanor.planner.goodput import DAY, young_interval
+    from athanor.laws.goodput import DAY, young_interval
 
     say(f"{devices:,} devices: {job.faults * DAY:.3g} faults a day, one every {format_seconds(1 / job.faults)}. Save every "
         f"{format_seconds(job.interval)} (Young's square root: {format_seconds(young_interval(job.save_seconds, job.faults))})")

@@ -14,8 +14,8 @@ from athanor.foundation.progress import console, say
 from athanor.foundation.units import PD_FLOP, check_positive, format_count, format_flops, format_share
 
 if TYPE_CHECKING:
-    from athanor.planner.fit import Fit
-    from athanor.planner.scaling import Opinion
+    from athanor.laws.fit import Fit
+    from athanor.laws.scaling import Opinion
 
 
 @click.command()
@@ -34,8 +34,8 @@ def command(params: float | None, tokens: float | None, pd: float | None, unique
     """Set the laws of loss side by side for --params and --tokens, or for --pd; fit one to your own runs."""
     from athanor.foundation.errors import UserError
     from athanor.foundation.run_folder import write_atomic
-    from athanor.planner import scaling
-    from athanor.planner.fit import fit_law, read_runs
+    from athanor.laws import scaling
+    from athanor.laws.fit import fit_law, read_runs
 
     own, answer = scaling.read_laws(laws) if laws else [], dict[str, object]()
     if out and not runs:
@@ -67,7 +67,7 @@ def command(params: float | None, tokens: float | None, pd: float | None, unique
 def _size_and_tokens(params: float | None, tokens: float | None, pd: float | None, unique_tokens: float) -> tuple[float, float]:
     """Two of the three give the third; of PD alone, the optimum of the planner's law."""
     from athanor.foundation.errors import UserError
-    from athanor.planner.scaling import law_for
+    from athanor.laws.scaling import law_for
 
     check_positive(params=params, tokens=tokens, pd=pd, unique_tokens=None if unique_tokens == math.inf else unique_tokens)
     if params and tokens:
@@ -90,7 +90,7 @@ def show(parameters: float, tokens: float, unique_tokens: float, opinions: list[
     """The laws as a table, and how far they agree."""
     from rich.table import Table
 
-    from athanor.planner.scaling import disagreement, effective_tokens
+    from athanor.laws.scaling import disagreement, effective_tokens
 
     flops = 6 * parameters * tokens
     say(f"{format_count(parameters)} parameters on {format_count(tokens)} tokens, {tokens / parameters:.3g} a parameter: "

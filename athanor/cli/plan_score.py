@@ -20,9 +20,9 @@ def command(runs: Path, file: Path | None, as_json: bool) -> None:
 
     Columns are those of benchmarks/data/published_runs.csv. No prediction looks at measured columns, notes, ids or order.
     """
-    from athanor.planner.calibrate import mappings
-    from athanor.planner.runs import read_runs
-    from athanor.planner.score import describe_rows, predict, score
+    from athanor.cost.calibrate import mappings
+    from athanor.cost.runs import read_runs
+    from athanor.cost.score import describe_rows, predict, score
 
     rows = read_runs(runs)
     found = predict(rows, *mappings(file))

@@ -104,8 +104,8 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
 def learned(result: dict[str, Any], recipe: Recipe, run: RunFolder, stage: str) -> dict[str, Any]:
     """The result of training; what it says about its forecast is kept for the next ones on this machine."""
     from athanor.cluster.spec import read_cluster
+    from athanor.cost.own import record
     from athanor.ledger.book import read_book
-    from athanor.planner.own import record
 
     file = run.cluster if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
     folder = run.stage(stage)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from athanor.cost.datasheet import accelerator
+from athanor.cost.memory import GIB
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.units import PD_FLOP, format_bytes, format_share
-from athanor.planner.datasheet import accelerator
 from athanor.planner.finalists import Finalist, finalists, refine
-from athanor.planner.memory import GIB
 from athanor.planner.search import Grid, Mask, Task, sweep
 
 FACTORS = (0.25, 0.5, 2.0)  # of the devices asked for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from athanor.cluster.spec import ClusterSpec
-from athanor.planner.coefficients import load, python_factor, text_factor
+from athanor.cost.coefficients import load, python_factor, text_factor
 
 ACCOUNT = {"check": "check", "plan": "check", "data": "data", "evaluate": "evaluation", "registry": "publish",
            "serve": "publish", "report": "publish"}

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from athanor.cluster.spec import ClusterSpec
+from athanor.cost.case import mean_context
+from athanor.cost.memory import fits, peak_memory
 from athanor.foundation.errors import LayoutError, UserError
 from athanor.foundation.layout import AXES, Layout, check_batch, check_experts, check_model
 from athanor.foundation.recipe import Parallel, Recipe, Stage
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, check_pipeline, stages_of
 from athanor.foundation.units import format_bytes
+from athanor.laws import scaling
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import check_architecture, load_shape, new_shape, shape_class
-from athanor.planner import scaling
-from athanor.planner.case import mean_context
 from athanor.planner.forecast import Forecaster, StageChoice, Step
-from athanor.planner.memory import fits, peak_memory
 
 HIDDEN_SIZES = (64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192)
 LAYERS = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)

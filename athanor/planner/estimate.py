@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from athanor.cluster.spec import load_accelerator, read_cluster
+from athanor.cost.calibrate import mappings
+from athanor.cost.case import FULL, NONE, SELECTIVE, Case, case_of
+from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, machine_of
+from athanor.cost.memory import GIB, Footprint
+from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError, did_you_mean
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, LOOPS, find_schedule
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner.calibrate import mappings
-from athanor.planner.case import FULL, NONE, SELECTIVE, Case, case_of
-from athanor.planner.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, machine_of
-from athanor.planner.memory import GIB, Footprint
-from athanor.planner.step import price
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 RECOMPUTE = {"none": NONE, "selective": SELECTIVE, "full": FULL}

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from athanor.cost.case import Array
+from athanor.cost.memory import GIB
+from athanor.cost.pipeline import ROUNDING
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.units import format_share
-from athanor.planner.case import Array
 from athanor.planner.estimate import RECOMPUTE
 from athanor.planner.finalists import Finalist, refine
-from athanor.planner.memory import GIB
-from athanor.planner.pipeline import ROUNDING
 from athanor.planner.search import Grid
 
 # Each choice, and the choices that follow it: they take their best value when it changes.

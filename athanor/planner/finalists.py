@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from athanor.cost.case import Array, Case
+from athanor.cost.memory import GIB
+from athanor.cost.pipeline import best_split, simulate
+from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.layout import Layout
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, cut
 from athanor.ledger.book import Book
-from athanor.planner.case import Array, Case
 from athanor.planner.estimate import RECOMPUTE
-from athanor.planner.memory import GIB
-from athanor.planner.pipeline import best_split, simulate
 from athanor.planner.search import Grid, Mask, Task
-from athanor.planner.step import price
 
 FINALISTS = 50
 SPLIT_GAIN = 1.3  # a layout whose equal stages need so many times the memory may still fit with unequal ones

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from athanor.cluster.spec import ClusterSpec
+from athanor.cost.case import FULL, NONE, SELECTIVE, Array, Case, case_of, mean_context
+from athanor.cost.coefficients import load, python_factor
+from athanor.cost.measured import WIDTH_BYTES, Measured
+from athanor.cost.memory import peak_memory
+from athanor.cost.own import COMPUTING, corrected
+from athanor.cost.step import price
 from athanor.foundation.layout import Layout, keeps_whole
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
 from athanor.ledger.book import Book
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner.case import FULL, NONE, SELECTIVE, Array, Case, case_of, mean_context
-from athanor.planner.coefficients import load, python_factor
-from athanor.planner.measured import WIDTH_BYTES, Measured
-from athanor.planner.memory import peak_memory
-from athanor.planner.own import COMPUTING, corrected
-from athanor.planner.step import price
 
 RECOMPUTE = {"none": NONE, "full": FULL, "selective": SELECTIVE}
 

@@ -9,8 +9,8 @@ from typing import Any
 from athanor.cluster.spec import ClusterSpec, with_devices
 from athanor.foundation.recipe import Recipe, toml_value
 from athanor.foundation.units import format_count
+from athanor.laws import scaling
 from athanor.ledger.book import Book, total
-from athanor.planner import scaling
 from athanor.planner.chain import ACCOUNT, chain_seconds
 from athanor.planner.choose import Candidate, Text, block_parameters, rank_candidates
 from athanor.planner.forecast import Forecaster, StageChoice, Step

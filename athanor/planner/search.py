@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from athanor.cost.calibrate import coefficients
+from athanor.cost.case import Array, Case, case_of
+from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, Machine, machine_of
+from athanor.cost.memory import Footprint
+from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError, UserError, did_you_mean
 from athanor.foundation.layout import check_batch
 from athanor.foundation.units import check_positive
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner.calibrate import coefficients
-from athanor.planner.case import Array, Case, case_of
-from athanor.planner.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, Machine, machine_of
 from athanor.planner.estimate import PRODUCT_BYTES, RECOMPUTE, Cluster
-from athanor.planner.memory import Footprint
-from athanor.planner.step import price
 
 Mask = NDArray[np.bool_]
 CHUNKS = (1, 2, 3, 4, 5, 6, 8)  # stages of a pipeline rank, beside the numbers that divide the layers

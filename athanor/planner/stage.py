@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from athanor.cluster.spec import ClusterSpec
+from athanor.cost.coefficients import load
 from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import Parallel, Recipe, Stage
 from athanor.foundation.schedules import DEFAULT_SCHEDULE
 from athanor.foundation.units import PD_FLOP, format_count, format_seconds
-from athanor.planner import goodput, scaling
+from athanor.laws import goodput, scaling
 from athanor.planner.choose import LEAST_STEPS, Candidate, Part, Text, buy
-from athanor.planner.coefficients import load
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 
 PRETRAIN_SHARE = 0.85

@@ -11,14 +11,14 @@ import pytest
 
 import athanor.planner
 from athanor.cluster.spec import ClusterSpec
+from athanor.cost.case import mean_context
+from athanor.cost.coefficients import load
+from athanor.cost.measured import Measured, Table
+from athanor.cost.memory import peak_memory
 from athanor.foundation.errors import UserError
 from athanor.foundation.layout import Layout
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner.case import mean_context
-from athanor.planner.coefficients import load
 from athanor.planner.forecast import Forecaster, StageChoice
-from athanor.planner.measured import Measured, Table
-from athanor.planner.memory import peak_memory
 
 PEAK, RATE, PASS_SECONDS = 2e10, 1e10, 1e-9
 SHAPE = DecoderShape(vocab_size=4096, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from athanor.cluster.spec import ClusterSpec
+from athanor.cost.own import NAME, corrected, factors, record
 from athanor.foundation.errors import UserError
 from athanor.foundation.layout import Layout
 from athanor.ledger.book import Book
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.forecast import Forecaster, StageChoice
-from athanor.planner.own import NAME, corrected, factors, record
 
 SHAPE = DecoderShape(vocab_size=4096, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4)
 STAGE = StageChoice("pretrain", seq_len=256, micro_batch_size=8, num_microbatches=2, steps=100, precision="fp32",

@@ -17,8 +17,8 @@ from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import check_batch
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.units import PD_FLOP
+from athanor.laws import scaling
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner import scaling
 from athanor.planner.plan import Plan, make_plan
 from athanor.planner.stage import budget_shares, vocabulary_for
 

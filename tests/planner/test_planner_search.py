@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from athanor.cli.plan import command
+from athanor.cost.pipeline import simulate
 from athanor.foundation.errors import AthanorError, LayoutError, UserError
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
 from athanor.foundation.schedules import check_pipeline, cut
@@ -21,7 +22,6 @@ from athanor.models.shapes.find import find_shape
 from athanor.planner import answers, explain
 from athanor.planner.estimate import RECOMPUTE, estimate, read_cluster_words
 from athanor.planner.finalists import Finalist, _step, finalists, refine
-from athanor.planner.pipeline import simulate
 from athanor.planner.search import MICRO_BATCHES, Task, sweep
 
 SMALL = DecoderShape(vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=12, num_attention_heads=16,

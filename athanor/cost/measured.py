@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from athanor.cluster.spec import ClusterSpec
+from athanor.cost.case import FULL, NONE, Array, Case
+from athanor.cost.coefficients import load, python_factor
+from athanor.cost.rates import Work
 from athanor.foundation.errors import UserError, did_you_mean
-from athanor.planner.case import FULL, NONE, Array, Case
-from athanor.planner.coefficients import load, python_factor
-from athanor.planner.rates import Work
 
 QUERY_BLOCK, MOST_BLOCKS = 128, 8  # queries taken together on a CPU (models/cpu_attention.py)
 LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # of a chunk of logits in fp32 (models/loss.py)

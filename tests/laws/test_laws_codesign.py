@@ -4,9 +4,9 @@ import pytest
 
 from athanor.foundation.errors import UserError
 from athanor.foundation.units import PD_FLOP
+from athanor.laws import scaling
+from athanor.laws.codesign import COLUMNS, DAY, aspect_penalty, explain, family, rank_designs, table
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner import scaling
-from athanor.planner.codesign import COLUMNS, DAY, aspect_penalty, explain, family, rank_designs, table
 
 SIZE, VOCABULARY = 8_030_261_248, 128_256  # Llama 3 8B
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from athanor.foundation.errors import UserError
-from athanor.planner.calibrate import (
+from athanor.cost.calibrate import (
     LEAST_GROUP,
     LIKE_MEMORY,
     coefficients,
@@ -18,11 +17,12 @@ from athanor.planner.calibrate import (
     fit_time,
     source_weights,
 )
-from athanor.planner.case import Array, Case
-from athanor.planner.datasheet import Datasheet, Machine
-from athanor.planner.memory import GIB, Footprint
-from athanor.planner.runs import Run, describe
-from athanor.planner.step import price
+from athanor.cost.case import Array, Case
+from athanor.cost.datasheet import Datasheet, Machine
+from athanor.cost.memory import GIB, Footprint
+from athanor.cost.runs import Run, describe
+from athanor.cost.step import price
+from athanor.foundation.errors import UserError
 
 CONSTANT_MFU = 0.35  # of the baseline that knows a model's FLOPs and the peak, and nothing else
 MISSING_ERROR = 0.52  # of a row that is not covered: what a constant MFU errs on published runs

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from athanor.foundation.errors import LayoutError
-from athanor.planner.yuan import YuanRun, method_1, method_2
+from athanor.laws.yuan import YuanRun, method_1, method_2
 
 A100 = 312e12
 NODE = 2 * 195e9 / 8  # 2 x 195 Gb/s in bytes/s

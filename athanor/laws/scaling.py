@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from athanor.foundation.errors import UserError, did_you_mean
 from athanor.foundation.units import check_positive
-from athanor.planner.coefficients import load
+from athanor.laws.published import constants
 
 NUMBERS = ("irreducible", "a", "alpha", "b", "beta")
-
-
-@functools.cache
-def constants() -> dict[str, Any]:
-    """All of `laws.toml`."""
-    parsed: dict[str, Any] = tomllib.loads((Path(__file__).parent / "laws.toml").read_text(encoding="utf-8"))
-    return parsed
 
 
 def effective_tokens(tokens: float, unique_tokens: float) -> float:
@@ -190,6 +181,6 @@ def disagreement(opinions: list[Opinion]) -> float:
 
 def learning_rate(hidden_size: int, optimizer: str, is_start: bool) -> float:
     """Peak rate at width 128, falling with the square root of the width; lower when training goes on from a model."""
-    rates = load()["learning_rate"]
+    rates = constants()["learning_rate"]
     rate = min(rates["most"], rates[optimizer] * math.sqrt(128 / hidden_size))
     return float(f"{rate * (1.0 if is_start else rates['continued']):.2g}")

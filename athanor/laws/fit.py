@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from athanor.foundation.errors import UserError
-from athanor.planner.scaling import NUMBERS, Law, effective_tokens
+from athanor.laws.scaling import NUMBERS, Law, effective_tokens
 
 DELTA = 1e-3  # of the Huber loss in log loss, as Hoffmann et al. 2022 chose
 LEAST_RUNS = 6  # one more than there are constants

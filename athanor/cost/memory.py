@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
+from athanor.cost.case import FULL, SELECTIVE, Array, Case
+from athanor.cost.datasheet import KERNELS, Rated
+from athanor.cost.measured import WIDTH_BYTES
 from athanor.foundation.layout import Layout, keeps_whole
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner.case import FULL, SELECTIVE, Array, Case
-from athanor.planner.datasheet import KERNELS, Rated
-from athanor.planner.measured import WIDTH_BYTES
 
 GIB = 2.0**30
 

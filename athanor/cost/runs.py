@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from athanor.cost.case import FULL, NONE, SELECTIVE, Array, Case, case_of
+from athanor.cost.datasheet import SCATTERING, Machine, machine_of
 from athanor.foundation.errors import ModelError, UserError, did_you_mean
 from athanor.models.shapes.find import find_shape
 from athanor.models.shapes.products import Attended, Counted, Product, feed_forward
-from athanor.planner.case import FULL, NONE, SELECTIVE, Array, Case, case_of
-from athanor.planner.datasheet import SCATTERING, Machine, machine_of
 
 WORDS = ("model", "gpu", "sequence_parallel", "recompute", "precision", "flash_attention", "framework", "attn_kernel",
          "gated_mlp", "tied_embed")

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from athanor.planner.case import Array, Case
+from athanor.cost.case import Array, Case
 
 Seconds = dict[str, tuple[Array, Array]]  # forward and backward, by kind of work
 SHARPNESS = 4.0  # of the smooth maximum of two times of which the longer one hides most of the other

@@ -12,8 +12,8 @@ from athanor.cli.plan import command
 from athanor.cluster.spec import load_accelerator
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.units import PD_FLOP
+from athanor.laws.claims import Claims, Finding, compare
 from athanor.models.shapes.find import find_shape
-from athanor.planner.claims import Claims, Finding, compare
 
 A100 = 312e12
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from athanor.foundation.errors import UserError
 from athanor.foundation.units import PD_FLOP, check_positive, format_count
+from athanor.laws import scaling
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.planner import scaling
 
 DEPTHS = (2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
 FFN_RATIOS = (8 / 3, 3.5, 4.0)  # intermediate_size / hidden_size

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from athanor.cli.plan_scaling import command
 from athanor.foundation.errors import UserError
 from athanor.foundation.units import PD_FLOP
-from athanor.planner import scaling
-from athanor.planner.fit import fit_law, read_runs
-from athanor.planner.scaling import Law
+from athanor.laws import scaling
+from athanor.laws.fit import fit_law, read_runs
+from athanor.laws.scaling import Law
 
 TRUE = Law("own", 1.7, 400.0, 0.34, 900.0, 0.31)
 

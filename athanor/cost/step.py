@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from athanor.planner.case import Array, Case
-from athanor.planner.rates import Rates, Work
+from athanor.cost.case import Array, Case
+from athanor.cost.rates import Rates, Work
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from numpy.testing import assert_allclose
 from torch import nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
+from athanor.cost.pipeline import BACKWARD, FORWARD, FORWARD_HELD, INPUT, WEIGHT, best_split, bubble_share, order, simulate
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.schedules import SCHEDULES, Pipeline, cut
-from athanor.planner.pipeline import BACKWARD, FORWARD, FORWARD_HELD, INPUT, WEIGHT, best_split, bubble_share, order, simulate
 
 NAMES = {FORWARD: "F", FORWARD_HELD: "F", BACKWARD: "B", INPUT: "I", WEIGHT: "W"}
 Done = list[tuple[int, str, int]]

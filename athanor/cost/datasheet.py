@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from athanor.cluster.spec import load_accelerator
+from athanor.cost.case import FULL, Array, Case
+from athanor.cost.rates import Work, smooth_max
 from athanor.foundation.errors import UserError
-from athanor.planner.case import FULL, Array, Case
-from athanor.planner.rates import Work, smooth_max
 
 GENERATIONS = ("volta", "ampere", "hopper", "blackwell", "blackwell-ultra", "other")
 PROGRAMS = ("megatron", "megatron-deepspeed", "scaling", "megatron-core", "fsdp", "zero3", "jax")

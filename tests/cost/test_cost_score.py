@@ -15,14 +15,14 @@ from click.testing import CliRunner
 
 from athanor.cli.plan_calibrate import command as calibrate
 from athanor.cli.plan_score import command as plan_score
+from athanor.cost.calibrate import coefficients, own_factor, tables
+from athanor.cost.case import Array, Case
+from athanor.cost.datasheet import Datasheet
+from athanor.cost.memory import Footprint
+from athanor.cost.runs import Run, read_runs
+from athanor.cost.score import Fitting, predict, ranking, score
+from athanor.cost.step import price
 from athanor.foundation.errors import UserError
-from athanor.planner.calibrate import coefficients, own_factor, tables
-from athanor.planner.case import Array, Case
-from athanor.planner.datasheet import Datasheet
-from athanor.planner.memory import Footprint
-from athanor.planner.runs import Run, read_runs
-from athanor.planner.score import Fitting, predict, ranking, score
-from athanor.planner.step import price
 
 TABLE = Path(__file__).parents[2] / "benchmarks/data/published_runs.csv.gz"
 Rows = list[dict[str, str]]

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from athanor.cli.plan_goodput import command
 from athanor.foundation.errors import UserError
+from athanor.laws.goodput import DAY, Job, best_interval, faults_per_second, saving_seconds, young_interval
 from athanor.ledger.accounts import NAMES
-from athanor.planner.goodput import DAY, Job, best_interval, faults_per_second, saving_seconds, young_interval
 
 
 def rsc(faults: float, overhead: float, interval: float, save: float) -> float:

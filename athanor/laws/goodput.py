@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from athanor.foundation.errors import UserError
 from athanor.foundation.units import check_positive
-from athanor.planner.coefficients import load
+from athanor.laws.published import constants
 
 DAY = 86400.0
 ACCOUNTS = ("checkpoint", "lost", "down", "startup")
@@ -22,7 +22,7 @@ LEAST_GOODPUT = 0.01  # below this nobody would start, and a simulation would no
 def faults_per_second(devices: int, per_day: float | None = None, per_device_day: float | None = None) -> float:
     """Rate of faults of a job: a + b N. A given b stands for the whole rate, so a is then 0 unless it is given too."""
     check_positive(devices=devices, faults_per_day=per_day or None, faults_per_device_day=per_device_day or None)
-    table = load()["faults"]
+    table = constants()["faults"]
     if per_day is None:
         per_day = table["per_day"] if per_device_day is None else 0.0
     return float(per_day + devices * (table["per_device_day"] if per_device_day is None else per_device_day)) / DAY

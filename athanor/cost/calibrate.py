@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from athanor.cost.case import Array, Case
+from athanor.cost.datasheet import Datasheet, Machine
+from athanor.cost.memory import Footprint
+from athanor.cost.step import price
 from athanor.foundation.errors import UserError
-from athanor.planner.case import Array, Case
-from athanor.planner.datasheet import Datasheet, Machine
-from athanor.planner.memory import Footprint
-from athanor.planner.step import price
 
 FILE = Path(__file__).with_name("datasheet.toml")
 SPREAD = 0.1  # relative error that a row is expected to have; larger ones count less than by their squares (soft L1)
