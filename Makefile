@@ -28,7 +28,7 @@ demo: setup
 
 check: setup-test
 	.venv/bin/ruff check .
-	.venv/bin/mypy --strict athanor/foundation athanor/ledger athanor/planner athanor/data
+	.venv/bin/mypy --strict athanor/foundation athanor/ledger athanor/laws athanor/cost athanor/planner athanor/data
 	.venv/bin/mypy athanor
 	.venv/bin/python -m pytest -q tests/house
 

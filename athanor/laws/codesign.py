@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from athanor.foundation.errors import UserError
 from athanor.foundation.units import PD_FLOP, check_positive, format_count
 from athanor.laws import scaling
+from athanor.laws.published import constants
 from athanor.models.shapes.decoder import DecoderShape
 
 DEPTHS = (2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)
@@ -43,7 +44,7 @@ class Design:
 
 def aspect_penalty(shape: DecoderShape) -> float:
     """Relative loss that hidden_size / num_hidden_layers may cost, at most; laws of loss do not tell it (`laws.toml`)."""
-    table, aspect = scaling.constants()["aspect"], shape.hidden_size / shape.num_hidden_layers
+    table, aspect = constants()["aspect"], shape.hidden_size / shape.num_hidden_layers
     beyond = max(math.log(aspect / table["free_to"]), math.log(table["free_from"] / aspect), 0.0)
     return float(table["measured_loss"] * (beyond / math.log(table["measured_at"] / table["free_to"])) ** 2)
 
@@ -70,7 +71,7 @@ def family(parameters: float, vocab_size: int, head_dim: int = 128, tp: int = 1,
                              num_key_value_heads=heads // group, head_dim=head_dim, tie_word_embeddings=is_tied,
                              intermediate_size=ffn)
         if (abs(shape.parameters() / parameters - 1) <= NEAR
-                and aspect_penalty(shape) <= scaling.constants()["aspect"]["measured_loss"]):
+                and aspect_penalty(shape) <= constants()["aspect"]["measured_loss"]):
             out[shape] = None
     if not out:
         raise UserError(f"no shape with heads of {head_dim} and a vocabulary of {vocab_size:,} comes within {NEAR:.0%} of "
@@ -88,7 +89,7 @@ def rank_designs(shapes: Iterable[DecoderShape], seconds_per_token: Callable[[De
     check_positive(pd=pd, device_days=device_days)
     if (pd is None) == (device_days is None):
         raise UserError("a co-design needs one budget: pd or device_days")
-    laws, judge, found = scaling.published_laws(), scaling.law(scaling.constants()["large"]), []
+    laws, judge, found = scaling.published_laws(), scaling.law(constants()["large"]), []
     for shape in shapes:
         each = seconds_per_token(shape)
         tokens = pd * PD_FLOP / shape.flops(1.0, mean_context) if pd is not None else (device_days or 0.0) * DAY / each
@@ -102,7 +103,7 @@ def rank_designs(shapes: Iterable[DecoderShape], seconds_per_token: Callable[[De
 
 def explain(ranked: list[Design]) -> str:
     """Why the first, in words: against the deepest and the widest of them."""
-    best, name = ranked[0], scaling.constants()["large"]
+    best, name = ranked[0], constants()["large"]
     parts = [f"{best}: predicted loss {best.losses[name]:.3f} after {format_count(best.tokens)} tokens"]
     by_aspect = sorted(ranked, key=lambda one: one.shape.hidden_size / one.shape.num_hidden_layers)
     for what, other in (("deepest", by_aspect[0]), ("widest", by_aspect[-1])):
