@@ -172,3 +172,13 @@ def sweep(task: Task) -> Grid:
         case = task.case({name: values[part] for name, values in columns.items()})
         seconds[part], peak[part] = price(case, task.rates).seconds, task.footprint.peak(case)
     return Grid(task, columns, seconds, peak, time.perf_counter() - started)
+
+
+def least_seconds(task: Task) -> float | None:
+    """The closed form's shortest step of a layout that fits; None when there is none."""
+    try:
+        grid = sweep(task)
+    except LayoutError:
+        return None
+    best = grid.best(1, grid.is_even)
+    return float(grid.seconds[best[0]]) if best else None

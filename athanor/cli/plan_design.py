@@ -1,0 +1,71 @@
+"""`athanor plan design`: the shape of a model of some size, chosen for loss and speed together."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from athanor.foundation.progress import Bar, console, say
+
+if TYPE_CHECKING:
+    from athanor.laws.codesign import Design
+
+
+@click.command()
+@click.option("--params", type=float, required=True, help="parameters of the model")
+@click.option("--cluster", required=True, help='an accelerator and what belongs to it: "H100-80 devices=1024 nic_gbps=400"')
+@click.option("--global-batch-tokens", type=int, required=True, help="tokens of a step")
+@click.option("--pd", type=float, help="budget of compute, in PD of model FLOPs")
+@click.option("--device-days", type=float, help="budget of device time; instead of --pd")
+@click.option("--vocab-size", type=int, default=128256, show_default=True, help="entries of the tokenizer")
+@click.option("--seq-len", type=int, default=4096, show_default=True, help="tokens of a row")
+@click.option("--precision", default="bf16", show_default=True, help="bf16, fp16 or fp8")
+@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="shapes to show")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
+def command(params: float, cluster: str, global_batch_tokens: int, pd: float | None, device_days: float | None, vocab_size: int,
+            seq_len: int, precision: str, top: int, as_json: bool) -> None:
+    """Set shapes of equal size side by side, each on its fastest layout, at an equal budget."""
+    from athanor.foundation.errors import UserError
+    from athanor.laws.codesign import explain, family, rank_designs
+    from athanor.models.shapes.decoder import DecoderShape
+    from athanor.planner.estimate import read_cluster_words
+    from athanor.planner.search import Task, least_seconds
+
+    machines = read_cluster_words(cluster)
+    if machines.devices is None:
+        raise UserError(f"on how many {machines.accelerator}? Give devices=… with the cluster")
+    devices, shapes = machines.devices, family(params, vocab_size)
+    seconds: dict[DecoderShape, float] = {}
+    with Bar("shapes", len(shapes)) as bar:
+        for shape in shapes:
+            task = Task(shape, machines, devices, global_batch_tokens, seq_len, precision=precision)
+            if (step := least_seconds(task)) is not None:
+                seconds[shape] = step * devices / global_batch_tokens
+            bar.advance()
+    if not seconds:
+        raise UserError(f"none of {len(shapes)} shapes of {params:,.3g} parameters fits on {devices:,} {machines.accelerator}; "
+                        "take more devices, or a smaller model")
+    ranked = rank_designs(seconds, seconds.__getitem__, pd=pd, device_days=device_days, mean_context=(seq_len + 1) / 2)
+    if as_json:
+        click.echo(json.dumps({"shapes": len(shapes), "fitting": len(seconds), "why": explain(ranked), "designs": [
+            {**one.shape.to_config(), "parameters": one.shape.parameters(), "tokens": one.tokens, "device_days": one.device_days,
+             "seconds_per_token": seconds[one.shape], "losses": one.losses, "penalty": one.penalty, "cost": one.cost}
+            for one in ranked[:top]]}))
+        return
+    show(ranked[:top])
+    say(explain(ranked))
+
+
+def show(ranked: list[Design]) -> None:
+    from rich.table import Table
+
+    from athanor.laws.codesign import COLUMNS, table
+
+    shown = Table(box=None, title="Shapes of equal size at an equal budget, the best first", title_justify="left")
+    for column in (*COLUMNS, *ranked[0].losses):
+        shown.add_column(column, justify="right")
+    for row in table(ranked):
+        shown.add_row(*row)
+    console.print(shown)
