@@ -13,6 +13,7 @@ from athanor.models.shapes.products import Counted
 
 Array = NDArray[np.float64]
 PIECES = {"qkv": 3, "gate_up": 2}  # parameters that are multiplied together
+SHORT = 1e-6  # of a row in its documents' length: below it the difference of nearly equal numbers would be taken
 NO_END = 1e13  # tokens of a document that no row sees the end of
 NONE, FULL, SELECTIVE = 0.0, 1.0, 2.0  # recomputation
 
@@ -138,7 +139,7 @@ def mean_context(seq_len: ArrayLike, document_tokens: ArrayLike) -> Array:
     """
     length = np.asarray(document_tokens, dtype=np.float64)
     ratio = np.asarray(seq_len) / length
-    return np.asarray(length * (1.0 + np.expm1(-ratio) / ratio) + 0.5)
+    return np.asarray(length * np.where(ratio < SHORT, ratio / 2, 1.0 + np.expm1(-ratio) / ratio) + 0.5)
 
 
 def _mean_keys(shape: Counted, mean_context: float) -> float:

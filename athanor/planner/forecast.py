@@ -137,7 +137,8 @@ def case_for(shape: DecoderShape, layout: Layout, stages: Sequence[StageChoice])
     return case_of([shape], {
         "pp": layout.pp, "chunks": stages_of(stages[0].schedule) if layout.pp > 1 else 1,
         "dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "cp": layout.cp, "tp": layout.tp, "ep": layout.ep,
-        "zero": zero, "is_sequence_parallel": layout.tp > 1, "seq_len": [stage.seq_len for stage in stages],
+        "zero": zero, "is_sequence_parallel": layout.tp > 1, "is_scattered": layout.tp > 1,
+        "seq_len": [stage.seq_len for stage in stages],
         "document_tokens": [stage.document_tokens for stage in stages],
         "micro_batch_size": [stage.micro_batch_size for stage in stages],
         "num_microbatches": [stage.num_microbatches for stage in stages],

@@ -43,7 +43,7 @@ def test_the_command_prints_one_document() -> None:
      "tp=8 pp=35 num_microbatches=280 seq_len=2048 stages_per_rank=3 recompute=selective program=megatron kernel=fused",
      37.83, 0.12),
     # Yuan 1.0 245B on 2,128 A100 with 2 x 200 Gb/s a node: 46.20 s (Yuan 2.0, appendix C)
-    ("yuan-1.0-245b", "A100-80 devices=2128 nic_gbps=50",
+    ("yuan-1.0", "A100-80 devices=2128 nic_gbps=50",
      "tp=8 pp=38 dp_replicate=7 num_microbatches=480 seq_len=2048 recompute=full sequence_parallel=0 program=megatron "
      "kernel=fused",
      46.20, 0.05)])
