@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from athanor.cluster.timing import lower_quartile
+from athanor.cluster.timing import Operation, in_turns
 
+# operands and results are fresh, as they are in training: what no near cache holds, and memory that was just asked for
 COMPUTE_SIZE = {"cpu": 384, "cuda": 4096}  # of the square matmul between collectives, about a millisecond
 MESSAGE_BYTES = {"cpu": [2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24],
                  "cuda": [2**12, 2**15, 2**18, 2**21, 2**24, 2**27, 2**30]}
@@ -34,8 +36,8 @@ def collective_curves(device: torch.device, budget_seconds: float) -> dict[str, 
     """
     sizes = MESSAGE_BYTES[device.type]
     each = budget_seconds / (len(COLLECTIVES) * len(sizes))
-    return {name: [[float(size), time_together(make(size, device), device, each)] for size in sizes]
-            for name, make in COLLECTIVES.items()}
+    return {name: [[float(size), time_together(in_turns(partial(make, size, device), size, device), device, each)]
+                   for size in sizes] for name, make in COLLECTIVES.items()}
 
 
 def time_together(operation: Callable[[], Any], device: torch.device, budget_seconds: float) -> float:
@@ -54,7 +56,8 @@ def time_together(operation: Callable[[], Any], device: torch.device, budget_sec
         samples.append(_timed(operation, device))
     mine = torch.tensor(samples, dtype=torch.float64, device=device)
     dist.all_reduce(mine, dist.ReduceOp.MIN)
-    return lower_quartile(mine.tolist())
+    usual = sorted(mine.tolist())[:-(repetitions // 10) or None]  # ranks of a host disturb each other, and so they do in training
+    return sum(usual) / len(usual)
 
 
 def _timed(operation: Callable[[], Any], device: torch.device) -> float:
@@ -65,42 +68,45 @@ def _timed(operation: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _all_reduce(size: int, device: torch.device) -> Callable[[], Any]:
+def _all_reduce(size: int, device: torch.device) -> Operation:
     full = torch.zeros(size // 4, device=device)
     return lambda: dist.all_reduce(full)
 
 
-def _all_gather(size: int, device: torch.device) -> Callable[[], Any]:
-    full = torch.zeros(size // 4, device=device)
+def _all_gather(size: int, device: torch.device) -> Operation:
     part = torch.zeros(size // 4 // dist.get_world_size(), device=device)
-    return lambda: dist.all_gather_into_tensor(full[:part.numel() * dist.get_world_size()], part)
+
+    def gather() -> None:
+        dist.all_gather_into_tensor(part.new_empty(part.numel() * dist.get_world_size()), part)
+
+    return gather
 
 
-def _reduce_scatter(size: int, device: torch.device) -> Callable[[], Any]:
-    full = torch.zeros(size // 4, device=device)
-    part = torch.zeros(size // 4 // dist.get_world_size(), device=device)
-    return lambda: dist.reduce_scatter_tensor(part, full[:part.numel() * dist.get_world_size()])
+def _reduce_scatter(size: int, device: torch.device) -> Operation:
+    part = size // 4 // dist.get_world_size()
+    full = torch.zeros(part * dist.get_world_size(), device=device)
+    return lambda: dist.reduce_scatter_tensor(full.new_empty(part), full)
 
 
-def _all_to_all(size: int, device: torch.device) -> Callable[[], Any]:
+def _all_to_all(size: int, device: torch.device) -> Operation:
     sent = torch.zeros(size // 4 // dist.get_world_size() * dist.get_world_size(), device=device)
     return lambda: dist.all_to_all_single(torch.empty_like(sent), sent)
 
 
-def _send(size: int, device: torch.device) -> Callable[[], Any]:
+def _send(size: int, device: torch.device) -> Operation:
     """From each rank of even number to the next one."""
     message, rank = torch.zeros(size // 4, device=device), dist.get_rank()
 
     def pass_on() -> None:
         if rank % 2:
-            dist.recv(message, rank - 1)
+            dist.recv(torch.empty_like(message), rank - 1)
         elif rank + 1 < dist.get_world_size():
             dist.send(message, rank + 1)
 
     return pass_on
 
 
-COLLECTIVES: dict[str, Callable[[int, torch.device], Callable[[], Any]]] = {
+COLLECTIVES: dict[str, Callable[[int, torch.device], Operation]] = {
     "all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter, "all_to_all": _all_to_all,
     "send": _send}
 

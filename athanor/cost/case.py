@@ -58,6 +58,7 @@ class Case:
     ep: Array
     zero: Array  # 0: all on each rank; 1: optimizer state sharded, 2: gradients too, 3: parameters too
     is_sequence_parallel: Array
+    is_cut_by_cost: Array  # 1: the last stage has fewer blocks, for its head; 0: all have as many
     is_scattered: Array  # whether tensor ranks share out what a pipeline rank sends to the next
     # the run
     seq_len: Array
@@ -117,7 +118,7 @@ def case_of(shapes: Sequence[Counted], run: Mapping[str, ArrayLike]) -> Case:
     """The configurations of some models (one for all, or one each) under layouts and runs, by the names of `Case`."""
     columns = {name: np.atleast_1d(np.asarray(values, dtype=np.float64)) for name, values in run.items()}
     models: dict[str, Array] = {}
-    columns.setdefault("document_tokens", np.full(1, NO_END))
+    columns = {"document_tokens": np.full(1, NO_END), "is_cut_by_cost": np.zeros(1), **columns}
     each = {id(shape): _model_columns(shape) for shape in shapes}
     most = max(len(found["uses"]) for found in each.values())
     for name in next(iter(each.values())):

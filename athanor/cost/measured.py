@@ -186,13 +186,15 @@ class Measured:
         chunk = self.chunk(case)
         loss = 2 * case.tokens / chunk * self.collective("all_reduce", chunk * case.weight_bytes)
         is_cut = case.tp > 1
+        pair, loss = (self.constants["collective_factor"] * seconds for seconds in (pair, loss))
         return np.where(is_cut, pair * (2 + (case.recompute == FULL)), 0.0), np.where(is_cut, pair + loss, 0.0)
 
     def context(self, case: Case) -> Array:
         """Ulysses: queries, keys and values exchanged before attention, its result after it, and back in the backward pass."""
         width = (2 * case.heads + 2 * case.key_value_heads) * case.key_size / case.tp
         size = case.tokens * width * case.weight_bytes  # of what one rank sends in all
-        return self._where(case.cp > 1, "all_to_all", size * (2 + (case.recompute == FULL)))
+        exchanged = self._where(case.cp > 1, "all_to_all", size)
+        return np.asarray(self.constants["collective_factor"] * (2 + (case.recompute == FULL)) * exchanged)
 
     def expert(self, case: Case) -> Array:
         """Tokens to their experts and back, and the same for gradients; as many for each rank."""
@@ -201,7 +203,8 @@ class Measured:
         return np.asarray(case.moe_layers / case.layers * (4 + 2 * (case.recompute == FULL)) * once)
 
     def hop(self, case: Case) -> Array:
-        return self._where(case.pp > 1, "send", case.tokens * case.hidden / case.tp * case.weight_bytes)
+        sent = self._where(case.pp > 1, "send", case.tokens * case.hidden / case.tp * case.weight_bytes)
+        return np.asarray(sent + self.constants["hop_seconds"] * self.slow)
 
     def _where(self, is_needed: NDArray[np.bool_], name: str, size: Array) -> Array:
         return np.where(is_needed, self.collective(name, size), 0.0) if np.any(is_needed) else np.zeros(1)
@@ -258,7 +261,7 @@ class Measured:
             rows = np.array(self.cluster.jitter, dtype=float)
             nearest = np.argmin(np.abs(np.log(rows[:, :1] / np.maximum(between, 1e-6))), axis=0)
             share = np.maximum(share, rows[nearest, 1])
-        return np.where(case.devices > 1, computing * share, 0.0)
+        return np.where(case.dp * case.cp * case.tp > 1, computing * share, 0.0)  # pipeline ranks wait in their bubble
 
     def own(self) -> Array:
         return np.ones(1)  # `own.py` corrects each account

@@ -37,6 +37,7 @@ def price(case: Case, rates: Rates) -> Priced:
     is_even = (case.pp == 1) | (case.layers % (case.pp * case.chunks) == 0)
     mean = (case.layers * layer + outside) / case.pp
     slowest = np.where(is_even, most * layer + outside, np.maximum(most * layer, (most - 1) * layer + outside))
+    slowest = np.where(case.is_cut_by_cost * (case.pp > 1) > 0, _best_cut(case, layer, outside), slowest)
     hops = np.where(case.pp > 1, 2 * case.chunks * rates.hop(case), 0.0)
     stepping = times * (slowest + hops) + (case.pp - 1) / case.chunks * (mean + hops)
 
@@ -54,3 +55,12 @@ def price(case: Case, rates: Rates) -> Priced:
                 "optimizer": update, "input": entry, "skew": skew}
     more = (rates.own() - 1.0) * (total + skew)  # what the user's own runs say: seconds that no account above knows
     return Priced(total + skew + more, accounts | {"kernel": accounts["kernel"] + more}, work)
+
+
+def _best_cut(case: Case, layer: Array, outside: Array) -> Array:
+    """The slowest rank's seconds of a micro-batch when blocks are cut so that it is as fast as possible."""
+    best = np.full(np.broadcast_shapes(layer.shape, outside.shape, case.layers.shape), np.inf)
+    for last in range(1, int(np.max(np.ceil(case.layers / case.pp))) + 1):  # blocks beside the head
+        others = np.ceil((case.layers - last) / np.maximum(1, case.pp - 1))
+        best = np.minimum(best, np.maximum(others * layer, last * layer + outside))
+    return best

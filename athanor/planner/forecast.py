@@ -138,6 +138,7 @@ def case_for(shape: DecoderShape, layout: Layout, stages: Sequence[StageChoice])
         "pp": layout.pp, "chunks": stages_of(stages[0].schedule) if layout.pp > 1 else 1,
         "dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "cp": layout.cp, "tp": layout.tp, "ep": layout.ep,
         "zero": zero, "is_sequence_parallel": layout.tp > 1, "is_scattered": layout.tp > 1,
+        "is_cut_by_cost": 1,
         "seq_len": [stage.seq_len for stage in stages],
         "document_tokens": [stage.document_tokens for stage in stages],
         "micro_batch_size": [stage.micro_batch_size for stage in stages],
