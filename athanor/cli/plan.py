@@ -155,7 +155,7 @@ def show(plan: Plan) -> None:
         book = plan.books[name]
         say(f"{name}: {format_seconds(step.seconds)} a step, {format_count(book.tokens)} tokens, MFU "
             f"{format_share(book.derived()['mfu'])} of {format_rate(book.peak_flops or 0.0)}, "
-            f"peak memory {format_bytes(sum(value[0] for value in book.memory_bytes.values()))} a rank")
+            f"peak memory {format_bytes(max(map(sum, zip(*book.memory_bytes.values(), strict=True))))} a rank")
     for note in plan.notes:
         say(note)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from athanor.cluster.spec import ClusterSpec
 from athanor.cost.case import mean_context
-from athanor.cost.memory import fits, peak_memory
 from athanor.foundation.errors import LayoutError, UserError
 from athanor.foundation.layout import AXES, Layout, check_batch, check_experts, check_model
 from athanor.foundation.recipe import Parallel, Recipe, Stage
@@ -20,6 +19,7 @@ from athanor.laws import scaling
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import check_architecture, load_shape, new_shape, shape_class
 from athanor.planner.forecast import Forecaster, StageChoice, Step
+from athanor.planner.memory import fits, fullest
 
 HIDDEN_SIZES = (64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192)
 LAYERS = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)
@@ -159,11 +159,11 @@ def fastest(forecaster: Forecaster, shape: DecoderShape, layout: Layout, stage: 
     """The micro-batch size with the shortest step of `rows` rows per rank; None when none fits memory, or fills a pipeline."""
     choices = []
     for size in [stage.micro_batch_size] if stage.micro_batch_size else [d for d in range(1, rows + 1) if rows % d == 0]:
-        memory = peak_memory(shape, layout, rows=size, seq_len=template.seq_len, dtype=template.precision,
-                             recompute=template.recompute)
+        choice = replace(template, micro_batch_size=size, num_microbatches=rows // size)
+        memory = forecaster.memory(shape, layout, choice)
         if not fits(memory, forecaster.cluster.memory_bytes) or size * template.seq_len // layout.cp % layout.tp:
             break
-        choices.append(replace(template, micro_batch_size=size, num_microbatches=rows // size))
+        choices.append(choice)
     stages = layout.pp * stages_of(template.schedule)
     choices = [choice for choice in choices if is_runnable(layout, choice, stages, bool(stage.compile))]
     if not choices:
@@ -252,8 +252,7 @@ def rank_candidates(forecaster: Forecaster, recipe: Recipe, stage: Stage, templa
         if candidate is not None:
             out.append(candidate)
         else:
-            smallest = min(smallest, sum(peak_memory(shape, possible[-1], rows=1, seq_len=template.seq_len,
-                                                     dtype=template.precision).values()))
+            smallest = min(smallest, fullest(forecaster.memory(shape, possible[-1], replace(template, micro_batch_size=1))))
     if not out:
         if refused:
             raise refused

@@ -12,13 +12,13 @@ from athanor.cluster.spec import ClusterSpec
 from athanor.cost.case import FULL, NONE, SELECTIVE, Array, Case, case_of, mean_context
 from athanor.cost.coefficients import load, python_factor
 from athanor.cost.measured import WIDTH_BYTES, Measured
-from athanor.cost.memory import peak_memory
 from athanor.cost.own import COMPUTING, corrected
 from athanor.cost.step import price
 from athanor.foundation.layout import Layout, keeps_whole
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
 from athanor.ledger.book import Book
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.planner.memory import peak_memory
 
 RECOMPUTE = {"none": NONE, "full": FULL, "selective": SELECTIVE}
 
@@ -109,10 +109,14 @@ class Forecaster:
         book.tokens = float(stage.steps * stage.global_batch_tokens(layout))
         book.model_flops = shape.flops(book.tokens, float(mean_context(stage.seq_len, stage.document_tokens)))
         book.model_flops_full = shape.flops_full(book.tokens, stage.seq_len)
-        memory = peak_memory(shape, layout, rows=stage.micro_batch_size, seq_len=stage.seq_len, dtype=stage.precision,
-                             recompute=stage.recompute)
-        book.memory_bytes = {kind: [value] for kind, value in memory.items()}
+        book.memory_bytes = self.memory(shape, layout, stage)
         return book.close()
+
+    def memory(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> dict[str, list[float]]:
+        """Peak bytes by kind of each pipeline rank."""
+        return peak_memory(shape, layout, rows=stage.micro_batch_size, seq_len=stage.seq_len, dtype=stage.precision,
+                           recompute=stage.recompute, num_microbatches=stage.num_microbatches, optimizer=stage.optimizer,
+                           schedule=stage.schedule, device_type=self.cluster.device_type)
 
     def save_seconds(self, shape: DecoderShape, layout: Layout) -> float:
         """One checkpoint: weights and both moments of this rank's shards, written and synced."""
