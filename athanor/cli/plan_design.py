@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -36,7 +37,8 @@ def command(params: float, cluster: str, global_batch_tokens: int, pd: float | N
     machines = read_cluster_words(cluster)
     if machines.devices is None:
         raise UserError(f"on how many {machines.accelerator}? Give devices=… with the cluster")
-    devices, shapes = machines.devices, family(params, vocab_size)
+    devices, shapes = machines.devices, [replace(shape, max_position_embeddings=seq_len) for shape in family(params, vocab_size)]
+    Task(shapes[0], machines, devices, global_batch_tokens, seq_len, precision=precision).check()
     seconds: dict[DecoderShape, float] = {}
     with Bar("shapes", len(shapes)) as bar:
         for shape in shapes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -18,7 +19,8 @@ from athanor.foundation.units import format_share
 def command(runs: Path, file: Path | None, as_json: bool) -> None:
     """Predict every row of RUNS.csv and compare with what was measured.
 
-    Columns are those of benchmarks/data/published_runs.csv. No prediction looks at measured columns, notes, ids or order.
+    Columns are those of benchmarks/data/published_runs.csv.gz; a cell may be blank. Sources are the ids up to their first dash.
+    No prediction looks at measured columns, notes, ids or order.
     """
     from athanor.cost.calibrate import mappings
     from athanor.cost.runs import read_runs
@@ -39,6 +41,10 @@ def command(runs: Path, file: Path | None, as_json: bool) -> None:
         cells = (f"{100 * entry[key]:.1f} %" if entry[key] is not None else "" for key in ("mean_error", "median_error", "bias"))
         table.add_row(name, str(entry["rows"]), *cells)
     console.print(table)
+    timed = sum(run.status == "ok" and run.step_seconds > 0 for run in rows)
+    say(f"{timed} of {len(rows)} rows have status ok and a step time")
+    for why, count in Counter(why for why in found.why_not if why).most_common(3):
+        say(f"not priced, and counted with the error of a constant MFU: {count} rows: {why}")
     coverage, rank = summary["coverage"], summary["ranking"]
     figures = {"mean of the sources' errors": summary["macro_error"], "a constant MFU errs": summary["constant_mfu_error"],
                "slower than the best layout by": rank["regret"], "memory": summary["memory"]["mean_error"],

@@ -16,8 +16,9 @@ from athanor.foundation.units import format_count, format_seconds, format_share
 if TYPE_CHECKING:
     from athanor.planner.finalists import Finalist
 
-LAYOUT_KEYS = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "micro_batch_size", "num_microbatches", "stages_per_rank",
-               "zero", "recompute", "sequence_parallel")
+ALWAYS = ("seq_len", "zero")  # what `athanor plan estimate` would take to be something else
+LAYOUT_KEYS = ("seq_len", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "micro_batch_size", "num_microbatches",
+               "stages_per_rank", "zero", "recompute", "sequence_parallel")
 
 
 @click.command()
@@ -108,12 +109,13 @@ def distinct(best: list[Finalist]) -> list[Finalist]:
 
 
 def layout_words(layout: dict[str, Any]) -> str:
-    """A layout on a line, what is 1 or 0 left out, with its split where stages differ (14x8 is 14 stages of 8 blocks)."""
-    words = [f"{key}={layout[key]}" for key in LAYOUT_KEYS if layout[key] not in (0, 1, "none")]
+    """A layout on a line as `athanor plan estimate` reads it, what is 1 or 0 left out; then, in brackets, its split where
+    stages differ (14x8 is 14 stages of 8 blocks)."""
+    words = [f"{key}={layout[key]}" for key in LAYOUT_KEYS if key in ALWAYS or layout[key] not in (0, 1, "none")]
     if len(set(layout["split"])) > 1:
         runs = ((blocks, len(list(equal))) for blocks, equal in itertools.groupby(layout["split"]))
-        words.append("split=" + ",".join(f"{count}x{blocks}" if count > 1 else str(blocks) for blocks, count in runs))
-    return " ".join(words) or "one rank"
+        words.append("(split " + ",".join(f"{count}x{blocks}" if count > 1 else str(blocks) for blocks, count in runs) + ")")
+    return " ".join(words)
 
 
 def show(found: dict[str, Any]) -> None:

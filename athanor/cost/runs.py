@@ -15,7 +15,7 @@ import numpy as np
 
 from athanor.cost.case import FULL, NONE, SELECTIVE, Array, Case, case_of
 from athanor.cost.datasheet import SCATTERING, Machine, machine_of
-from athanor.foundation.errors import ModelError, UserError, did_you_mean
+from athanor.foundation.errors import ModelError, UserError
 from athanor.models.shapes.find import find_shape
 from athanor.models.shapes.products import Attended, Counted, Product, feed_forward
 
@@ -64,9 +64,9 @@ def read_runs(path: Path) -> list[Run]:
                 encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             found = reader.fieldnames or []
-            for name in (*NAMES, *WORDS, *NUMBERS, *MEASURED):
-                if name not in found:
-                    raise UserError(f"{path} has no column '{name}'; {did_you_mean(name, found)}")
+            if missing := [name for name in (*NAMES, *WORDS, *NUMBERS, *MEASURED) if name not in found]:
+                raise UserError(f"{path} has no column {', '.join(map(repr, missing))}; cells may be blank, but no column "
+                                "may be left out")
             return [_read_row(row, f"{path}, row {number}") for number, row in enumerate(reader, 2)]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

@@ -89,8 +89,8 @@ def refine(grid: Grid, index: int) -> Finalist:
         accounts |= exact | {"skew": accounts["skew"] + skew * change}
         seconds += change * (1 + skew)
     mfu = accounts["useful"] / seconds
-    values = {"zero": int(row["zero"]), "micro_batch_size": int(row["micro_batch_size"]), "num_microbatches": times,
-              "stages_per_rank": chunks, "sequence_parallel": int(row["is_sequence_parallel"]),
+    values = {"seq_len": task.seq_len, "zero": int(row["zero"]), "micro_batch_size": int(row["micro_batch_size"]),
+              "num_microbatches": times, "stages_per_rank": chunks, "sequence_parallel": int(row["is_sequence_parallel"]),
               "recompute": next(name for name, code in RECOMPUTE.items() if code == row["recompute"])}
     shard = int(row["shard"] / row["cp"])
     layout = Layout(pp, int(row["dp"]) // shard, shard, int(row["cp"]), int(row["tp"]), int(row["ep"]))
