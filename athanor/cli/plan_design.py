@@ -43,6 +43,7 @@ def command(params: float, cluster: str, global_batch_tokens: int, pd: float | N
     with Bar("shapes", len(shapes)) as bar:
         for shape in shapes:
             task = Task(shape, machines, devices, global_batch_tokens, seq_len, precision=precision)
+            task.check()
             if (step := least_seconds(task)) is not None:
                 seconds[shape] = step * devices / global_batch_tokens
             bar.advance()

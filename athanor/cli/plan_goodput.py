@@ -39,7 +39,8 @@ def command(devices: int, days_of_steps: float, checkpoint_seconds: float | None
     from athanor.foundation.units import check_positive
     from athanor.laws import goodput
 
-    check_positive(failures_per_1000_device_days=failures_per_1000_device_days)
+    check_positive(days_of_steps=days_of_steps, checkpoint_seconds=checkpoint_seconds,
+                   failures_per_1000_device_days=failures_per_1000_device_days)
     if checkpoint_seconds is None:
         if params is None or write_rate is None:
             raise UserError("give --checkpoint-seconds, or --params and --write-rate")
@@ -81,6 +82,8 @@ def show(job: Job, devices: int, finish: dict[str, float]) -> None:
     for factor, words in ((0.25, "four times as often"), (4.0, "a quarter as often")):
         say(f"saving {words}: goodput {format_share(job.at_interval(factor * job.interval).goodput)}")
     start = datetime.date.today()
-    days = ", ".join(f"{name.upper()} {seconds / DAY:.1f} days ({start + datetime.timedelta(seconds=seconds)})"
+    last = (datetime.date.max - start).days
+    days = ", ".join(f"{name.upper()} {seconds / DAY:.1f} days ("
+                     + (f"{start + datetime.timedelta(seconds=seconds)})" if seconds / DAY < last else "after the year 9999)")
                      for name, seconds in finish.items())
     say(f"finish, when started today: {days}")

@@ -101,8 +101,9 @@ def show(parameters: float, tokens: float, unique_tokens: float, opinions: list[
     for one in opinions:
         cells = [format_count(one.optimal_parameters), format_count(one.optimal_tokens),
                  f"{one.optimal_tokens / one.optimal_parameters:.3g}"]
-        if one.loss is not None and one.optimal_loss is not None and one.enough_flops is not None:
-            cells += [f"{one.loss:.3f}", f"{one.optimal_loss:.3f}", f"{one.excess:.3f}", format_share(one.enough_flops / flops)]
+        if one.loss is not None and one.optimal_loss is not None:
+            cells += [f"{one.loss:.3f}", f"{one.optimal_loss:.3f}", f"{one.excess:.3f}",
+                      "none is enough" if one.enough_flops is None else format_share(one.enough_flops / flops)]
         table.add_row(one.title, *cells)
     console.print(table)
     if unique_tokens < tokens:

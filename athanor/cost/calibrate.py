@@ -18,6 +18,8 @@ from athanor.cost.datasheet import Datasheet, Machine
 from athanor.cost.memory import Footprint
 from athanor.cost.step import price
 from athanor.foundation.errors import UserError
+from athanor.foundation.recipe import toml_value
+from athanor.foundation.units import MOST
 
 FILE = Path(__file__).with_name("datasheet.toml")
 SPREAD = 0.1  # relative error that a row is expected to have; larger ones count less than by their squares (soft L1)
@@ -46,7 +48,7 @@ def tables(file: Path = FILE) -> dict[str, Any]:
     """The parsed file. Raises UserError when it is none."""
     try:
         parsed: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{file} is no file of coefficients, as `athanor plan calibrate --out` writes them: {error}") from None
     if missing := [name for name in ("time", "memory") if name not in parsed]:
         raise UserError(f"{file} has no table [{missing[0]}]; `athanor plan calibrate --out` writes such a file")
@@ -54,8 +56,15 @@ def tables(file: Path = FILE) -> dict[str, Any]:
 
 
 def coefficients(table: str, file: Path = FILE) -> Coefficients:
-    """The coefficients "time" or "memory" of the file."""
+    """The coefficients "time" or "memory" of the file. Raises UserError for one that is missing or not a number above 0."""
     rows: dict[str, dict[str, float]] = tables(file)[table]
+    for name in tables()[table]:
+        row = rows.get(name) if isinstance(rows, dict) else None
+        for key in ("value", "prior", "width"):
+            number = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(number, (int, float)) or not 1 / MOST < number < MOST:
+                raise UserError(f"{file}: [{table}] \"{name}\", {key} = {number!r}; it must be a number above 0, as "
+                                "`athanor plan calibrate --out` writes")
     columns = ([row.get(key, default) for row in rows.values()] for key, default in (
         ("value", None), ("prior", None), ("width", None), ("most", np.inf)))
     value, prior, width, most = (np.array(column, dtype=np.float64) for column in columns)
@@ -149,5 +158,5 @@ def rewritten(values: dict[str, dict[str, float]], sources: str, file: Path = FI
         if name and name[1] in values.get(table, {}):
             line = re.sub(r"value = [^,}]+?(?=,| })", f"value = {values[table][name[1]]:.4g}", line)
         line = f'date = "{datetime.date.today()}"' if line.startswith("date = ") else line
-        out.append(f'fitted_to = "{sources}"' if line.startswith("fitted_to = ") else line)
+        out.append(f"fitted_to = {toml_value(sources)}" if line.startswith("fitted_to = ") else line)
     return "\n".join(out) + "\n"

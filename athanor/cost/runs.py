@@ -7,6 +7,7 @@ import gzip
 import itertools
 import math
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ NUMBERS = (*SIZES, "year", "seq", "global_batch_seqs", "micro_batch", "n_gpus", 
            "tp", "pp", "vpp", "dp", "cp", "ep", "zero_stage", "nic_gbps_per_gpu", "gpu_mem_gib")
 MEASURED = ("step_time_s", "mem_gib_per_gpu")
 NAMES = ("id", "status", "group")
+MOST = 10**9  # of any number: beyond it products overflow
 PRODUCT_BYTES = {"rowwise": 2.0, "fp4": 0.5, "fp8": 1.0, "fp32": 4.0}  # rowwise fp8 was measured to gain nothing
 DEGREES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # of tp, pp and micro-batch, tried where a row does not say
 
@@ -60,17 +62,22 @@ class Run:
 def read_runs(path: Path) -> list[Run]:
     """Read a table of runs, gzipped or not. Raises UserError naming a missing column, or the row and column of a wrong cell."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="") if path.suffix == ".gz" else path.open(
-                encoding="utf-8", newline="") as file:
+        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") if path.suffix == ".gz" else path.open(
+                encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             found = reader.fieldnames or []
-            if missing := [name for name in (*NAMES, *WORDS, *NUMBERS, *MEASURED) if name not in found]:
+            columns = (*NAMES, *WORDS, *NUMBERS, *MEASURED)
+            if not found:
+                raise UserError(f"{path} is empty; its first line must name the columns")
+            if missing := [name for name in columns if name not in found]:
                 raise UserError(f"{path} has no column {', '.join(map(repr, missing))}; cells may be blank, but no column "
                                 "may be left out")
+            if double := next((name for name in columns if found.count(name) > 1), None):
+                raise UserError(f"{path} has {found.count(double)} columns '{double}'; one is expected")
             return [_read_row(row, f"{path}, row {number}") for number, row in enumerate(reader, 2)]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
 
 
@@ -84,8 +91,8 @@ def _read_row(row: dict[str, str | None], where: str) -> Run:
             numbers[name] = float(texts[name] or 0)
         except ValueError:
             numbers[name] = math.nan
-        if not 0 <= numbers[name] < math.inf:
-            raise UserError(f"{where} ({texts['id']}), column '{name}': {texts[name]!r} is not a number of at least 0")
+        if not 0 <= numbers[name] <= MOST:
+            raise UserError(f"{where} ({texts['id']}), column '{name}': {texts[name]!r} is not a number from 0 to {MOST:,}")
         numbers[name] = numbers[name] if texts[name] else math.nan
     return Run(texts["id"], texts["group"], texts["status"], {name: texts[name] for name in WORDS},
                {name: numbers[name] for name in NUMBERS}, *(numbers[name] for name in MEASURED))
@@ -141,6 +148,8 @@ def shape_of(run: Run) -> Counted:
         raise UserError(f"the model's {', '.join(missing)} are blank or 0, and no shape is known by the name "
                         f"'{run.words['model']}'")
     hidden, heads = int(run.numbers["hidden"]), int(run.numbers["heads"])
+    if hidden < heads:
+        raise UserError(f"hidden = {hidden} is less than heads = {heads}")
     size = hidden // heads
     experts = int(run.number("moe_experts", 0))
     inner = int(run.number("ffn_hidden", 4 * hidden))
@@ -205,8 +214,8 @@ def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:
     blank = [name for name in ("seq", "global_batch_seqs", "n_gpus") if run.number(name, 0) < 1]
     if blank:
         raise UserError(f"{', '.join(blank)} is blank")
-    if min(tp, pp, micro) < 1:
-        raise UserError(f"tp = {tp:g}, pp = {pp:g} and micro_batch = {micro:g} must be at least 1")
+    if min(tp, pp, micro) < 1 or tp % 1 or pp % 1 or micro % 1:
+        raise UserError(f"tp = {tp:g}, pp = {pp:g} and micro_batch = {micro:g} must be whole numbers of at least 1")
     zero, devices, cp = run.number("zero_stage"), run.numbers["n_gpus"], max(1.0, run.number("cp", 1))
     program = program_of(run.words["framework"], zero, run.number("year", 2024))
     if math.isnan(zero):
@@ -269,7 +278,7 @@ def _machine(run: Run, layout: Mapping[str, float]) -> dict[str, float | str]:
              "memory_gib": run.number("gpu_mem_gib"), "product_bytes": layout["product_bytes"], "release": release_of(run),
              "is_norm_fused": float(program != "scaling" or run.words["attn_kernel"] == "" or "RMS" in run.words["attn_kernel"])}
     return {"accelerator": run.words["gpu"], "program": program, "kernel": kernel_of(run, program),
-            **{name: value for name, value in given.items() if not math.isnan(value)}}
+            **{name: value for name, value in given.items() if value > 0 or name == "is_norm_fused"}}  # 0 tells nothing
 
 
 def layouts_of(run: Run) -> list[dict[str, float]]:

@@ -117,7 +117,7 @@ class Fitting:
 def score(runs: Sequence[Run], found: Predictions) -> dict[str, Any]:
     """The report card: step time per source and altogether, ranking, memory, running out of memory, coverage."""
     timed = np.array([run.status == "ok" and run.step_seconds > 0 for run in runs], bool)
-    measured = np.array([run.step_seconds for run in runs])
+    measured = np.where(timed, np.array([run.step_seconds for run in runs]), np.nan)
     covered = np.array([not why for why in found.why_not], bool)
     errors = np.where(covered, found.seconds / measured - 1, MISSING_ERROR)
     sources = np.array([run.source for run in runs])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from athanor.foundation.errors import UserError
 
 PD_FLOP = 8.64e19  # one petaFLOP/s for a day
 GIB = 2**30
+MOST = 1e30  # beyond it products of figures overflow
 
 
 def format_seconds(seconds: float) -> str:
@@ -64,7 +63,7 @@ def format_share(share: float, digits: int = 1) -> str:
 
 
 def check_positive(**values: float | None) -> None:
-    """Raises UserError for a value that is given and not a number above 0, by its name."""
+    """Raises UserError for a value that is given and not a number above 0 (or beyond what is computed with), by its name."""
     for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name.replace('_', ' ')} = {value:g}; it must be a number above 0")
+        if value is not None and not 1 / MOST < value < MOST:
+            raise UserError(f"{name.replace('_', ' ')} = {value:g}; it must be a number above 0 and below {MOST:g}")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from athanor.foundation.errors import UserError
+from athanor.foundation.units import MOST
 from athanor.laws.scaling import NUMBERS, Law, effective_tokens
 
 DELTA = 1e-3  # of the Huber loss in log loss, as Hoffmann et al. 2022 chose
@@ -54,6 +55,8 @@ def read_runs(path: Path) -> dict[str, Array]:
         if name not in names:
             raise UserError(f"{path} has no column '{name}'; it has {', '.join(names) or 'none'}, and must have "
                             + ", ".join(COLUMNS[:3]))
+        if names.count(name) > 1:
+            raise UserError(f"{path} has {names.count(name)} columns '{name}'; one is expected")
     out: dict[str, Array] = {}
     for name in (column for column in COLUMNS if column in names):
         values = []
@@ -62,8 +65,10 @@ def read_runs(path: Path) -> dict[str, Array]:
                 value = float(row[name] or (row["tokens"] if name == "unique_tokens" else ""))
             except (TypeError, ValueError):
                 value = math.nan
-            if not 0 < value < math.inf:
-                raise UserError(f"{path}, line {number}, column {name}: {row[name]!r} is not a number above 0")
+            if not 1 / MOST < value < MOST:
+                raise UserError(f"{path}, line {number}, column {name}: {row[name]!r} is not a number above 0 and below {MOST:g}")
+            if None in row:
+                raise UserError(f"{path}, line {number} has more values than there are columns")
             values.append(value)
         out[name] = np.array(values)
     return out

@@ -47,7 +47,7 @@ def best_interval(save_seconds: float, faults: float) -> float:
     save = faults * save_seconds
     x = min(1.0, math.sqrt(2 * save))
     for _ in range(50):  # Newton; both sides are concave, so from above it comes down to the root
-        x -= (x + math.expm1(-x - save)) / (1 - math.exp(-x - save))
+        x -= (x + math.expm1(-x - save)) / -math.expm1(-x - save)
     return x / faults
 
 

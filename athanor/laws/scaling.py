@@ -14,6 +14,7 @@ from athanor.foundation.units import check_positive
 from athanor.laws.published import constants
 
 NUMBERS = ("irreducible", "a", "alpha", "b", "beta")
+ENDS = {"irreducible": (0.0, 1e6), "alpha": (1e-3, 5.0), "beta": (1e-3, 5.0)}  # of what a file may say
 
 
 def effective_tokens(tokens: float, unique_tokens: float) -> float:
@@ -135,9 +136,9 @@ def read_laws(path: Path) -> list[Law]:
     for name, table in tables.items():
         for key in NUMBERS:
             value = table.get(key) if isinstance(table, dict) else None
-            least = 0.0 if key == "irreducible" else 1e-300
-            if not isinstance(value, (int, float)) or not least <= value < math.inf:
-                raise UserError(f"{path}: law.{name}.{key} = {value!r}; it must be a number above 0")
+            least, most = ENDS.get(key, (1e-60, 1e60))
+            if not isinstance(value, (int, float)) or not least <= value <= most:
+                raise UserError(f"{path}: law.{name}.{key} = {value!r}; it must be a number from {least:g} to {most:g}")
     return [Law(name, **{key: float(table[key]) for key in NUMBERS}, title=str(table.get("title", name)),
                 source=str(table.get("source", path)), confidence="own") for name, table in tables.items()]
 
@@ -146,7 +147,8 @@ def read_laws(path: Path) -> list[Law]:
 class Opinion:
     """What one law says of (N, D); a frontier tells no loss.
 
-    `excess` is the loss given up against `optimal_loss`, in nats; `enough_flops` what the law's own optimum needs for `loss`.
+    `excess` is the loss given up against `optimal_loss`, in nats; `enough_flops` what the law's own optimum needs for `loss`, None
+    where no training reaches it.
     """
 
     name: str
@@ -169,7 +171,9 @@ def compare(parameters: float, tokens: float, unique_tokens: float = math.inf, o
     for one in [*published_laws(flops), *(own or [])]:
         best = one.optimum(flops, unique_tokens)
         loss, least = one.loss(parameters, tokens, unique_tokens), one.loss(*best, unique_tokens)
-        out.append(Opinion(one.name, one.title, *best, loss, least, max(0.0, loss - least), one.flops_for(loss)))
+        enough = one.flops_for(loss)
+        out.append(Opinion(one.name, one.title, *best, loss, least, max(0.0, loss - least),
+                           enough if enough < math.inf else None))
     return out + [Opinion(one.name, one.title, *one.optimum(flops)) for one in frontiers()]
 
 

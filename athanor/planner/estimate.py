@@ -18,7 +18,7 @@ from athanor.cost.memory import GIB, Footprint
 from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError, did_you_mean
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
-from athanor.foundation.schedules import DEFAULT_SCHEDULE, LOOPS, find_schedule
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, find_schedule, stages_of
 from athanor.models.shapes.decoder import DecoderShape
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
@@ -26,9 +26,11 @@ RECOMPUTE = {"none": NONE, "selective": SELECTIVE, "full": FULL}
 PRODUCT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5}
 WORDS: dict[str, tuple[str, ...]] = {"recompute": tuple(RECOMPUTE), "precision": tuple(PRODUCT_BYTES), "program": PROGRAMS,
                                      "kernel": KERNELS, "pipeline_schedule": ()}
-WHOLE = (*AXES, "micro_batch_size", "num_microbatches", "global_batch_tokens", "seq_len", "stages_per_rank", "zero",
-         "sequence_parallel")
-CLUSTER_KEYS = ("devices", "per_node", "nic_gbps", "memory_gib")
+LAYOUT_KEYS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(AXES, (1, 10**6)), "micro_batch_size": (1, 10**6), "num_microbatches": (1, 10**6), "seq_len": (1, 10**9),
+    "global_batch_tokens": (1, 10**12), "stages_per_rank": (1, 1000), "zero": (0, 3), "sequence_parallel": (0, 1)}
+CLUSTER_KEYS: dict[str, tuple[float, float]] = {"devices": (1, 10**6), "per_node": (1, 10**6), "nic_gbps": (0.001, 1e6),
+                                                "memory_gib": (0.001, 1e6)}
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,19 @@ class Cluster:
     facts: Mapping[str, float]
 
 
-def read_words(text: str, numbers: tuple[str, ...], words: Mapping[str, tuple[str, ...]], what: str) -> dict[str, Any]:
-    """The values of a text of key=value pairs. Raises LayoutError for an unknown key or value, with the nearest."""
+def read_words(text: str, numbers: Mapping[str, tuple[float, float]], words: Mapping[str, tuple[str, ...]],
+               what: str) -> dict[str, Any]:
+    """The values of a text of key=value pairs; numbers lie between two ends, and are whole where these are.
+
+    Raises LayoutError for an unknown key or value, with the nearest, and for a key that is given twice.
+    """
     out: dict[str, Any] = {}
     for part in text.split():
         key, _, value = part.partition("=")
         if key not in (*numbers, *words):
             raise LayoutError(f"{what}: unknown key '{key}'; {did_you_mean(key, (*numbers, *words))}")
+        if key in out:
+            raise LayoutError(f"{what}: {key} is given twice")
         if key in words:
             if words[key] and value not in words[key]:
                 raise LayoutError(f"{what}: {key} is '{value}'; {did_you_mean(value, words[key])}")
@@ -56,8 +64,9 @@ def read_words(text: str, numbers: tuple[str, ...], words: Mapping[str, tuple[st
             out[key] = float(value)
         except ValueError:
             out[key] = math.nan
-        if not math.isfinite(out[key]) or (out[key] < 0 and part != "dp_shard=-1"):
-            raise LayoutError(f"{what}: {part}; a number of at least 0 is expected")
+        (least, most), is_whole = numbers[key], isinstance(numbers[key][0], int)
+        if not (least <= out[key] <= most and (not is_whole or out[key] % 1 == 0)) and part != "dp_shard=-1":
+            raise LayoutError(f"{what}: {part}; a {'whole ' if is_whole else ''}number from {least:g} to {most:,.0f} is expected")
     return out
 
 
@@ -79,7 +88,7 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
 
     Raises LayoutError for unknown keys, and for degrees or batches that contradict the cluster, the model or each other.
     """
-    found = read_words(text, WHOLE, WORDS, "layout")
+    found = read_words(text, LAYOUT_KEYS, WORDS, "layout")
     layout = Layout(**{axis: int(found[axis]) for axis in AXES if axis in found})
     if layout.dp_shard != -1 or cluster.devices:
         layout = resolve(layout, cluster.devices or layout.world_size)
@@ -93,15 +102,15 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
     check_experts(layout, getattr(shape, "num_experts", 0))
     micro = int(found.get("micro_batch_size", 1))
     count = int(found.get("num_microbatches", 0 if layout.pp == 1 else 4 * layout.pp))
-    if "global_batch_tokens" in found:
-        _, held = check_batch(global_batch_tokens=int(found["global_batch_tokens"]), seq_len=seq_len, micro_batch_size=micro,
-                              data_ranks=layout.data_ranks, tp=layout.tp)
-        if found.get("num_microbatches", held) != held:
-            raise LayoutError(f"layout: num_microbatches={count}, but global_batch_tokens makes {held} of them")
-        count = held
-    count = max(1, count)
-    schedule = found.get("pipeline_schedule", "Interleaved1F1B" if "stages_per_rank" in found else DEFAULT_SCHEDULE)
-    loops = 1 if find_schedule(schedule).placement == "single" else int(found.get("stages_per_rank", LOOPS))
+    batch = int(found.get("global_batch_tokens", seq_len * micro * max(1, count) * layout.data_ranks))
+    _, held = check_batch(global_batch_tokens=batch, seq_len=seq_len, micro_batch_size=micro, data_ranks=layout.data_ranks,
+                          tp=layout.tp)
+    if found.get("num_microbatches", held) != held:
+        raise LayoutError(f"layout: num_microbatches={count}, but global_batch_tokens makes {held} of them")
+    count = held
+    loops = int(found.get("stages_per_rank", 0))
+    schedule = found.get("pipeline_schedule", "Interleaved1F1B" if loops > 1 else DEFAULT_SCHEDULE)
+    loops = _loops(schedule, loops, layout.pp, shape.num_hidden_layers)
     precision = found.get("precision", "bf16")
     zero = found.get("zero", 0.0 if layout.dp_shard == 1 else 1.0 if layout.pp > 1 else 3.0)
     filled = {**{axis: getattr(layout, axis) for axis in AXES}, "micro_batch_size": micro, "num_microbatches": count,
@@ -117,6 +126,19 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
             "is_scattered": float(is_scattered), "recompute": RECOMPUTE[filled["recompute"]],
             "weight_bytes": max(2.0, PRODUCT_BYTES[precision]), "product_bytes": PRODUCT_BYTES[precision]}
     return case_of([shape], run), filled
+
+
+def _loops(schedule: str, given: int, pp: int, layers: int) -> int:
+    """Stages of a pipeline rank; `given` 0: left out. Raises LayoutError for more than the schedule or the model has."""
+    usual, placement = stages_of(schedule), find_schedule(schedule).placement
+    if given and pp > 1 and given != usual and placement != "looped":
+        raise LayoutError(f"layout: stages_per_rank={given}, but {schedule} has {usual} on a rank; leave it out, or give "
+                          "pipeline_schedule=Interleaved1F1B")
+    loops = given or usual
+    if pp > 1 and pp * loops > layers:
+        raise LayoutError(f"layout: pp={pp} with {loops} stages on a rank makes {pp * loops} stages, more than the {layers} "
+                          f"blocks of the model; at most {layers // pp} stages fit on a rank")
+    return loops if pp > 1 else 1
 
 
 def estimate(shape: DecoderShape, cluster_text: str, layout_text: str, file: Path | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ Mask = NDArray[np.bool_]
 CHUNKS = (1, 2, 3, 4, 5, 6, 8)  # stages of a pipeline rank, beside the numbers that divide the layers
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 LEAST_ROW = 256  # tokens of a sequence on a context rank; shorter ones are not worth a rank
+MOST = {"devices": 10**6, "global_batch_tokens": 10**12}
 BLOCK = 8192  # configurations priced at a time, so that their arrays stay in the cache
 
 
@@ -68,6 +69,9 @@ class Task:
     def check(self) -> None:
         """Raises UserError for a value that makes no sense, with what is allowed."""
         check_positive(devices=self.devices, global_batch_tokens=self.global_batch_tokens, seq_len=self.seq_len)
+        for name in ("devices", "global_batch_tokens"):
+            if getattr(self, name) > MOST[name]:
+                raise UserError(f"{name.replace('_', ' ')} = {getattr(self, name):,}; it may be {MOST[name]:,} at most")
         words = [("precision", self.precision, PRODUCT_BYTES), ("program", self.program, PROGRAMS),
                  ("kernel", self.kernel, KERNELS), *(("recompute", one, RECOMPUTE) for one in self.recompute)]
         for name, value, allowed in words:

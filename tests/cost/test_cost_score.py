@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from athanor.cli.plan_calibrate import command as calibrate
 from athanor.cli.plan_score import command as plan_score
-from athanor.cost.calibrate import coefficients, own_factor, tables
+from athanor.cost.calibrate import FILE, coefficients, own_factor, tables
 from athanor.cost.case import Array, Case
 from athanor.cost.datasheet import Datasheet
 from athanor.cost.memory import Footprint
@@ -159,7 +159,8 @@ def test_calibrating_writes_a_file_that_is_read_back(tmp_path: Path, some: Rows)
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"layers": "many"}, r"row 2 .*column 'layers': 'many' is not a number"),
-    ({"hidden": "nan"}, "column 'hidden'"), ({"seq": "-1"}, "column 'seq'"), ({"vocab": "inf"}, "column 'vocab'")])
+    ({"hidden": "nan"}, "column 'hidden'"), ({"seq": "-1"}, "column 'seq'"), ({"vocab": "inf"}, "column 'vocab'"),
+    ({"seq": "1e300"}, "from 0 to 1,000,000,000")])
 def test_wrong_cells_are_named(tmp_path: Path, some: Rows, change: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         read_runs(write(tmp_path / "wrong.csv", [some[0] | change]))
@@ -171,12 +172,47 @@ def test_missing_columns_and_files_are_named(tmp_path: Path, some: Rows) -> None
         read_runs(write(tmp_path / "short.csv", short))
     with pytest.raises(UserError, match="does not exist"):
         read_runs(tmp_path / "nothing.csv")
+    lines = write(tmp_path / "short.csv", some[:2]).read_text().splitlines()
+    for text, words in (("", "is empty; its first line"), ("\n".join(f"{line},tp" for line in lines), "2 columns 'tp'")):
+        (tmp_path / "odd.csv").write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_runs(tmp_path / "odd.csv")
+    raw = bytearray(TABLE.read_bytes())
+    for at in (20, 3000, len(raw) // 2):
+        (tmp_path / "odd.csv.gz").write_bytes(raw[:at] + bytes(255 - byte for byte in raw[at:at + 50]) + raw[at + 50:])
+        with pytest.raises(UserError):
+            read_runs(tmp_path / "odd.csv.gz")
+
+
+def test_a_byte_order_mark_and_zeros_that_tell_nothing_change_no_prediction(tmp_path: Path, some: Rows) -> None:
+    row = next(row for row in some if row["id"].startswith("VTS"))
+    blank = row | {"nic_gbps_per_gpu": "", "gpu_mem_gib": "", "step_time_s": ""}
+    plain = priced(write(tmp_path / "plain.csv", [blank]))
+    zeros = blank | {"nic_gbps_per_gpu": "0", "gpu_mem_gib": "0", "step_time_s": "0"}
+    marked = write(tmp_path / "zeros.csv", [zeros])
+    marked.write_bytes(b"\xef\xbb\xbf" + marked.read_bytes())
+    assert np.array_equal(priced(marked), plain) and np.isfinite(plain).all()
+    assert score(runs := read_runs(marked), predict(runs))["rows"] == 0
+
+
+@pytest.mark.parametrize(("old", "new"), [("value = ", "worth = "), ("value = ", 'value = "a" # '), ("value = ", "value = -")])
+def test_damaged_coefficients_are_named(tmp_path: Path, old: str, new: str) -> None:
+    (tmp_path / "c.toml").write_text(FILE.read_text().replace(f'"matmul" = {{ {old}', f'"matmul" = {{ {new}', 1))
+    with pytest.raises(UserError, match="matmul|no file of coefficients"):
+        coefficients("time", tmp_path / "c.toml")
+
+
+def test_a_table_of_any_name_gives_coefficients_that_are_read(tmp_path: Path, some: Rows) -> None:
+    table = write(tmp_path / 'a "b" \\.csv', [row | {"id": f'"{row["id"]}'} for row in some if row["step_time_s"]][:3])
+    CliRunner().invoke(calibrate, [str(table), "--own", "--out", str(tmp_path / "c.toml")], catch_exceptions=False)
+    assert '"b"' in tables(tmp_path / "c.toml")["fitted_to"]
 
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"gpu": "A100-8O"}, "unknown; did you mean 'A100-80'"), ({"n_gpus": "7"}, "are not the 7 devices"),
     ({"model": "nobody's", "layers": ""}, "layers are blank"), ({"seq": ""}, "seq is blank"), ({"tp": "0"}, "tp = 0"),
-    ({"model": "nobody's", "heads": "0"}, "heads are blank or 0")])
+    ({"model": "nobody's", "heads": "0"}, "heads are blank or 0"), ({"tp": "1.5"}, "must be whole numbers"),
+    ({"model": "nobody's", "hidden": "3"}, "hidden = 3 is less than heads")])
 def test_rows_that_cannot_be_priced_say_why(tmp_path: Path, some: Rows, change: dict[str, str], words: str) -> None:
     row = next(row for row in some if row["id"].startswith("VTS"))
     (why,) = predict(read_runs(write(tmp_path / "odd.csv", [row | change]))).why_not

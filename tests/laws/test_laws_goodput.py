@@ -98,9 +98,13 @@ def test_verb_goodput_prints_interval_accounts_and_finish() -> None:
     assert more["faults_per_day"] == pytest.approx(16.384) and more["goodput"] < found["goodput"]
     done = CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert not done.stdout and "Save every" in done.stderr and "checkpoint" in done.stderr and "P90" in done.stderr
+    late = ["--devices", "1", "--days-of-steps", "4e6", "--checkpoint-seconds", "30", "--failures-per-1000-device-days", "0.001"]
+    assert "after the year 9999" in CliRunner().invoke(command, late, catch_exceptions=False).stderr
+    assert Job(DAY, 1e-25, 0, 0, 1e-9).goodput == pytest.approx(1), "no save is too short"
     for wrong, message in ((["--devices", "8", "--days-of-steps", "1"], "give --checkpoint-seconds"),
                            (["--devices", "0", *arguments[2:]], "devices = 0"),
-                           ([*arguments, "--days-of-steps", "inf"], "stepping seconds = inf"),
+                           ([*arguments, "--days-of-steps", "inf"], "days of steps = inf"),
+                           ([*arguments, "--days-of-steps", "1e-300"], "days of steps = 1e-300"),
                            ([*arguments[:4], "--params", "1e9", "--write-rate", "0"], "write rate = 0"),
                            ([*arguments, "--failures-per-1000-device-days", "-3"], "= -3; it must be a number above 0")):
         error = CliRunner().invoke(command, wrong).exception

@@ -129,6 +129,9 @@ def test_fit_counts_repeated_tokens_less() -> None:
     ("params,token,loss\n1,2,3\n", "has no column 'tokens'; it has params, token, loss, and must"),
     ("params,tokens,loss\n1e6,2e6,3\n1e6,x,3\n", "line 3, column tokens: 'x' is not a number above 0"),
     ("params,tokens,loss\n1e6,2e6,nan\n", "line 2, column loss: 'nan'"),
+    ("params,tokens,loss\n1e299,2e6,3\n", "'1e299' is not a number above 0 and below 1e+30"),
+    ("params,tokens,loss\n1e6,2e6,3,1\n", "line 2 has more values than there are columns"),
+    ("params,tokens,tokens,loss\n1e6,2e6,2e6,3\n", "2 columns 'tokens'"),
     ("params,tokens,loss\n1e6,2e6\n", "line 2, column loss: None"),
     ("params,tokens,loss\n1e6,2e6,3\n", "1 runs cannot tell the five constants of a law; at least 6"),
     ("params,tokens,loss\n" + "1e6,2e6,3\n" * 7, "1 different params; an exponent needs at least 3"),
@@ -143,7 +146,8 @@ def test_runs_that_cannot_be_fitted_are_refused(tmp_path: Path, text: str, messa
 @pytest.mark.parametrize(("text", "message"), [
     ("x = ", "is not a file of laws"), ("x = 1", "has no table"), ("law = 3", "has no table"),
     ("[law]\nown = 3", "law.own.irreducible"),
-    ("[law.own]\nirreducible = 1\na = -2", "law.own.a = -2; it must be a number above 0")])
+    ("[law.own]\nirreducible = 1\na = -2", "law.own.a = -2; it must be a number from"),
+    ("[law.own]\nirreducible = 1\na = 400\nalpha = 300", "law.own.alpha = 300; it must be a number from 0.001 to 5")])
 def test_damaged_laws_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "law.toml").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -164,8 +168,14 @@ def test_verb_scaling_compares_fits_and_refuses(tmp_path: Path) -> None:
     assert set(found["sources"]) == {one["name"] for one in found["laws"]}
     done = runner.invoke(command, ["--pd", "1000", "--unique-tokens", "1e11"], catch_exceptions=False)
     assert not done.stdout and "Chinchilla, refitted" in done.stderr and "epochs of 100 B tokens" in done.stderr
+    Path(law).write_text("[law.own]\nirreducible = 1\na = 1e-9\nalpha = 5\nb = 1e-9\nbeta = 5")  # at its end already
+    beyond = ["--params", "8e9", "--pd", "1000", "--law", law]
+    found = json.loads(runner.invoke(command, [*beyond, "--json"], catch_exceptions=False).stdout, parse_constant=pytest.fail)
+    assert found["laws"][3]["enough_flops"] is None
+    assert "none is enough" in runner.invoke(command, beyond, catch_exceptions=False).stderr
     for arguments, message in ((["--params", "1"], "give --params and --tokens"), (["--pd", "nan"], "pd = nan; it must be"),
                                (["--params", "1e9", "--tokens", "2e9", "--pd", "3"], "one too many"),
+                               (["--params", "1e300", "--tokens", "1"], "params = 1e+300"),
                                (["--pd", "1", "--unique-tokens", "-1"], "unique tokens = -1"),
                                (["--pd", "1", "--out", law], "give the runs with --fit"),
                                (["--law", str(tmp_path / "none.toml"), "--pd", "1"], "is not a file of laws")):

@@ -35,6 +35,10 @@ def test_shapes_of_one_size_are_ranked_for_loss_and_speed() -> None:
 def test_what_cannot_be_designed_is_said() -> None:
     for options, words in (
             (["--cluster", "H100-80", "--pd", "1"], "on how many H100-80"),
+            (["--cluster", "H100-80 devices=8", "--pd", "1", "--seq-len", "0"], "seq len = 0"),
+            (["--cluster", "H100-80 devices=8", "--pd", "1", "--global-batch-tokens", "7"], "not a multiple of seq_len"),
+            (["--cluster", "H100-80 devices=8", "--pd", "1", "--precision", "bf61"], "did you mean 'bf16'"),
+            (["--cluster", "H100-80 devices=8", "--pd", "1e300"], "pd = 1e\\+300"),
             (["--cluster", "H100-80 devices=8"], "one budget: pd or device_days"),
             (["--cluster", "V100-32 devices=1", "--pd", "1"], "none of .* fits on 1 V100-32")):
         with pytest.raises(UserError, match=words):

@@ -76,6 +76,13 @@ def test_memory_is_that_of_each_pipeline_rank() -> None:
     ("H100-80", "dp_shard=-1", "needs a cluster with a number of devices"), ("H100-80", "pp=64", "more than the 32 blocks"),
     ("H100-80", "dp_shard=3 global_batch_tokens=8192 seq_len=4096", "do not split into micro-batches"),
     ("H100-80", "global_batch_tokens=8192 seq_len=4096 num_microbatches=3", "makes 2 of them"),
+    ("H100-80 devices=0", "dp_shard=-1", "whole number from 1 to"), ("H100-80 devices=1.5", "", "devices=1.5; a whole number"),
+    ("H100-80 nic_gbps=0", "", "from 0.001 to"), ("H100-80 per_node=0", "", "per_node=0"), ("H100-80", "tp=1.5", "tp=1.5"),
+    ("H100-80", "zero=7", "from 0 to 3"), ("H100-80", "tp=2 tp=4", "tp is given twice"), ("H100-80", "seq_len=0", "seq_len=0"),
+    ("H100-80", "micro_batch_size=0", "micro_batch_size=0"), ("H100-80", "num_microbatches=0", "num_microbatches=0"),
+    ("H100-80", "pp=8 stages_per_rank=5", "makes 40 stages, more than the 32 blocks"),
+    ("H100-80", "pp=8 pipeline_schedule=1F1B stages_per_rank=4", "but 1F1B has 1 on a rank"),
+    ("H100-80", "tp=8 seq_len=7", "does not divide the 7 tokens"), ("H100-80 devices=8", "dp_shard=1e300", "dp_shard=1e300"),
     ("H100-80", "tp=nan", "tp=nan"), ("H100-80", "ep=2 dp_shard=2", "has no experts"), ("nowhere.toml", "", "does not exist")])
 def test_contradictions_are_one_sentence(cluster: str, layout: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:

@@ -274,6 +274,8 @@ def test_the_command_prints_one_document_and_writes_a_page(tmp_path: Path) -> No
     (["--cluster", "H100-8"], "H100"), (["--model", "llama-3-9b"], "llama-3-8b"), (["--most-oom", "1.5"], "between 0 and 1"),
     (["--tokens", "-1"], "above 0"), (["--model", "llama-3-405b", "--devices", "8"], "it fits on"),
     (["--devices", "61"], "devices have one"), (["--cluster", "A100-80"], "on how many A100-80"),
+    (["--devices", "1000000000"], "1,000,000 at most"), (["--global-batch-tokens", str(4096 * 10**12)], "at most"),
+    (["--cluster", "H100-80 devices=8 nic_gbps=0"], "nic_gbps=0"), (["--tokens", "1e300"], "tokens = 1e"),
     (["--seq-len", "4095"], "nearest is"), (["--global-batch-tokens", "-4096"], "above 0")])
 def test_wrong_input_is_refused_in_a_sentence(change: list[str], words: str) -> None:
     with pytest.raises(AthanorError, match=words) as error:

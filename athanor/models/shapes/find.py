@@ -107,8 +107,8 @@ def find_shape(name_or_path: str | Path) -> DecoderShape:
     if Path(name).exists():
         return load_shape(Path(name), for_training=False)
     guess = nearest(name.lower(), known)
-    raise ModelError(f"'{name}' is neither a known model nor a model folder, config.json or recipe"
-                     + (f"; did you mean '{guess}'?" if guess else "") + f" Known: {', '.join(known)}")
+    raise ModelError(f"'{name}' is neither a known model nor a model folder, config.json or recipe; "
+                     + (f"did you mean '{guess}'? " if guess else "") + f"known: {', '.join(known)}")
 
 
 def _module(name: str) -> Any:
