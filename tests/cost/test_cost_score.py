@@ -198,7 +198,7 @@ def test_a_byte_order_mark_and_zeros_that_tell_nothing_change_no_prediction(tmp_
 @pytest.mark.parametrize(("old", "new"), [("value = ", "worth = "), ("value = ", 'value = "a" # '), ("value = ", "value = -")])
 def test_damaged_coefficients_are_named(tmp_path: Path, old: str, new: str) -> None:
     (tmp_path / "c.toml").write_text(FILE.read_text().replace(f'"matmul" = {{ {old}', f'"matmul" = {{ {new}', 1))
-    with pytest.raises(UserError, match="matmul|no file of coefficients"):
+    with pytest.raises(UserError, match=r"matmul|no file of coefficients"):
         coefficients("time", tmp_path / "c.toml")
 
 
