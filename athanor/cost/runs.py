@@ -74,7 +74,10 @@ def read_runs(path: Path) -> list[Run]:
                                 "may be left out")
             if double := next((name for name in columns if found.count(name) > 1), None):
                 raise UserError(f"{path} has {found.count(double)} columns '{double}'; one is expected")
-            return [_read_row(row, f"{path}, row {number}") for number, row in enumerate(reader, 2)]
+            runs = [_read_row(row, f"{path}, row {number}") for number, row in enumerate(reader, 2)]
+            if not runs:
+                raise UserError(f"{path} names columns and has no rows")
+            return runs
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -239,6 +242,14 @@ def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:
             "product_bytes": next((size for word, size in PRODUCT_BYTES.items() if word in precision), 2.0)}
 
 
+class NoneCovered(UserError):
+    """No row of a table can be priced; `reasons` says of each why."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        self.reasons = reasons
+        super().__init__("no row can be priced; the first says: " + (reasons or ["there are none"])[0])
+
+
 def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
     """The rows that can be priced: cases and machines, the index of each one's row, and for each row why it is not covered.
 
@@ -267,7 +278,7 @@ def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
         machines += [machine] * count
         rows += [index] * count
     if not rows:
-        raise UserError("no row can be priced; the first says: " + (reasons or ["there are none"])[0])
+        raise NoneCovered(reasons)
     case = case_of(shapes, {name: [column[name] for column in columns] for name in columns[0]})
     return case, machine_of(machines), np.array(rows), reasons
 

@@ -20,9 +20,8 @@ from athanor.cost.calibrate import (
 from athanor.cost.case import Array, Case
 from athanor.cost.datasheet import Datasheet, Machine
 from athanor.cost.memory import GIB, Footprint
-from athanor.cost.runs import Run, describe
+from athanor.cost.runs import NoneCovered, Run, describe
 from athanor.cost.step import price
-from athanor.foundation.errors import UserError
 
 CONSTANT_MFU = 0.35  # of the baseline that knows a model's FLOPs and the peak, and nothing else
 MISSING_ERROR = 0.52  # of a row that is not covered: what a constant MFU errs on published runs
@@ -52,8 +51,8 @@ def predict(runs: Sequence[Run], time: Mapping[str, float] | None = None,
     best: Any = ()
     try:
         case, machine, rows, why_not = describe(runs)
-    except UserError as error:
-        return Predictions(column(), column(), column(), column(), [str(error)] * len(runs))
+    except NoneCovered as error:
+        return Predictions(column(), column(), column(), column(), error.reasons)
     footprint = Footprint(machine, memory or coefficients("memory").mapping())
     seconds = price(case, Datasheet(machine, time or coefficients("time").mapping())).seconds
     odds = footprint.out_of_memory(case)

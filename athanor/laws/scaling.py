@@ -147,8 +147,8 @@ def read_laws(path: Path) -> list[Law]:
 class Opinion:
     """What one law says of (N, D); a frontier tells no loss.
 
-    `excess`: the loss given up against `optimal_loss`, in nats; `enough_flops` what the law's own optimum needs for `loss`; None
-    where no training reaches it.
+    `excess` is the loss given up against `optimal_loss`, in nats; `enough_flops` what the law's own optimum needs for `loss`,
+    None where no training reaches it.
     """
 
     name: str

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from athanor.cluster.spec import load_accelerator, read_cluster
+from athanor.cluster.spec import accelerator_names, load_accelerator, read_cluster
 from athanor.cost.calibrate import mappings
 from athanor.cost.case import FULL, NONE, SELECTIVE, Case, case_of
 from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, machine_of
 from athanor.cost.memory import GIB, Footprint
 from athanor.cost.step import price
-from athanor.foundation.errors import LayoutError, did_you_mean
+from athanor.foundation.errors import LayoutError, UserError, did_you_mean
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, find_schedule, stages_of
 from athanor.models.shapes.decoder import DecoderShape
@@ -64,18 +64,29 @@ def read_words(text: str, numbers: Mapping[str, tuple[float, float]], words: Map
             out[key] = float(value)
         except ValueError:
             out[key] = math.nan
-        (least, most), is_whole = numbers[key], isinstance(numbers[key][0], int)
-        if not (least <= out[key] <= most and (not is_whole or out[key] % 1 == 0)) and part != "dp_shard=-1":
-            raise LayoutError(f"{what}: {part}; a {'whole ' if is_whole else ''}number from {least:g} to {most:,.0f} is expected")
+        if part != "dp_shard=-1":
+            _check(what, part, out[key], numbers[key])
     return out
+
+
+def _check(what: str, said: str, value: float, ends: tuple[float, float]) -> None:
+    (least, most), is_whole = ends, isinstance(ends[0], int)
+    if not least <= value <= most or (is_whole and value % 1):
+        raise LayoutError(f"{what}: {said}; a {'whole ' if is_whole else ''}number from {least:g} to {most:,.0f} is expected")
 
 
 def read_cluster_words(text: str) -> Cluster:
     """A cluster.toml, or an accelerator's name and key=value pairs ("H100-80 devices=2048 per_node=8 nic_gbps=400")."""
     if text.endswith(".toml"):
         spec = read_cluster(Path(text))
+        if spec.device_type == "cpu":
+            raise UserError(f"{text} is of processors, for which `athanor plan RECIPE` plans; here an accelerator is "
+                            "expected: " + ", ".join(sorted(set(accelerator_names().values()))))
         name = load_accelerator(spec.accelerator)["name"]
-        return Cluster(name, spec.devices, {"per_node": spec.per_node, "memory_gib": spec.memory_bytes / GIB})
+        facts = {"devices": spec.devices, "per_node": spec.per_node, "memory_gib": spec.memory_bytes / GIB}
+        for key, value in facts.items():
+            _check(text, f"{key}={value:g}", value, CLUSTER_KEYS[key])
+        return Cluster(name, int(facts.pop("devices")), facts)
     name, _, rest = text.strip().partition(" ")
     name = load_accelerator(name)["name"]
     found = read_words(rest, CLUSTER_KEYS, {}, f"cluster '{text}'")

@@ -173,7 +173,8 @@ def test_missing_columns_and_files_are_named(tmp_path: Path, some: Rows) -> None
     with pytest.raises(UserError, match="does not exist"):
         read_runs(tmp_path / "nothing.csv")
     lines = write(tmp_path / "short.csv", some[:2]).read_text().splitlines()
-    for text, words in (("", "is empty; its first line"), ("\n".join(f"{line},tp" for line in lines), "2 columns 'tp'")):
+    for text, words in (("", "is empty; its first line"), (lines[0], "names columns and has no rows"),
+                        ("\n".join(f"{line},tp" for line in lines), "2 columns 'tp'")):
         (tmp_path / "odd.csv").write_text(text)
         with pytest.raises(UserError, match=words):
             read_runs(tmp_path / "odd.csv")
@@ -217,3 +218,6 @@ def test_rows_that_cannot_be_priced_say_why(tmp_path: Path, some: Rows, change: 
     row = next(row for row in some if row["id"].startswith("VTS"))
     (why,) = predict(read_runs(write(tmp_path / "odd.csv", [row | change]))).why_not
     assert words in why
+    other = row | {"gpu": "Z9"}
+    both = predict(read_runs(write(tmp_path / "odd.csv", [other, row | change]))).why_not
+    assert both[1] == why and both[0].startswith("accelerator 'Z9' is unknown"), "each row says its own reason"

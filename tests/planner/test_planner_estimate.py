@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from athanor.cli.plan_estimate import command
+from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import UserError
 from athanor.models.shapes.find import find_shape
 from athanor.planner.estimate import estimate
@@ -88,3 +91,15 @@ def test_contradictions_are_one_sentence(cluster: str, layout: str, words: str) 
     with pytest.raises(UserError, match=words) as caught:
         asked("llama-3-8b", cluster, layout)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"device_type": "cpu", "accelerator": "cpu"}, "is of processors"), ({"memory_bytes": 0.0}, "memory_gib=0; a number from"),
+    ({"devices": 10**9}, "devices=1e\\+09; a whole number"), ({"accelerator": "H100-8O"}, "did you mean 'H100-80'")])
+def test_a_cluster_file_must_be_of_an_accelerator_with_memory(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    fine = ClusterSpec("H100-80", "cuda", 8, 8, 1, 8e10, {"bf16": 9e14}, 3e12)
+    fine.write(tmp_path / "cluster.toml")
+    assert asked("gpt2", str(tmp_path / "cluster.toml"), "dp_shard=-1")["devices"] == 8
+    replace(fine, **change).write(tmp_path / "cluster.toml")
+    with pytest.raises(UserError, match=words):
+        asked("gpt2", str(tmp_path / "cluster.toml"), "dp_shard=-1")
