@@ -37,13 +37,13 @@ def command(params: float, cluster: str, global_batch_tokens: int, pd: float | N
     machines = read_cluster_words(cluster)
     if machines.devices is None:
         raise UserError(f"on how many {machines.accelerator}? Give devices=… with the cluster")
-    devices, shapes = machines.devices, [replace(shape, max_position_embeddings=seq_len) for shape in family(params, vocab_size)]
+    devices, shapes = machines.devices, family(params, vocab_size)
     Task(shapes[0], machines, devices, global_batch_tokens, seq_len, precision=precision).check()
+    shapes = [replace(shape, max_position_embeddings=seq_len) for shape in shapes]
     seconds: dict[DecoderShape, float] = {}
     with Bar("shapes", len(shapes)) as bar:
         for shape in shapes:
             task = Task(shape, machines, devices, global_batch_tokens, seq_len, precision=precision)
-            task.check()
             if (step := least_seconds(task)) is not None:
                 seconds[shape] = step * devices / global_batch_tokens
             bar.advance()
