@@ -16,6 +16,7 @@ import numpy as np
 from athanor.cost.case import Array, Case
 from athanor.cost.datasheet import Datasheet, Machine
 from athanor.cost.memory import Footprint
+from athanor.cost.own import shrunk
 from athanor.cost.step import price
 from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import toml_value
@@ -140,13 +141,9 @@ def fit_memory(case: Case, machine: Machine, peaks: Array, is_out: Array, weight
     return most_likely(errors, start)
 
 
-OWN = 2.0  # runs of one's own that weigh as much as the belief that the fitted coefficients are right
-
-
 def own_factor(predicted: Array, measured: Array) -> float:
-    """Measured over predicted time of n runs of one's own, drawn towards 1 by n / (n + 2) in logarithms."""
-    count = len(measured)
-    return float(np.exp(count / (count + OWN) * np.mean(np.log(measured / predicted)))) if count else 1.0
+    """Measured over predicted time of runs of one's own, shrunk; 1 without any."""
+    return shrunk(np.log(measured / predicted).tolist())
 
 
 def rewritten(values: dict[str, dict[str, float]], sources: str, file: Path = FILE) -> str:

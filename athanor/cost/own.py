@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ COMPUTING = "computing"  # useful + kernel: how long the FLOPs take, since the F
 def factors(folder: Path, cluster: ClusterSpec) -> dict[str, float]:
     """Actual / forecast device-seconds by account, from the rows of runs on an equal machine; `kernel` for all computing.
 
-    The mean of the logarithms, shrunk towards none by n / (n + 2). Raises UserError naming the line that is damaged.
+    Raises UserError naming the line that is damaged.
     """
     file, logs = folder / NAME, dict[str, list[float]]()
     if not file.exists():
@@ -37,7 +37,12 @@ def factors(folder: Path, cluster: ClusterSpec) -> dict[str, float]:
                     logs.setdefault(name, []).append(math.log(ratio))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{file}, line {number}: not a row of a finished run; delete the line") from None
-    return {name: math.exp(sum(values) / (len(values) + SHRINKAGE)) for name, values in logs.items()}
+    return {name: shrunk(values) for name, values in logs.items()}
+
+
+def shrunk(logs: Sequence[float]) -> float:
+    """A factor from logarithms of measured / predicted: their mean, drawn towards none by n / (n + 2)."""
+    return math.exp(sum(logs) / (len(logs) + SHRINKAGE))
 
 
 def corrected(accounts: Mapping[str, float], by: Mapping[str, float]) -> dict[str, float]:

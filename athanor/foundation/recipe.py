@@ -40,7 +40,7 @@ class Budget(Section):
 
 class Cluster(Section):
     file: str = Field("auto", description="a cluster.toml; 'auto' measures this machine when none lies in the run folder")
-    accelerator: str | None = Field(None, description="a known accelerator, for planning without measuring")
+    accelerator: str | None = Field(None, description="a known accelerator, for rehearsals; a plan needs a measured machine")
     devices: int | None = Field(None, gt=0, description="devices (on CPU: ranks) to use; all of them when left out")
     per_node: int | None = Field(None, gt=0, description="devices per node")
     nic_gbps: float | None = Field(None, gt=0, description="network bandwidth per node, in Gbit/s")
