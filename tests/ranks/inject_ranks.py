@@ -6,15 +6,16 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+PAUSES: list[float] = []  # of this rank in this run: a busy machine wakes a sleeper late
 
 
 def pause(seconds: float) -> None:
-    """Sleep, and spin at the end: on a busy machine a sleep alone ends up to a time slice late."""
-    end = time.perf_counter() + seconds
-    time.sleep(max(0.0, seconds - 0.01))
-    while time.perf_counter() < end:
-        pass
+    start = time.perf_counter()
+    time.sleep(seconds)
+    PAUSES.append(time.perf_counter() - start)
 
 
 class OncePerStep:
@@ -94,4 +95,7 @@ def train_with(channel: Callable[..., None], place: str, seconds: float, **argum
                 yield
 
         step.interval = interval
-    return loop.train_stage(channel, **arguments)
+    PAUSES.clear()
+    result = loop.train_stage(channel, **arguments)
+    Path(arguments["run_folder"], f"paused-{os.environ['RANK']}").write_text(str(sum(PAUSES)), encoding="utf-8")
+    return result
