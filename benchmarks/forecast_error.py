@@ -22,6 +22,8 @@ from typing import Any
 
 SHAPE_64 = ["model.hidden_size=64", "model.num_hidden_layers=4"]
 SHAPE_128 = ["model.hidden_size=128", "model.num_hidden_layers=6"]
+SHAPE_96 = ["model.hidden_size=96", "model.num_hidden_layers=8"]
+SHAPE_256 = ["model.hidden_size=256", "model.num_hidden_layers=3"]
 SHAPE_192 = ["model.hidden_size=192", "model.num_hidden_layers=4", "stage.pretrain.seq_len=128"]
 ROWS_16, SMALL = ["stage.pretrain.global_batch_tokens=4096"], ["stage.pretrain.micro_batch_size=2"]
 RECIPES = {
@@ -34,6 +36,15 @@ RECIPES = {
     "pp 2, width 128": [*SHAPE_128, *ROWS_16, *SMALL, "parallel.pp=2"],
     "pp 2, width 192, GPipe": [*SHAPE_192, *ROWS_16, "parallel.pp=2", "parallel.pipeline_schedule=GPipe"],
     "cp 2, width 128, full recomputation": [*SHAPE_128, *ROWS_16, "parallel.cp=2", "parallel.recompute=full"],
+    # no constant was ever set on these
+    "new: one rank, width 96, rows of 384": [*SHAPE_96, "stage.pretrain.seq_len=384", "stage.pretrain.global_batch_tokens=6144",
+                                             "cluster.devices=1"],
+    "new: one rank, width 256, qwen3": [*SHAPE_256, *ROWS_16, "model.architecture='qwen3'", "cluster.devices=1"],
+    "new: dp_shard 2, width 96, micro-batches of 2": [*SHAPE_96, *ROWS_16, *SMALL, "parallel.dp_shard=2"],
+    "new: dp_replicate 2, width 256": [*SHAPE_256, *ROWS_16, "parallel.dp_replicate=2"],
+    "new: tp 2, width 256": [*SHAPE_256, *ROWS_16, "parallel.tp=2"],
+    "new: pp 2, width 96": [*SHAPE_96, *ROWS_16, *SMALL, "parallel.pp=2"],
+    "new: cp 2, width 96": [*SHAPE_96, *ROWS_16, "parallel.cp=2"],
 }
 RECIPE = """
 name = "{name}"
