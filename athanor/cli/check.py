@@ -14,6 +14,7 @@ from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.progress import Bar, console, say
 from athanor.foundation.units import format_bytes, format_rate, format_seconds, format_share
 
+STEPS_SECONDS = 5.0  # of timing whole steps
 QUIET = 0.9  # of the cores must have been ours for a measurement to count as undisturbed
 
 
@@ -35,15 +36,19 @@ def command(out: Path, devices: int | None, as_json: bool) -> None:
 def check(out: Path, devices: int | None = None) -> tuple[ClusterSpec, float]:
     """Measure, write `out`, and return what was found with the seconds it took."""
     from athanor.cluster.probe import measure
+    from athanor.foundation.launch import run_ranks
 
     begin, done = time.perf_counter(), 0.0
-    with tempfile.TemporaryDirectory(dir=_existing(out.parent), prefix=".check-") as logs, Bar("check", 1.0) as bar:
+    with tempfile.TemporaryDirectory(dir=_existing(out.parent), prefix=".check-") as logs, Bar("check", 2.0) as bar:
         def advance(part: str, share: float) -> None:
             nonlocal done
             bar.advance(share - done, part)
             done = share
 
         spec = measure(Path(logs), devices, on_progress=advance)
+        spec.steps = run_ranks("athanor.train.canary:time_steps", {"seconds": STEPS_SECONDS}, spec.devices,
+                               log_folder=Path(logs) / "steps", timeout=STEPS_SECONDS * 4 + 120,
+                               on_message=lambda message: advance(message["part"], 1.0 + message["share"]))[0]
     spec.write(out)
     return spec, time.perf_counter() - begin
 
@@ -67,12 +72,14 @@ def show(spec: ClusterSpec) -> None:
         rows.append((name.replace("_", "-"), f"{format_seconds(curve[0][1])} for {format_bytes(curve[0][0])}, "
                      f"{format_bytes(size / seconds)}/s for {format_bytes(size)}"))
     rows += [("launch of an op", format_seconds(spec.overhead_seconds["forward"])),
-             ("sharding a block", format_seconds(spec.overhead_seconds["sharded_block"])),
              ("slowest rank", ", ".join(f"+{format_share(more)} of {format_seconds(work)}" for work, more in spec.jitter)),
              ("disk write + fsync, read", f"{format_bytes(spec.disk['write_bytes_per_second'])}/s, "
               f"{format_bytes(spec.disk['read_bytes_per_second'])}/s per rank"),
              ("Python", f"{spec.python['loops_per_second'] / 1e6:.1f} M loops/s, "
               f"{format_bytes(spec.python['text_bytes_per_second'])}/s of text")]
+    rows += [(f"step of {int(tokens):,} tokens, {int(hidden)} wide, {int(layers)} blocks, {int(ranks)} "
+              + ("rank" if ranks == 1 else "ranks"), format_seconds(seconds))
+             for _, _, hidden, _, layers, _, tokens, _, ranks, seconds, _ in spec.steps]
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)

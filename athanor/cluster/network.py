@@ -1,4 +1,4 @@
-"""What the ranks of this machine can do together: collectives by size, and what sharding a module costs beside them."""
+"""What the ranks of this machine can do together: collectives by size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from athanor.cluster.timing import Operation, in_turns
 
@@ -109,22 +106,3 @@ def _send(size: int, device: torch.device) -> Operation:
 COLLECTIVES: dict[str, Callable[[int, torch.device], Operation]] = {
     "all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter, "all_to_all": _all_to_all,
     "send": _send}
-
-
-def fully_shard_overhead(device: torch.device, curves: dict[str, list[list[float]]], budget_seconds: float) -> float:
-    """Seconds that one fully sharded block costs per forward and backward pass beyond its computing and its collectives.
-
-    Measured on tiny linear blocks, sharded and not: hooks, copies in and out, and the launches of its collectives.
-    """
-    blocks, width = 4, 16
-    x = torch.randn(8, width, device=device)
-    plain = nn.Sequential(*(nn.Linear(width, width) for _ in range(blocks))).to(device)
-    sharded = nn.Sequential(*(nn.Linear(width, width) for _ in range(blocks))).to(device)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in sharded:
-        fully_shard(block, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    bare = time_together(lambda: plain(x).sum().backward(), device, budget_seconds / 2)
-    wrapped = time_together(lambda: sharded(x).sum().backward(), device, budget_seconds / 2)
-    collectives = 2 * curves["all_gather"][0][1] + curves["reduce_scatter"][0][1]
-    return max(0.0, (wrapped - bare) / blocks - collectives)

@@ -21,7 +21,7 @@ from athanor.foundation.launch import run_ranks
 
 SECONDS = 12.0  # of measuring; starting ranks comes on top
 SHARES = {"matmul_fp32": 0.26, "matmul_bf16": 0.06, "matmul_fp64": 0.06, "attention": 0.08, "elementwise": 0.20,
-          "memory": 0.02, "launch": 0.03, "optimizer": 0.04, "collectives": 0.13, "sharding": 0.03, "jitter": 0.05,
+          "memory": 0.02, "launch": 0.03, "optimizer": 0.04, "collectives": 0.16, "jitter": 0.05,
           "python": 0.02, "disk": 0.02}
 PYTHON_LOOPS = 20_000
 COMPUTING = "matmul_fp32"  # keeps all threads busy, so its processor time tells what others took
@@ -101,7 +101,6 @@ def _parts(device: Any, folder: str) -> dict[str, Callable[[float, dict[str, Any
         "launch": lambda budget, report: operators.launch_overhead(clock, budget),
         "optimizer": lambda budget, report: operators.optimizer_rows(clock, budget),
         "collectives": lambda budget, report: network.collective_curves(device, budget),
-        "sharding": lambda budget, report: network.fully_shard_overhead(device, report["collectives"], budget),
         "jitter": lambda budget, report: operators.jitter_rows(clock, lambda s: network.gather_seconds(s, device), budget),
         "python": lambda budget, report: python_speed(budget),
         "disk": lambda budget, report: disk_rates(Path(folder), budget)}
@@ -216,8 +215,7 @@ def combine(reports: list[dict[str, Any]], begin: float) -> ClusterSpec:
         attention=average_rows([r["attention"] for r in reports], labels=4),
         elementwise=average_rows([r["elementwise"] for r in reports], labels=3),
         optimizer=average_rows([r["optimizer"] for r in reports], labels=2),
-        overhead_seconds={"forward": mean("launch", "forward"), "forward_backward": mean("launch", "forward_backward"),
-                          "sharded_block": mean("sharding")},
+        overhead_seconds={"forward": mean("launch", "forward"), "forward_backward": mean("launch", "forward_backward")},
         collectives=first["collectives"], jitter=average_rows([r["jitter"] for r in reports], labels=0),
         disk={"write_bytes_per_second": mean("disk", "write"), "read_bytes_per_second": mean("disk", "read"),
               "sync_seconds": mean("disk", "sync_seconds")},

@@ -35,7 +35,8 @@ class ClusterSpec:
     attention: list[list[Any]] = field(default_factory=list)
     elementwise: list[list[Any]] = field(default_factory=list)
     optimizer: list[list[Any]] = field(default_factory=list)
-    overhead_seconds: dict[str, float] = field(default_factory=dict)  # per launched operation; per fully sharded block
+    steps: list[list[Any]] = field(default_factory=list)  # whole ones, which parts are held against
+    overhead_seconds: dict[str, float] = field(default_factory=dict)  # per launched operation
     collectives: dict[str, list[list[Any]]] = field(default_factory=dict)
     jitter: list[list[Any]] = field(default_factory=list)
     disk: dict[str, float] = field(default_factory=dict)
@@ -59,6 +60,8 @@ COLUMNS = {
     "attention": ("dtype", "matrices", "seq_len", "head_dim", "forward s", "backward s"),
     "elementwise": ("dtype", "operation", "elements", "s"),
     "optimizer": ("tensors", "elements", "s"),
+    "steps": ("dtype", "vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "tokens", "seq_len", "ranks", "s",
+              "s in collectives"),
     "jitter": ("s of work", "slowest / mean - 1"),
     "collectives": ("bytes", "s"),
 }

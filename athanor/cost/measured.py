@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from athanor.cluster.spec import ClusterSpec
-from athanor.cost.case import FULL, NONE, Array, Case
+from athanor.cost.case import FULL, NONE, Array, Case, case_of
 from athanor.cost.coefficients import load, python_factor
 from athanor.cost.rates import Work
 from athanor.foundation.errors import UserError, did_you_mean
+from athanor.models.shapes.decoder import DecoderShape
 
 QUERY_BLOCK, MOST_BLOCKS = 128, 8  # queries taken together on a CPU (models/cpu_attention.py)
 LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # of a chunk of logits in fp32 (models/loss.py)
+TRUSTED = 1 / 3, 3.0  # a factor beyond is a disturbed measurement
 WIDTH_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 1}
 
 
@@ -80,6 +83,25 @@ class Measured:
         other = cluster.elementwise[0][0]
         self._bytes_ratio = WIDTH_BYTES[dtype] / WIDTH_BYTES[other]
         self._flops_ratio = cluster.peak_flops[other] / cluster.peak_flops[dtype]
+        self._computing, self._gathering, self._hook_seconds = 1.0, 1.0, 0.0
+        self._learn([row for row in cluster.steps if row[0] == dtype])
+
+    def _learn(self, rows: Sequence[Sequence[Any]]) -> None:
+        """From whole steps that were measured: factors of computing and of gathers, and what sharding a block costs beside."""
+        alone = dict[tuple[Any, ...], float]()
+        logs: list[float] = []
+        for _, *sizes, ranks, seconds, waited in sorted(rows, key=lambda row: row[-3]):
+            case = _measured_step(sizes, ranks, self.dtype)
+            if ranks == 1:
+                alone[tuple(sizes)] = seconds
+                work = self.work(case)
+                predicted = case.layers * sum(work.seconds("block")) + sum(work.seconds("ends"))
+                logs.append(float(np.log(seconds / predicted[0])))
+            elif tuple(sizes) in alone:
+                self._gathering = float(np.clip(waited / self.data_parallel(case, np.zeros(1))[0], *TRUSTED))
+                self._hook_seconds = max(0.0, seconds - alone[tuple(sizes)] - waited) / (float(case.layers[0]) + 1)
+        if logs:
+            self._computing = float(np.clip(np.exp(np.mean(logs)), *TRUSTED))
 
     def matmul(self, form: str, m: ArrayLike, k: ArrayLike, n: ArrayLike) -> Array:
         """Seconds of one of the products of a linear layer from k to n features over m tokens."""
@@ -143,7 +165,7 @@ class Measured:
         for kinds in (work.block, work.ends):
             for kind, (forward, backward) in kinds.items():
                 factor = c["matmul_factor" if kind == "matmul" else "pass_factor"]
-                kinds[kind] = factor * forward, factor * backward
+                kinds[kind] = factor * self._computing * forward, factor * self._computing * backward
         work.recomputed = np.where(case.recompute == FULL, work.seconds("block")[0],
                                    np.where(case.recompute == NONE, 0.0, work.block["attention"][0]))
         return work
@@ -190,11 +212,17 @@ class Measured:
         return np.where(is_cut, pair * (2 + (case.recompute == FULL)), 0.0), np.where(is_cut, pair + loss, 0.0)
 
     def context(self, case: Case) -> Array:
-        """Ulysses: queries, keys and values exchanged before attention, its result after it, and back in the backward pass."""
-        width = (2 * case.heads + 2 * case.key_value_heads) * case.key_size / case.tp
-        size = case.tokens * width * case.weight_bytes  # of what one rank sends in all
-        exchanged = self._where(case.cp > 1, "all_to_all", size)
-        return np.asarray(self.constants["collective_factor"] * (2 + (case.recompute == FULL)) * exchanged)
+        """Ulysses: queries, keys and values exchanged before attention, its result after it, and back in the backward pass.
+
+        Where heads do not divide, keys and values are gathered, and their gradients scattered (models/attention.py).
+        """
+        heads, keys = case.heads / case.tp, case.key_value_heads / case.tp
+        again, token = case.recompute == FULL, case.tokens * case.key_size * case.weight_bytes
+        divides = (heads % case.cp == 0) & (keys % case.cp == 0)
+        exchanged = self._where((case.cp > 1) & divides, "all_to_all", 2 * (heads + keys) * token)  # what a rank sends in all
+        whole = 2 * keys * token * case.cp
+        gathered, scattered = (self._where((case.cp > 1) & ~divides, name, whole) for name in ("all_gather", "reduce_scatter"))
+        return np.asarray(self.constants["collective_factor"] * ((2 + again) * exchanged + (1 + again) * gathered + scattered))
 
     def expert(self, case: Case) -> Array:
         """Tokens to their experts and back, and the same for gradients; as many for each rank."""
@@ -216,13 +244,12 @@ class Measured:
         block, blocks = stored * case.block_parameters / case.tp / case.layers, case.layers / case.pp
         is_whole = case.zero < 3
         times = np.where(is_whole, 1.0, case.num_microbatches)
-        wait = self.cluster.overhead_seconds["sharded_block"] * self.constants["sharded_block_factor"]
         out = 2 * self.collective("all_reduce", 8.0)  # the global token count, and the gradient's norm
         for size, count in ((block, blocks), (ends, 1.0)):
             again = np.where(is_whole | (size is ends), 1.0, 2.0)  # gathered once more for the backward pass
-            sharded = again * self.collective("all_gather", size) + self.collective("reduce_scatter", size) + wait
+            sharded = again * self.collective("all_gather", size) + self.collective("reduce_scatter", size)
             out = out + times * count * np.where(case.shard > 1, sharded, self.collective("all_reduce", size))
-        return out
+        return np.asarray(self._gathering * out)
 
     def update(self, case: Case) -> tuple[Array, Array]:
         """AdamW for what is no block's matrix under Muon, whose matrices are shared out over all ranks (train/muon.py)."""
@@ -237,9 +264,9 @@ class Measured:
             each = np.where(is_there, self._newton_schulz(rows, columns) * case.copies * held * case.pieces, 0.0)
             seconds = seconds + c["muon_factor"] * each.sum(axis=0) / case.devices
             sizes = (case.inputs * case.outputs * case.copies * held).sum(axis=0)
-            if np.any(case.devices > 1):
+            if np.any(case.devices > case.pp):
                 each_way = self.collective("all_gather", 4.0 * sizes / case.devices)
-                messages = np.where(case.devices > 1, 2 * each_way, 0.0)
+                messages = np.where(case.devices > case.pp, 2 * each_way, 0.0)
             tensors, elements = tensors - matrices.sum(axis=0), elements - sizes / case.pp
         return np.asarray(seconds + self._per_tensor * tensors + self._per_element * elements / (case.shard * case.tp)), messages
 
@@ -251,7 +278,8 @@ class Measured:
 
     def host(self, case: Case) -> tuple[Array, Array]:
         c, rows = self.constants, case.micro_batch_size * case.num_microbatches
-        return np.full(1, c["python_seconds"] * self.slow), np.asarray(c["input_seconds_per_row"] * rows * self.slow)
+        hooks = np.where(case.shard > 1, self._hook_seconds * (case.layers / case.pp + 1), 0.0)
+        return c["python_seconds"] * self.slow + hooks, np.asarray(c["input_seconds_per_row"] * rows * self.slow)
 
     def skew(self, case: Case, total: Array, computing: Array) -> Array:
         """The spread between two collectives, which shrinks as the work between them grows."""
@@ -265,3 +293,13 @@ class Measured:
 
     def own(self) -> Array:
         return np.ones(1)  # `own.py` corrects each account
+
+
+def _measured_step(sizes: Sequence[int], ranks: int, dtype: str) -> Case:
+    """The case of a row of `steps`: one micro-batch of whole rows, each a document, on each of `ranks` sharding ranks."""
+    vocab, hidden, inner, layers, heads, tokens, seq_len = sizes
+    width = WIDTH_BYTES[dtype]
+    return case_of([DecoderShape(vocab, hidden, inner, layers, heads, tie_word_embeddings=True)], {
+        "pp": 1, "chunks": 1, "dp": ranks, "shard": ranks, "cp": 1, "tp": 1, "ep": 1, "zero": 2 if ranks > 1 else 0,
+        "is_sequence_parallel": 0, "is_scattered": 0, "seq_len": seq_len, "micro_batch_size": tokens / seq_len,
+        "num_microbatches": 1, "recompute": NONE, "weight_bytes": max(2, width), "product_bytes": width})

@@ -108,6 +108,7 @@ def test_check_measures_two_ranks_and_writes_what_it_prints(tmp_path: Path, monk
     from athanor.cluster import operators, probe
 
     monkeypatch.setattr(probe.measure, "__defaults__", (None, 1.0, None))
+    monkeypatch.setattr(check, "STEPS_SECONDS", 0.4)
     result = CliRunner().invoke(check.command, ["--out", str(tmp_path / "cluster.toml"), "--json"])
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
@@ -117,7 +118,11 @@ def test_check_measures_two_ranks_and_writes_what_it_prints(tmp_path: Path, monk
     assert all(rate <= spec.peak_flops[row[0]] * 1.001 for row, rate in rates.items()), "the peak is the best rate seen"
     assert spec.peak_flops["fp32"] > 1e8
     assert {row[1] for row in spec.elementwise} == set(operators.OPERATIONS)
+    seconds = {(row[2], row[8]): row[9] for row in spec.steps}
+    waited = {(row[2], row[8]): row[10] for row in spec.steps}
+    assert seconds[256, 1] > seconds[64, 1] > 0 and waited[256, 1] == 0.0
     if spec.devices > 1:
+        assert 0 < waited[128, spec.devices] < seconds[128, spec.devices]
         curve = spec.collectives["all_reduce"]
         assert curve[-1][1] > curve[0][1] > 0, "a large all-reduce takes longer than a small one"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".check")]
