@@ -80,6 +80,12 @@ class Model(Section):
     rms_norm_eps: float | None = Field(None, gt=0, description="epsilon of RMSNorm")
     initializer_range: float | None = Field(None, gt=0, description="standard deviation of the initial weights")
     tie_word_embeddings: bool | None = Field(None, description="whether the head reuses the embedding's weights")
+    sizes: dict[str, bool | int | float] = Field({}, description="further sizes of the architecture, by its field's names, such "
+                                                 "as moe_intermediate_size")
+
+    def given(self) -> dict[str, Any]:
+        """Every size that is set."""
+        return {**self.model_dump(exclude={"architecture", "sizes"}, exclude_none=True), **self.sizes}
 
 
 class Parallel(Section):
@@ -124,6 +130,8 @@ class Stage(Section):
     weight_decay: float | None = Field(None, ge=0, description="decoupled weight decay of matrices")
     gradient_clip: float | None = Field(None, gt=0, description="largest global gradient norm")
     z_loss: float | None = Field(None, ge=0, le=1, description="coefficient of the squared logsumexp in the loss; 0 unless set")
+    expert_bias_rate: float | None = Field(None, ge=0, le=1, description="step of the biases that keep experts equally "
+                                           "loaded, of an architecture that has them; 0.001 unless set")
     optimizer: Literal["adamw", "muon"] | None = Field(None, description="the update rule")
     optimizer_state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of moments; fp32 is that of the weights")
     group: list[ParameterGroup] = Field([], description="parameters that learn otherwise than the rest")

@@ -7,7 +7,7 @@ Legend: T tokens, H hidden_size, V vocabulary, F intermediate_size (the last two
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,43 +20,13 @@ from athanor.models.attention import attention
 from athanor.models.collectives import all_gather, gather, own, rank, scatter, size
 from athanor.models.context import Context, Packed, Rope, Scored
 from athanor.models.experts import Mixture
-from athanor.models.fused import rms_norm, rope_table, swiglu
+from athanor.models.fused import beside_still, rms_norm, rope_table, swiglu
+from athanor.models.latent import LatentAttention
 from athanor.models.loss import score
+from athanor.models.pieces import LayerNorm, Linear, Matrix, Norm
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.deepseek_v3 import Shape as LatentShape
 from athanor.models.shapes.mixture import MixtureShape
-
-Linear = Callable[..., Tensor]  # of x, weight and bias: how a block multiplies by its matrices; `fp8.convert` sets another
-
-
-class Matrix(nn.Module):
-    """A weight [rows, columns] and maybe a bias [rows], not yet initialised: `initialize` or `load_weights` fill them."""
-
-    def __init__(self, rows: int, columns: int, has_bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns))
-        self.bias = nn.Parameter(torch.empty(rows)) if has_bias else None
-
-
-class Norm(nn.Module):
-    """RMSNorm over the last dim; each tensor-parallel rank normalises its own tokens."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm with a shift; else as Norm."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size)), eps
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 def new_norm(shape: DecoderShape) -> Norm | LayerNorm:
@@ -125,12 +95,12 @@ class MLP(nn.Module):
 
     is_one_graph = True
 
-    def __init__(self, shape: DecoderShape) -> None:
+    def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
         self.linear: Linear = F.linear
-        self.gate_proj = Matrix(shape.intermediate_size, shape.hidden_size)
-        self.up_proj = Matrix(shape.intermediate_size, shape.hidden_size)
-        self.down_proj = Matrix(shape.hidden_size, shape.intermediate_size)
+        self.gate_proj = Matrix(width, hidden_size)
+        self.up_proj = Matrix(width, hidden_size)
+        self.down_proj = Matrix(hidden_size, width)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.linear(swiglu(self.linear(x, context.prepared(self, self.fuse))), self.down_proj.weight)
@@ -164,8 +134,9 @@ class PlainMLP(nn.Module):
 def new_feed_forward(shape: DecoderShape, layer: int) -> MLP | PlainMLP | Mixture:
     """What a block of a shape does after its attention."""
     if isinstance(shape, MixtureShape) and not shape.is_dense(layer):
-        return Mixture(shape)
-    return MLP(shape) if shape.IS_GATED else PlainMLP(shape)
+        shared = shape.shared_intermediate_size()
+        return Mixture(shape, MLP(shape.hidden_size, shared) if shared else None)
+    return MLP(shape.hidden_size, shape.intermediate_size) if shape.IS_GATED else PlainMLP(shape)
 
 
 class Block(nn.Module):
@@ -174,7 +145,7 @@ class Block(nn.Module):
     def __init__(self, shape: DecoderShape, layer: int) -> None:
         super().__init__()
         self.input_layernorm = new_norm(shape)
-        self.self_attn = Attention(shape, layer)
+        self.self_attn = LatentAttention(shape, layer) if isinstance(shape, LatentShape) else Attention(shape, layer)
         self.post_attention_layernorm = new_norm(shape)
         self.mlp = new_feed_forward(shape, layer)
 
@@ -209,6 +180,9 @@ class Decoder(nn.Module):
         if window < longest:
             raise ModelError(f"max_position_embeddings = {longest}, but queries see a window of {window} keys, which is counted "
                              f"and not computed here; a model of at most {window} positions feels no window")
+        if shape.prediction_blocks():
+            raise ModelError(f"num_nextn_predict_layers = {shape.prediction_blocks()}: blocks that predict further tokens are "
+                             "counted and not computed here; set it to 0, and leave out their tensors")
         self.model = nn.Module()
         if is_first or (is_last and shape.tie_word_embeddings):
             self.model.embed_tokens = Matrix(shape.vocab_size, shape.hidden_size)
@@ -241,9 +215,9 @@ class Decoder(nn.Module):
             positions = own(own(context.positions, context.groups.cp), context.groups.tp)
             hidden = hidden + F.embedding(positions, self.model.embed_positions.weight)  # type: ignore[union-attr, arg-type]
         if self.shape.IS_ROTARY:
-            rope = rope_table(context.positions, self.shape.head_dim, self.shape.rope_theta, hidden.dtype,
+            rope = rope_table(context.positions, self.shape.rotary_dim, self.shape.rope_theta, hidden.dtype,
                               self.shape.rope_scaling)
-            context = replace(context, rope=Rope(rope))
+            context = replace(context, rope=Rope(beside_still(rope, self.shape.head_dim - self.shape.rotary_dim)))
         for block in self.blocks.values():
             hidden = block(hidden, context)
         if not self.is_last:

@@ -8,6 +8,8 @@ Legend: T tokens, H hidden_size, E experts and F their width (this rank's part),
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +21,7 @@ from athanor.models.collectives import all_to_all, exchange, size
 from athanor.models.context import Context
 from athanor.models.fused import swiglu
 from athanor.models.rehearsed import on_host
+from athanor.models.shapes.deepseek_v3 import Shape as SigmoidShape
 from athanor.models.shapes.mixture import MixtureShape
 
 GROUPED_ALIGNMENT_BYTES = 16  # of the rows that grouped_mm takes
@@ -50,6 +53,45 @@ class Router(nn.Module):
         return gates / gates.sum(-1, keepdim=True) if self.is_normalised else gates, experts
 
 
+class SigmoidRouter(nn.Module):
+    """DeepSeek-V3's (arXiv:2412.19437): experts are chosen by scores with a bias that no gradient moves, groups of them first;
+    gates are the scores without it."""
+
+    def __init__(self, shape: SigmoidShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.weight = nn.Parameter(torch.empty(shape.num_experts, shape.hidden_size))
+        self.e_score_correction_bias = nn.Parameter(torch.empty(shape.num_experts), requires_grad=False)
+        self.load: Tensor
+        self.register_buffer("load", torch.zeros(shape.num_experts, dtype=torch.int64), persistent=False)  # tokens in training
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidRouter:
+        """It never gets narrower than fp32, on disk neither, as transformers keeps it."""
+        exact = {name: parameter.data for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters():
+            if parameter.dtype.itemsize < torch.float32.itemsize:
+                parameter.data = exact[name].to(parameter.device)
+        return self
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """As Router's."""
+        shape, wide = self.shape, torch.promote_types(x.dtype, torch.float32)
+        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
+        wanted = scores.detach() + self.e_score_correction_bias
+        if shape.topk_group < shape.n_group:
+            groups = wanted.unflatten(1, (shape.n_group, -1))
+            best = groups.topk(min(2, groups.shape[2]), -1).values.sum(-1).topk(shape.topk_group, -1).indices
+            is_kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+            wanted = groups.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
+        experts = wanted.topk(shape.num_experts_per_tok, -1).indices
+        if self.training:
+            self.load += torch.zeros_like(self.load).scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
+        gates = scores.gather(1, experts)
+        gates = gates / gates.sum(-1, keepdim=True) if shape.norm_topk_prob else gates
+        return gates * shape.routed_scaling_factor, experts
+
+
 class Experts(nn.Module):
     """The SwiGLU layers of all experts (under expert parallelism: of this rank's)."""
 
@@ -67,13 +109,15 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-    """A router and its experts: [T, H] -> [T, H], the sum of each token's experts weighted by their gates."""
+    """A router and its experts: [T, H] -> [T, H], the sum of each token's experts weighted by their gates, and of the experts
+    that all tokens share."""
 
-    def __init__(self, shape: MixtureShape) -> None:
+    def __init__(self, shape: MixtureShape, shared: nn.Module | None = None) -> None:
         super().__init__()
         self.num_experts = shape.num_experts
-        self.gate = Router(shape)
+        self.gate = SigmoidRouter(shape) if isinstance(shape, SigmoidShape) else Router(shape)
         self.experts = Experts(shape)
+        self.shared_experts = shared
 
     closing_bias = None
 
@@ -93,7 +137,8 @@ class Mixture(nn.Module):
         rows = take_rows(x, order, back, gates.shape[1])
         answers = self.experts(rows, ends) if size(context.groups.ep) == 1 else self.travel(rows, ends, context)
         answers = take_rows(answers, back, order, 1).unflatten(0, gates.shape)
-        return (answers * gates.unsqueeze(-1)).sum(1).to(x.dtype)
+        routed = (answers * gates.unsqueeze(-1)).sum(1).to(x.dtype)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x, context)
 
     @torch.compiler.disable
     def travel(self, rows: Tensor, ends: Tensor, context: Context) -> Tensor:

@@ -97,6 +97,15 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtyp
     return table.to(torch.promote_types(dtype, torch.float32))
 
 
+def beside_still(table: Tensor, channels: int) -> Tensor:
+    """The table after `channels` more at the beginning of a head, which no position turns."""
+    if not channels:
+        return table
+    still = table.new_zeros(*table.shape[:2], channels // 2, 2)
+    still[..., 0] = 1.0
+    return torch.cat([still, table], 2)
+
+
 def _slowed(frequencies: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     """Each pair's frequency [head_dim / 2], divided by the factor where the kind of scaling says so."""
     original, kept = scaling.original_max_position_embeddings, torch.zeros_like(frequencies)

@@ -199,10 +199,12 @@ def _writing(path: Path) -> Iterator[IO[bytes]]:
 def _header(module: Decoder) -> bytes:
     """The head of a safetensors file: its length in 8 bytes, then JSON with each tensor's dtype, shape and place."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end, one = 0, next(module.parameters())
-    for name, shape in _shapes(module).items():
-        start, end = end, end + math.prod(shape) * one.element_size()
-        entries[name] = {"dtype": NAMES[one.dtype], "shape": list(shape), "data_offsets": [start, end]}
+    end, parameters = 0, dict(module.named_parameters())
+    for group in stored(module):
+        dtype = parameters[next(iter(group.rows))].dtype
+        for name in group.tensors:
+            start, end = end, end + math.prod(group.shape) * dtype.itemsize
+            entries[name] = {"dtype": NAMES[dtype], "shape": list(group.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

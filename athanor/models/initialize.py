@@ -25,7 +25,7 @@ def initialize(module: Decoder, seed: int) -> None:
     shape, table = module.shape, placements(module)
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
-            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         placement, deviation = table[name], shape.initializer_range
         if name.endswith(INTO_RESIDUAL):

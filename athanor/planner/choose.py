@@ -114,7 +114,7 @@ def shapes(recipe: Recipe, vocab_size: int, max_position: int) -> Iterator[Decod
             "max_position_embeddings": max_position, "tie_word_embeddings": hidden < 2048,
             "intermediate_size": round(hidden * shape_class(model.architecture).GROWTH / 32) * 32}
         yield new_shape(model.architecture, vocab_size=vocab_size, **{
-            **open_sizes, **model.model_dump(exclude={"architecture"}, exclude_none=True), "hidden_size": hidden,
+            **open_sizes, **model.given(), "hidden_size": hidden,
             "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": head_dim})
 
 

@@ -80,8 +80,9 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
 def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice], text: Text) -> dict[str, Any]:
     """The recipe's tables with every open value filled."""
     shape, layout = best.shape, best.layout
-    model = {"architecture": recipe.model.architecture}
+    model: dict[str, Any] = {"architecture": recipe.model.architecture}
     model |= {key: getattr(shape, key) for key in type(recipe.model).model_fields if hasattr(shape, key)}
+    model |= {"sizes": recipe.model.sizes} if recipe.model.sizes else {}
     stages = []
     for stage in recipe.stage:
         choice = choices[stage.name]

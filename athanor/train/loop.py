@@ -38,6 +38,7 @@ from athanor.parallel.mesh import Mesh, leave, make_mesh
 from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
+from athanor.train.balance import Balancer
 from athanor.train.masters import Masters
 from athanor.train.memory import explain, is_out_of_memory
 from athanor.train.meter import Meter
@@ -189,7 +190,8 @@ def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
         masters = Masters((p for _, p in stages.named_parameters()), dtype, is_accumulated=settings.num_microbatches > 1)
     optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay, groups=settings.groups or (),
                           state_dtype=STATE_DTYPES[settings.optimizer_state_dtype], masters=masters)
-    trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded, z_loss=settings.z_loss)
+    trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded, z_loss=settings.z_loss,
+                      balancer=Balancer(stages, optimizer.placed, settings.expert_bias_rate))
     if mesh.layout.pp > 1:
         tokens = settings.micro_batch_size * settings.seq_len
         dtype = compute_dtype(settings.precision) or storage_dtype(settings.precision)

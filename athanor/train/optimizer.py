@@ -102,7 +102,7 @@ class Optimizer:
 
     def complete(self) -> None:
         """Make this rank's gradients those of all ranks, after the last micro-batch."""
-        self.stages.complete(lambda parameter: self.by_parameter[parameter].gradient)
+        self.stages.complete(lambda parameter: self.by_parameter[parameter].gradient if parameter.requires_grad else None)
 
     def squared_norm(self) -> torch.Tensor:
         """The sum of squares of this rank's part of the gradient, in fp64; each part is counted on one rank only."""

@@ -16,6 +16,7 @@ from athanor.train.schedule import SCHEDULES
 
 DEFAULT_BATCH_TOKENS = 4096  # small steps: the fewer the tokens, the more steps matter
 DEFAULT_MICRO_BATCH_TOKENS = 2048
+EXPERT_BIAS_RATE = 0.001  # DeepSeek-V3's
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Settings:
     weight_decay: float
     gradient_clip: float
     z_loss: float
+    expert_bias_rate: float
     optimizer: str
     optimizer_state_dtype: str
     groups: tuple[Group, ...] | None
@@ -123,6 +125,7 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
         learning_rate_schedule=stage.learning_rate_schedule or SCHEDULES[1], warmup_steps=warmup,
         weight_decay=0.1 if stage.weight_decay is None else stage.weight_decay, gradient_clip=stage.gradient_clip or 1.0,
         z_loss=stage.z_loss or 0.0,
+        expert_bias_rate=EXPERT_BIAS_RATE if stage.expert_bias_rate is None else stage.expert_bias_rate,
         optimizer=optimizer, optimizer_state_dtype=stage.optimizer_state_dtype,
         groups=tuple(Group(**group.model_dump()) for group in stage.group) or None, ramp=ramp,
         precision=stage.precision or "fp32", compile=bool(stage.compile),

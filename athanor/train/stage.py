@@ -119,7 +119,7 @@ def fresh_shape(recipe: Recipe, manifest: dict[str, Any]) -> DecoderShape:
 
     The vocabulary is the tokenizer's, filled up to a multiple of 64.
     """
-    given = recipe.model.model_dump(exclude={"architecture"}, exclude_none=True)
+    given = recipe.model.given()
     hidden_size = given.setdefault("hidden_size", 128)
     given.setdefault("num_hidden_layers", 4)
     given.setdefault("num_attention_heads", max(1, hidden_size // HEAD_WIDTH))
@@ -144,9 +144,10 @@ def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, manifest: dic
     if own.is_file() and hash_file(own) != hash_file(tokenizer / "tokenizer.json"):
         raise ModelError(f"{own} is not the tokenizer that the data were built with ({tokenizer / 'tokenizer.json'}); "
                          f"build the data with data.tokenizer = \"{folder}\"")
-    for key, value in recipe.model.model_dump(exclude={"architecture"}, exclude_none=True).items():
-        if recipe.origin(f"model.{key}") in ("recipe", "override") and getattr(shape, key, None) != value:
-            raise ModelError(f"model.{key} is {value}, but the model in {folder} has {getattr(shape, key, None)}")
+    for key, value in recipe.model.given().items():
+        place = f"model.sizes.{key}" if key in recipe.model.sizes else f"model.{key}"
+        if recipe.origin(place) in ("recipe", "override") and getattr(shape, key, None) != value:
+            raise ModelError(f"{place} is {value}, but the model in {folder} has {getattr(shape, key, None)}")
 
 
 def claim_folder(job: Job, is_fresh: bool) -> None:

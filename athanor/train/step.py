@@ -18,6 +18,7 @@ from athanor.parallel.fully_shard import DataParallel
 from athanor.parallel.mesh import Mesh
 from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
+from athanor.train.balance import Balancer
 from athanor.train.optimizer import Optimizer
 
 COLUMNS = ("tokens", "targets", "weight", "positions", "cu_seqlens")
@@ -51,6 +52,7 @@ class Trainee:
     totals: Mapping[str, float] = field(default_factory=dict)
     tally: Tally | None = None
     z_loss: float = 0.0
+    balancer: Balancer | None = None
 
     def score(self, part: nn.Module, x: Tensor, batch: Batch) -> Tensor | Scored:
         """Run one stage on a batch whose columns are on the device: its hidden states, or what the last says of the targets."""
@@ -138,6 +140,8 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
         sums = mesh.sum(trainee.report(is_asked_to_stop))
         is_made = optimizer.step(learning_rate, sums[0], sums[2], gradient_clip)
         optimizer.clear()
+        if trainee.balancer is not None:
+            trainee.balancer.step(is_made)
         squared, stop, _, *parts = sums.tolist()
     norm = math.sqrt(squared) if squared >= 0 else math.nan
     means = {name: parts[2 * i] / max(parts[2 * i + 1], 1e-9) for i, name in enumerate(trainee.objective.METRICS)}

@@ -24,6 +24,11 @@ KINDS = {
               "model.tie_word_embeddings=false"],
     "qwen3": ["model.architecture=qwen3", "model.num_key_value_heads=2", "model.head_dim=6", "model.num_hidden_layers=4",
               "stage.pretrain.optimizer=muon"],
+    "deepseek": ["model.architecture=deepseek_v3", "model.num_key_value_heads=4", "model.num_experts=4",
+                 "model.num_experts_per_tok=2", "model.num_hidden_layers=4", *(f"model.sizes.{size}" for size in (
+                     "moe_intermediate_size=24", "q_lora_rank=12", "kv_lora_rank=10", "qk_nope_head_dim=6", "qk_rope_head_dim=4",
+                     "v_head_dim=8", "first_k_dense_replace=1", "n_group=2", "topk_group=1", "routed_scaling_factor=1.5")),
+                 "stage.pretrain.expert_bias_rate=0.02"],
     "qwen3 mixture": ["model.architecture=qwen3_moe", "model.num_experts=4", "model.num_experts_per_tok=2",
                       "model.num_hidden_layers=4"],
 }
@@ -59,6 +64,8 @@ SLOW = [
     ("mixture", "pp=2 dp_shard=2 ep=2 pipeline_schedule=InterleavedZeroBubble"),
     ("gpt2", "cp=2"), ("gpt2", "dp_shard=2"), ("gpt2", "dp_shard=2 cp=2 tp=2 recompute=full"), ("gpt2", "dp_replicate=2"),
     ("gpt2", "pp=2 tp=2 pipeline_schedule=ZBVZeroBubble"), ("gpt2", "pp=2 dp_shard=2 cp=2 recompute=selective"),
+    ("deepseek", "tp=2"), ("deepseek", "cp=2"), ("deepseek", "pp=2 dp_shard=2 ep=2"), ("deepseek", "dp_shard=2 ep=2 tp=2"),
+    ("deepseek", "dp_replicate=2 cp=2 recompute=full"), ("deepseek", "pp=2 tp=2 pipeline_schedule=ZBVZeroBubble"),
     ("qwen2", "pp=2"), ("qwen2", "cp=2"), ("qwen2", "dp_shard=2"), ("qwen2", "pp=2 tp=2"), ("qwen3", "pp=2"), ("qwen3", "cp=2"),
     ("qwen3", "dp_shard=2"), ("qwen3", "dp_shard=2 tp=2 recompute=full"), ("mistral", "dp_shard=2 tp=2"),
     ("mistral", "pp=2 cp=2"), ("qwen3 mixture", "dp_shard=2 ep=2 tp=2"), ("qwen3 mixture", "pp=2 cp=2 ep=2"),

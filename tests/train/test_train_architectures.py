@@ -20,6 +20,9 @@ Train = Callable[..., dict[str, Any]]
 @pytest.mark.parametrize(("name", "sizes"), [
     ("gpt2", ["model.num_key_value_heads=4"]), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ("mistral", []), ("qwen2", ["model.tie_word_embeddings=false"]), ("qwen3", ["model.head_dim=6"]),
+        ("deepseek_v3", ["model.num_key_value_heads=4", "model.num_experts=4", "model.num_experts_per_tok=2", *(
+            f"model.sizes.{size}" for size in ("moe_intermediate_size=24", "kv_lora_rank=10", "qk_nope_head_dim=6",
+                                               "qk_rope_head_dim=4", "v_head_dim=8", "first_k_dense_replace=1"))]),
         ("qwen3_moe", ["model.num_experts=4", "model.num_experts_per_tok=2"])))])
 def test_a_recipe_trains_it_and_goes_on(train: Train, run_folder: Path, name: str, sizes: list[str]) -> None:
     overrides = [f"model.architecture={name}", *sizes, "stage.pretrain.steps=4"]
@@ -27,8 +30,8 @@ def test_a_recipe_trains_it_and_goes_on(train: Train, run_folder: Path, name: st
     assert found["loss"][-1] < found["loss"][0]
     folder = run_folder / "pretrain" / "model"
     assert json.loads((folder / "config.json").read_text())["model_type"] == name
-    vectors = [parameter for key, parameter in load_model(folder).named_parameters() if key.endswith(".bias")]
-    assert all(vector.abs().max() > 0 for vector in vectors) and bool(vectors) == (name in ("gpt2", "qwen2"))
+    vectors = [parameter for key, parameter in load_model(folder).named_parameters() if key.endswith("bias")]
+    assert all(vector.abs().max() > 0 for vector in vectors) and bool(vectors) == (name in ("gpt2", "qwen2", "deepseek_v3"))
     goes_on = train(run_folder, *overrides, "stage.chat.steps=1", stage="chat")
     assert np.isfinite(goes_on["loss"]).all() and len(goes_on["loss"]) == 1
 

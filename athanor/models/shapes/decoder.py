@@ -77,6 +77,11 @@ class DecoderShape(Counted):
         return self.num_attention_heads * self.head_dim
 
     @property
+    def rotary_dim(self) -> int:
+        """Channels at the end of each head that positions turn."""
+        return self.head_dim
+
+    @property
     def key_value_size(self) -> int:
         """Width of all key heads together (and of all value heads)."""
         return self.num_key_value_heads * self.head_dim

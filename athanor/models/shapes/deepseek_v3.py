@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from athanor.foundation.errors import ModelError
 from athanor.models.shapes.mixture import MixtureShape
 from athanor.models.shapes.products import Attended, Product
+from athanor.models.shapes.rope import growth
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,9 @@ class Shape(MixtureShape):
     MODEL_TYPE: ClassVar = "deepseek_v3"
     ARCHITECTURE: ClassVar = "DeepseekV3ForCausalLM"
     KEYS: ClassVar = {"num_experts": "n_routed_experts", "head_dim": None}
-    ONLY: ClassVar = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1}
+    ONLY: ClassVar = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1,
+                      "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    COUNTS_ALIKE: ClassVar = MixtureShape.COUNTS_ALIKE | {"rope_interleave", "scoring_func", "topk_method"}
 
     num_experts: int = 256
     num_experts_per_tok: int = 8
@@ -28,11 +32,32 @@ class Shape(MixtureShape):
     n_shared_experts: int = 1
     first_k_dense_replace: int = 3
     num_nextn_predict_layers: int = 0
+    n_group: int = 1  # of experts, of which the best topk_group are chosen from
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim)
         super().__post_init__()
-        self._require(1, "kv_lora_rank", "v_head_dim")
+        self._require(1, "kv_lora_rank", "v_head_dim", "n_group", "topk_group")
+        if self.num_experts % self.n_group or self.topk_group > self.n_group:
+            raise ModelError(f"n_group = {self.n_group} must divide n_routed_experts = {self.num_experts}, and be at least "
+                             f"topk_group = {self.topk_group}")
+        if self.num_experts_per_tok > self.topk_group * self.num_experts // self.n_group:
+            raise ModelError(f"num_experts_per_tok = {self.num_experts_per_tok} is more than the experts of topk_group = "
+                             f"{self.topk_group} groups")
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    def score_growth(self) -> float:
+        """What scores are multiplied with beside 1 / sqrt(head_dim)."""
+        scaling = self.rope_scaling
+        return growth(scaling.factor, scaling.mscale_all_dim)**2 if scaling and scaling.mscale_all_dim else 1.0
+
+    def to_config(self) -> dict[str, Any]:
+        return {**super().to_config(), "q_lora_rank": self.q_lora_rank or None}
 
     def attention_products(self) -> list[Product]:
         hidden, heads = self.hidden_size, self.num_attention_heads

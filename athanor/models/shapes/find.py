@@ -102,7 +102,7 @@ def find_shape(name_or_path: str | Path) -> DecoderShape:
         return load_shape(known[name.lower()], for_training=False)
     if Path(name).suffix == ".toml":
         recipe = load_recipe(name)
-        keys = recipe.model.model_dump(exclude_none=True) | {"vocab_size": recipe.data.vocab_size}
+        keys = recipe.model.given() | {"vocab_size": recipe.data.vocab_size}
         return load_shape(keys | {"model_type": recipe.model.architecture}, False, f"{name}, [model] and data")
     if Path(name).exists():
         return load_shape(Path(name), for_training=False)

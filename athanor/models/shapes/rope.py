@@ -23,7 +23,8 @@ class RopeScaling:
     KINDS: ClassVar[dict[str, tuple[str, ...]]] = {
         "linear": ("factor",),
         "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate")}
+        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate",
+                 "mscale_all_dim")}
 
     rope_type: str
     factor: float
@@ -33,6 +34,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    mscale_all_dim: float = 0.0  # from which scores grow too, where attention is latent
     truncate: bool = True  # whether yarn's boundaries are whole pairs of channels
 
     @classmethod
@@ -57,7 +59,7 @@ class RopeScaling:
         if kind == "yarn" and "factor" in given:
             scales = [given.get(key, 0.0) for key in MSCALES]
             above, below = scales if all(scales) else (1.0, 0.0)
-            given.setdefault("attention_factor", _growth(given["factor"], above) / _growth(given["factor"], below))
+            given.setdefault("attention_factor", growth(given["factor"], above) / growth(given["factor"], below))
         missing = [key for key in cls.KINDS[kind][:4 if kind == "llama3" else 1] if key not in given]
         if missing:
             raise ModelError(f"{where}: rope_type '{kind}' has no '{missing[0]}'")
@@ -70,8 +72,10 @@ class RopeScaling:
 
     def to_config(self) -> dict[str, Any]:
         """The table that `from_config` reads."""
-        return {"rope_type": self.rope_type, **{key: getattr(self, key) for key in self.KINDS[self.rope_type]}}
+        numbers = {key: getattr(self, key) for key in self.KINDS[self.rope_type]}
+        return {"rope_type": self.rope_type, **{key: value for key, value in numbers.items() if key not in MSCALES or value}}
 
 
-def _growth(factor: float, scale: float) -> float:
+def growth(factor: float, scale: float) -> float:
+    """By how much yarn lets vectors grow whose positions are stretched by a factor."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
