@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from athanor.foundation.errors import UserError, did_you_mean
-from athanor.foundation.recipe import toml_value
 from athanor.foundation.run_folder import write_atomic
+from athanor.foundation.toml import toml_value
 
 SCHEMA = 1
 ACCELERATORS = Path(__file__).parent / "accelerators"

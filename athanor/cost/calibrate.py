@@ -19,7 +19,7 @@ from athanor.cost.memory import Footprint
 from athanor.cost.own import shrunk
 from athanor.cost.step import price
 from athanor.foundation.errors import UserError
-from athanor.foundation.recipe import toml_value
+from athanor.foundation.toml import toml_value
 from athanor.foundation.units import MOST
 
 FILE = Path(__file__).with_name("datasheet.toml")

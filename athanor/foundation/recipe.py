@@ -6,7 +6,6 @@ fills what was left open from a plan, and `Recipe.origin` tells which of the fou
 
 from __future__ import annotations
 
-import json
 import tomllib
 import types
 import typing
@@ -17,6 +16,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from athanor.foundation.errors import RecipeError, did_you_mean
+from athanor.foundation.toml import assign, leaves, parse_value, toml_value
 
 SourceKind = Literal["python", "folder", "git", "text", "jsonl", "parquet", "csv", "warc", "html", "pdf", "tokens"]
 Precision = Literal["fp64", "fp32", "bf16", "fp8"]
@@ -190,9 +190,9 @@ class Recipe(Section):
         """The recipe with every value that was left open filled from a plan's tables of the same names."""
         merged = self.model_dump(exclude_none=True)
         origins = dict(self._origins)
-        for key, value in _leaves({k: v for k, v in plan.items() if k in ("data", "model", "parallel", "stage")}):
+        for key, value in leaves({k: v for k, v in plan.items() if k in ("data", "model", "parallel", "stage")}):
             if self._origins.get(key) not in ("override", "recipe"):
-                _assign(merged, key.split("."), value, plan_file)
+                assign(merged, key.split("."), value, plan_file)
                 origins[key] = "plan"
         recipe = _validate(merged, plan_file)
         recipe._origins, recipe._file = origins, self._file
@@ -222,12 +222,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     file = str(path)
     raw = _read_toml(Path(path), "recipe")
-    origins = {key: "recipe" for key, _ in _leaves(raw)}
+    origins = {key: "recipe" for key, _ in leaves(raw)}
     for text in overrides or []:
         key, sep, value = text.partition("=")
         if not sep or not key:
             raise RecipeError(f"override '{text}' is not of the form key=value, such as stage.pretrain.steps=100")
-        _assign(raw, key.split("."), _parse_value(value), f"override '{text}'")
+        assign(raw, key.split("."), parse_value(value), f"override '{text}'")
         origins[key] = "override"
     recipe = _validate(raw, file)
     recipe._origins, recipe._file = origins, file
@@ -249,19 +249,6 @@ def _read_toml(path: Path, kind: str) -> dict[str, Any]:
         raise RecipeError(f"{path} is a folder; a {kind} is a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
-
-
-def toml_value(value: Any) -> str:
-    """One value as TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items() if v is not None) + " }"
-    return repr(value)
 
 
 def document() -> list[tuple[str, str, str, str]]:
@@ -373,36 +360,3 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(typing.get_args(annotation)[0])}"
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false"}.get(
         getattr(annotation, "__name__", ""), str(annotation))
-
-
-def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys and values; entries of a list of tables are keyed by their name."""
-    if isinstance(value, dict):
-        return [leaf for k, v in value.items() for leaf in _leaves(v, f"{prefix}{k}.")]
-    if isinstance(value, list) and value and all(isinstance(v, dict) and "name" in v for v in value):
-        return [leaf for v in value for leaf in _leaves(v, f"{prefix}{v['name']}.")]
-    return [(prefix[:-1], value)]
-
-
-def _assign(node: Any, path: list[str], value: Any, where: str) -> None:
-    """Set a dotted key; in a list of tables the next part is the `name` of an entry."""
-    head, rest = path[0], path[1:]
-    if isinstance(node, list):
-        entries = {entry.get("name"): entry for entry in node if isinstance(entry, dict)}
-        fitting = [n for n in range(1, len(path)) if ".".join(path[:n]) in entries]  # a name may have dots
-        if not fitting:
-            raise RecipeError(f"{where}: '{head}' is not an entry with a key; {did_you_mean(head, map(str, entries))}")
-        _assign(entries[".".join(path[:fitting[-1]])], path[fitting[-1]:], value, where)
-    elif not isinstance(node, dict):
-        raise RecipeError(f"{where}: there is a value where '{head}' expects a table")
-    elif rest:
-        _assign(node.setdefault(head, {}), rest, value, where)
-    else:
-        node[head] = value
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text

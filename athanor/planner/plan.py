@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from athanor.cluster.spec import ClusterSpec, with_devices
-from athanor.foundation.recipe import Recipe, toml_value
+from athanor.foundation.recipe import Recipe
+from athanor.foundation.toml import toml_value
 from athanor.foundation.units import format_count
 from athanor.laws import scaling
 from athanor.ledger.book import Book, total

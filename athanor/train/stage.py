@@ -16,9 +16,10 @@ from athanor.data.rows import Rows, open_rows
 from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
-from athanor.foundation.recipe import Recipe, Stage, toml_value
+from athanor.foundation.recipe import Recipe, Stage
 from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, hash_file, hash_folder, write_atomic
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, check_pipeline, cut, find_schedule
+from athanor.foundation.toml import toml_value
 from athanor.models import fp8
 from athanor.models.find import load_architecture
 from athanor.models.huggingface import read_shape

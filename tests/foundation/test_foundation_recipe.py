@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from athanor.foundation.errors import RecipeError
-from athanor.foundation.recipe import Recipe, document, load_recipe, toml_value
+from athanor.foundation.recipe import Recipe, document, load_recipe
+from athanor.foundation.toml import toml_value
 
 STDLIB = Path(__file__).parents[2] / "recipes" / "stdlib.toml"
 
