@@ -106,8 +106,8 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -
 
 def write_plan(plan: Plan, run: RunFolder, file: Path, inputs: dict[str, str]) -> None:
     """`plan.toml` with the hashes of what it was made from, `forecast.json` of the run and of each stage."""
-    from athanor.foundation.toml import toml_value
     from athanor.foundation.run_folder import write_atomic
+    from athanor.foundation.toml import toml_value
 
     made_from = "".join(f"{key} = {toml_value(value)}\n" for key, value in inputs.items())
     write_atomic(file, f"{plan.to_toml()}\n[inputs]\n{made_from}")
