@@ -167,11 +167,11 @@ class Decoder(nn.Module):
     """Blocks `layers` of a decoder (all of them unless given); the first stage embeds, the last one has norm and head.
 
     Only the root's forward touches embedding, final norm and head, so fully_shard takes them with the root. `on_disk` says
-    which parameters go by other names in a folder (`stored.written`).
+    which parameters go by other names in a folder (`stored.written`); `block` is the class of blocks.
     """
 
     def __init__(self, shape: DecoderShape, layers: range | None = None, is_first: bool = True, is_last: bool = True,
-                 on_disk: Mapping[str, str] | None = None) -> None:
+                 on_disk: Mapping[str, str] | None = None, block: type[Block] = Block) -> None:
         super().__init__()
         self.shape, self.is_first, self.is_last = shape, is_first, is_last
         self.on_disk = on_disk or {}
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         if is_first and not shape.IS_ROTARY:
             self.model.embed_positions = Matrix(shape.max_position_embeddings, shape.hidden_size)
         numbers = range(shape.num_hidden_layers) if layers is None else layers
-        self.model.layers = nn.ModuleDict({str(number): Block(shape, number) for number in numbers})
+        self.model.layers = nn.ModuleDict({str(number): block(shape, number) for number in numbers})
         if is_last:
             self.model.norm = new_norm(shape)
             if not shape.tie_word_embeddings:
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         Returns hidden [t, H] on a stage that is not the last; with targets [T] their Scored (`models/loss.py`); else logits
         [wanted, V] of the whole vocabulary (not differentiable under tensor parallelism).
         """
-        hidden = self._embed(x, context) if self.is_first else x
+        hidden = self.embed(x, context) if self.is_first else x
         if self.is_first and not self.shape.IS_ROTARY:
             if isinstance(context, Packed) and context.max_length > self.shape.max_position_embeddings:
                 raise ModelError(f"a document of up to {context.max_length} tokens is longer than max_position_embeddings = "
@@ -233,7 +233,7 @@ class Decoder(nn.Module):
         logits = F.linear(hidden, head.weight)
         return logits if size(tp) == 1 else all_gather(logits.t(), tp).t()
 
-    def _embed(self, tokens: Tensor, context: Context) -> Tensor:
+    def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """Token ids [T] -> [t, H]; each tensor-parallel rank knows a part of the vocabulary."""
         weight: Tensor = self.model.embed_tokens.weight  # type: ignore[union-attr, assignment]
         tp = context.groups.tp

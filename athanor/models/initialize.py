@@ -17,15 +17,17 @@ INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")  # these add to the residu
 
 @torch.no_grad()
 def initialize(module: Decoder, seed: int) -> None:
-    """Fill every parameter: norms with 1, biases with 0, matrices with normal noise of initializer_range.
+    """Fill every parameter: biases with 0, other vectors with their module's `initial` or 1, matrices with normal noise.
 
-    Matrices that add to the residual stream get initializer_range / sqrt(2 layers) (GPT-2), so that depth does not change
-    its variance. Each parameter is drawn in full, in fp32 on the CPU, and this rank's part of it is kept.
+    Its deviation is initializer_range, of matrices that add to the residual stream initializer_range / sqrt(2 layers)
+    (GPT-2), so that depth does not change the stream's variance. Each parameter is drawn in full, in fp32 on the CPU, and
+    this rank's part of it is kept.
     """
     shape, table = module.shape, placements(module)
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            owner = module.get_submodule(name.rpartition(".")[0])
+            parameter.fill_(0.0 if name.endswith("bias") else getattr(owner, "initial", 1.0))
             continue
         placement, deviation = table[name], shape.initializer_range
         if name.endswith(INTO_RESIDUAL):

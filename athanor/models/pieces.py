@@ -24,7 +24,9 @@ class Matrix(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm over the last dim; each tensor-parallel rank normalises its own tokens."""
+    """RMSNorm over the last dim, its weight `initial` at first; each tensor-parallel rank normalises its own tokens."""
+
+    initial = 1.0
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

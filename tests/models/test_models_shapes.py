@@ -204,7 +204,7 @@ def test_models_are_found_by_name_or_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("config", "words"), [
-    ({"model_type": "bloom", **SMALL}, "estimated and not trained; those that can: .*gpt2, llama"),
+    ({"model_type": "bloom", **SMALL}, "estimated and not trained; those that can: .*gemma, gpt2, llama"),
     ({"model_type": "products", **SMALL}, "unknown architecture")])
 def test_training_refuses_what_is_only_counted(config: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words):

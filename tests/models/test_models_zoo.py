@@ -36,6 +36,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
               {"rope_scaling": RopeScaling("llama3", 8.0, 64, 1.0, 2.0), "rope_theta": 100.0},
               {"head_dim": 64, "rope_scaling": RopeScaling("yarn", 4.0, 32, attention_factor=0.1 * math.log(4) + 1)},
               {"rope_scaling": RopeScaling("yarn", 2.0, 64, beta_fast=8.0, attention_factor=1.0, truncate=False)}],
+    "gemma": [{**GROUPED, "num_key_value_heads": 1, "head_dim": 24}, {"rope_theta": 300.0, "rms_norm_eps": 1e-3}],
     "gpt2": [{"tie_word_embeddings": False}, {"hidden_size": 60, "head_dim": 15, "intermediate_size": 70, "rms_norm_eps": 1e-3}],
     "mistral": [{**GROUPED, "sliding_window": 128}],
     "qwen3_moe": [{"mlp_only_layers": (1,), "norm_topk_prob": True}, {"decoder_sparse_step": 2, "num_experts_per_tok": 1}],
@@ -96,7 +97,10 @@ def test_logits_gradients_and_answers_are_those_of_transformers(name: str, seed:
     wanted = {key: parameter.grad for key, parameter in peer.named_parameters()}
     for key, gradient in gradients(module).items():
         wanted_gradient = wanted.get(key, wanted.get(key.replace("block_sparse_moe", "mlp")))
-        assert (gradient - wanted_gradient).abs().max() <= 1e-5, key
+        away = (gradient - wanted_gradient).abs()
+        if "embed_tokens" in key:  # there the pad token's row gets nothing from the embedding
+            away[module.shape.pad_token_id] = 0
+        assert away.max() <= 1e-5, key
     peer.generation_config.eos_token_id = None
     prompt = ids[:7].tolist()
     answer = peer.generate(ids[None, :7], max_new_tokens=64, do_sample=False)[0, 7:].tolist()

@@ -20,6 +20,7 @@ KINDS = {
     "gpt2": ["model.architecture=gpt2", "model.num_hidden_layers=4"],
     "gpt2 wide": ["model.architecture=gpt2", "model.hidden_size=64", "model.intermediate_size=96", "model.num_hidden_layers=4"],
     "mistral": ["model.architecture=mistral", "model.num_key_value_heads=2", "model.num_hidden_layers=4"],
+    "gemma": ["model.architecture=gemma", "model.num_hidden_layers=4", "model.head_dim=6"],
     "qwen2": ["model.architecture=qwen2", "model.num_key_value_heads=2", "model.num_hidden_layers=4",
               "model.tie_word_embeddings=false"],
     "qwen3": ["model.architecture=qwen3", "model.num_key_value_heads=2", "model.head_dim=6", "model.num_hidden_layers=4",
@@ -39,7 +40,7 @@ QUICK = [
     ("untied", "pp=2 pipeline_schedule=Interleaved1F1B"), ("dense", "pp=2 pipeline_schedule=LoopedBFS split=[1,3,2,2]"),
     ("untied", "pp=2 pipeline_schedule=InterleavedZeroBubble"), ("dense", "pp=2 pipeline_schedule=ZBVZeroBubble recompute=full"),
     ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"), ("mixture", "dp_shard=2 ep=2"),
-    ("gpt2", "tp=2"), ("gpt2", "pp=2"), ("qwen2", "tp=2"), ("qwen3", "tp=2"),
+    ("gpt2", "tp=2"), ("gpt2", "pp=2"), ("qwen2", "tp=2"), ("qwen3", "tp=2"), ("gemma", "tp=2"),
     ("dense", "dp_shard=2 keep_whole=false"), ("dense", "dp_replicate=2 keep_whole=false"),
 ]
 SLOW = [
@@ -66,7 +67,8 @@ SLOW = [
     ("gpt2", "pp=2 tp=2 pipeline_schedule=ZBVZeroBubble"), ("gpt2", "pp=2 dp_shard=2 cp=2 recompute=selective"),
     ("deepseek", "tp=2"), ("deepseek", "cp=2"), ("deepseek", "pp=2 dp_shard=2 ep=2"), ("deepseek", "dp_shard=2 ep=2 tp=2"),
     ("deepseek", "dp_replicate=2 cp=2 recompute=full"), ("deepseek", "pp=2 tp=2 pipeline_schedule=ZBVZeroBubble"),
-    ("qwen2", "pp=2"), ("qwen2", "cp=2"), ("qwen2", "dp_shard=2"), ("qwen2", "pp=2 tp=2"), ("qwen3", "pp=2"), ("qwen3", "cp=2"),
+    ("qwen2", "pp=2"), ("qwen2", "cp=2"), ("qwen2", "dp_shard=2"), ("qwen2", "pp=2 tp=2"), ("gemma", "pp=2 dp_shard=2"),
+    ("qwen3", "pp=2"), ("qwen3", "cp=2"),
     ("qwen3", "dp_shard=2"), ("qwen3", "dp_shard=2 tp=2 recompute=full"), ("mistral", "dp_shard=2 tp=2"),
     ("mistral", "pp=2 cp=2"), ("qwen3 mixture", "dp_shard=2 ep=2 tp=2"), ("qwen3 mixture", "pp=2 cp=2 ep=2"),
     ("untied", "pp=4 tp=2 pipeline_schedule=LoopedBFS"), ("dense", "pp=4 dp_shard=2 pipeline_schedule=ZBVZeroBubble"),
