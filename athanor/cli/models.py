@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import click
 
-from athanor.foundation.errors import ModelError
+from athanor.foundation.errors import ModelError, UserError
 from athanor.foundation.progress import console, say
-from athanor.foundation.run_folder import registry_root
+from athanor.foundation.run_folder import folder_renamed_last, registry_root
 from athanor.foundation.units import format_count, format_flops
 from athanor.registry.manifest import Manifest
+from athanor.registry.model_folder import TOKENIZER_FILES
 from athanor.registry.store import Registry, diff
 
 
@@ -134,6 +136,32 @@ def import_model(folder: Path, name: str | None, registry: Path | None, as_json:
     if as_json:
         click.echo(json.dumps(asdict(card)))
     say(f"{folder} is registered as {card.reference}")
+
+
+@command.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def merge(base: Path, adapter: Path, folder: Path, as_json: bool) -> None:
+    """Write the model of folder BASE with the LoRA of PEFT's folder ADAPTER in its weights to a new FOLDER."""
+    from athanor.models.adapters import merge_adapter
+    from athanor.models.huggingface import load_model, save_model
+    from athanor.models.shapes.find import read_config
+
+    if folder.exists():
+        raise UserError(f"{folder} exists; the merged model needs a new folder")
+    config = read_config(base)
+    module = load_model(base, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    count = merge_adapter(module, adapter)
+    with folder_renamed_last(folder) as building:
+        save_model(module, building)
+        for name in {*TOKENIZER_FILES, "chat_template.jinja"}:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, building / name)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "base": str(base), "adapter": str(adapter), "matrices": count}))
+    say(f"{folder} is {base} with {count} matrices of {adapter} added")
 
 
 @command.command()

@@ -60,6 +60,17 @@ def new_shape(architecture: str, **sizes: Any) -> DecoderShape:
     return shape(**{**{key: 0 for key in AS_USUAL if key in known}, **sizes})
 
 
+def read_config(source: Path) -> dict[str, Any]:
+    """A config.json, or that of a model folder, as it is. Raises ModelError when there is none."""
+    file = source / "config.json" if source.is_dir() else source
+    if not file.is_file():
+        raise ModelError(f"{file} does not exist, so {source} is not a model folder")
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} is not a table of keys and values")
+    return config
+
+
 def load_shape(source: Path | dict[str, Any], for_training: bool = True, where: str = "the configuration") -> DecoderShape:
     """The shape that a model folder, a config.json or its content describes.
 
@@ -67,13 +78,10 @@ def load_shape(source: Path | dict[str, Any], for_training: bool = True, where: 
     are counted and not computed.
     """
     if isinstance(source, Path):
-        file = source / "config.json" if source.is_dir() else source
-        where = str(file)
-        if not file.is_file():
-            raise ModelError(f"{file} does not exist, so {source} is not a model folder")
-        source = read_json(file)
+        where = str(source / "config.json" if source.is_dir() else source)
+        source = read_config(source)
     allowed = architectures() if for_training else counted()
-    if not isinstance(source, dict) or not isinstance(source.get("model_type"), str):
+    if not isinstance(source.get("model_type"), str):
         raise ModelError(f"{where} has no 'model_type'; allowed: {', '.join(allowed)}")
     kind: str = source["model_type"]
     kind = ALIASES.get(kind, kind)
