@@ -35,6 +35,7 @@ class Filter(nn.Module):
         self.output_layernorm = Norm(hidden, EPSILON)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        assert self.conv1.bias is not None, "both convolutions have one"
         to_next, to_own = F.linear(x, context.prepared(self.conv1, self.fuse)).chunk(KERNEL, 1)
         inner = to_own + self.moved(to_next, context, 0) + self.conv1.bias
         both = torch.cat([self.moved(inner, context, 1), inner], 1)

@@ -55,15 +55,15 @@ class Shape(MixtureShape):
             object.__setattr__(self, "partial_rotary_factor", 0.5 if self.num_experts else 1.0)
         super().__post_init__()
         if self.num_key_value_heads != self.num_attention_heads:
-            raise ModelError(f"num_key_value_heads = {self.num_key_value_heads}: each of the {self.num_attention_heads} heads of a "
-                             "yuan has a key head; leave it out")
-        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
-            raise ModelError(f"partial_rotary_factor = {self.partial_rotary_factor} of head_dim = {self.head_dim} is no even number "
-                             "of channels from 2 to head_dim")
+            raise ModelError(f"num_key_value_heads = {self.num_key_value_heads}: each of the {self.num_attention_heads} heads of "
+                             "a yuan has a key head; leave it out")
+        if self.rotary_dim not in range(2, self.head_dim + 1, 2) or self.rotary_dim != self.head_dim * self.partial_rotary_factor:
+            raise ModelError(f"partial_rotary_factor = {self.partial_rotary_factor} of head_dim = {self.head_dim} is no even "
+                             "number of channels from 2 to head_dim")
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)
+        return round(self.head_dim * self.partial_rotary_factor)
 
     @property
     def filter_size(self) -> int:
