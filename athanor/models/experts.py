@@ -71,7 +71,7 @@ class AttentionRouter(nn.Module):
 
 
 def choose(logits: Tensor, top: int, is_normalised: bool) -> tuple[Tensor, Tensor]:
-    """The largest entries of the softmax of logits [T, E]: gates [T, K] in fp32 or wider, maybe divided by their sum, and which."""
+    """The largest of the softmax of logits [T, E]: gates [T, K] in fp32 or wider, maybe divided by their sum, and which."""
     gates, experts = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).topk(top, -1)
     return gates / gates.sum(-1, keepdim=True) if is_normalised else gates, experts
 
