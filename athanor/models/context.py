@@ -41,8 +41,8 @@ class Packed:
     fixed length; no document is longer than max_length. Under context parallelism the tokens are this rank's contiguous
     part of T, while positions and cu_seqlens are those of the whole T. `wanted` are the indices whose logits are returned
     when there are no targets (None: all). `is_even`: every document has max_length tokens, so that kernels need not look at
-    cu_seqlens. `z_loss` is the coefficient of the squared logsumexp in the loss. `rope` is filled by the model, once per
-    forward pass.
+    cu_seqlens. `z_loss` is the coefficient of the squared logsumexp in the loss. `row_tokens`: T is made of rows of so many,
+    which a filter may read across documents; 0: nothing reads across. `rope` is filled by the model, once per forward pass.
     """
 
     positions: Tensor
@@ -53,6 +53,7 @@ class Packed:
     rope: Rope | None = None
     is_even: bool = False
     z_loss: float = 0.0
+    row_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -76,11 +77,13 @@ class Packed:
 class Cache:
     """Keys and values of all blocks in pages: layers[i] is [2, pages, page_tokens, heads, head_dim].
 
+    filters[i] [2, pages, width], where a block filters its input: what its two convolutions need of the last token in a page.
     `weights` keeps weights in the form they are multiplied in; whoever changes the model's weights clears it.
     """
 
     layers: dict[int, Tensor]
     page_tokens: int
+    filters: dict[int, Tensor] = field(default_factory=dict)
     weights: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -138,6 +141,21 @@ class Paged:
         """[T], [T]: page and slot of each new token."""
         page_tokens = self.cache.page_tokens
         return self.block_table[self.sequence, self.positions // page_tokens], self.positions % page_tokens
+
+    @cached_property
+    def before(self) -> tuple[Tensor, Tensor]:
+        """[B], [B, 1]: the page of the token before each sequence's first new one, and whether there is such a token."""
+        last = self.positions[self.starts[:-1]] - 1
+        pages = self.block_table.gather(1, last.clamp(min=0).unsqueeze(1) // self.cache.page_tokens)
+        return pages.squeeze(1), last.unsqueeze(1) >= 0
+
+    @cached_property
+    def tails(self) -> tuple[Tensor, Tensor]:
+        """[N], [N]: the new tokens that are the last in their pages, and these pages."""
+        page, slot = self.places
+        is_tail = slot == self.cache.page_tokens - 1
+        is_tail[self.starts[1:] - 1] = True
+        return is_tail.nonzero().squeeze(1), page[is_tail]
 
     @cached_property
     def mask(self) -> Tensor:

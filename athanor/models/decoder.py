@@ -20,6 +20,7 @@ from athanor.models.attention import attention
 from athanor.models.collectives import all_gather, gather, own, rank, scatter, size
 from athanor.models.context import Context, Packed, Rope, Scored
 from athanor.models.experts import Mixture
+from athanor.models.filtered import FilteredAttention
 from athanor.models.fused import beside_still, rms_norm, rope_table, swiglu
 from athanor.models.latent import LatentAttention
 from athanor.models.loss import score
@@ -27,6 +28,7 @@ from athanor.models.pieces import LayerNorm, Linear, Matrix, Norm
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.deepseek_v3 import Shape as LatentShape
 from athanor.models.shapes.mixture import MixtureShape
+from athanor.models.shapes.yuan import Shape as FilteredShape
 
 
 def new_norm(shape: DecoderShape) -> Norm | LayerNorm:
@@ -90,6 +92,13 @@ class Attention(nn.Module):
         return rms_norm(x.flatten(0, 1), weight, norm.eps).view(x.shape)
 
 
+def new_attention(shape: DecoderShape, layer: int) -> Attention | LatentAttention | FilteredAttention:
+    """The attention of a block of a shape."""
+    if isinstance(shape, LatentShape):
+        return LatentAttention(shape, layer)
+    return FilteredAttention(shape, layer) if isinstance(shape, FilteredShape) else Attention(shape, layer)
+
+
 class MLP(nn.Module):
     """SwiGLU; gate and up run as one matmul."""
 
@@ -145,7 +154,7 @@ class Block(nn.Module):
     def __init__(self, shape: DecoderShape, layer: int) -> None:
         super().__init__()
         self.input_layernorm = new_norm(shape)
-        self.self_attn = LatentAttention(shape, layer) if isinstance(shape, LatentShape) else Attention(shape, layer)
+        self.self_attn = new_attention(shape, layer)
         self.post_attention_layernorm = new_norm(shape)
         self.mlp = new_feed_forward(shape, layer)
 

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from athanor.models.collectives import all_to_all, exchange, size
 from athanor.models.context import Context
 from athanor.models.fused import swiglu
+from athanor.models.pieces import Matrix
 from athanor.models.rehearsed import on_host
 from athanor.models.shapes.deepseek_v3 import Shape as SigmoidShape
 from athanor.models.shapes.mixture import MixtureShape
+from athanor.models.shapes.yuan import Shape as AttendedShape
 
 GROUPED_ALIGNMENT_BYTES = 16  # of the rows that grouped_mm takes
 
@@ -48,9 +50,30 @@ class Router(nn.Module):
 
         A tensor-parallel rank sees a part of every expert, so its gradient of the weight is one of several summands.
         """
-        logits = F.linear(x, self.weight)
-        gates, experts = logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).topk(self.top, -1)
-        return gates / gates.sum(-1, keepdim=True) if self.is_normalised else gates, experts
+        return choose(F.linear(x, self.weight), self.top, self.is_normalised)
+
+
+class AttentionRouter(nn.Module):
+    """Yuan 2.0-M32's (arXiv:2405.17976): each expert's query attends to all experts' keys, so that their correlations count."""
+
+    def __init__(self, shape: MixtureShape) -> None:
+        super().__init__()
+        self.top, self.is_normalised = shape.num_experts_per_tok, shape.norm_topk_prob
+        self.query, self.key, self.value = (Matrix(shape.num_experts, shape.hidden_size) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """As Router's; all of it in fp32 or wider."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight]).to(wide)
+        query, key, value = F.linear(x.to(wide), weight).chunk(3, 1)
+        attended = (query.unsqueeze(2) * key.unsqueeze(1)).softmax(-1)  # [T, E, E]
+        return choose((attended * value.unsqueeze(1)).sum(-1), self.top, self.is_normalised)
+
+
+def choose(logits: Tensor, top: int, is_normalised: bool) -> tuple[Tensor, Tensor]:
+    """The largest of the softmax of logits [T, E]: gates [T, K] in fp32 or wider, maybe divided by their sum, and which."""
+    gates, experts = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).topk(top, -1)
+    return gates / gates.sum(-1, keepdim=True) if is_normalised else gates, experts
 
 
 class SigmoidRouter(nn.Module):
@@ -92,6 +115,13 @@ class SigmoidRouter(nn.Module):
         return gates * shape.routed_scaling_factor, experts
 
 
+def new_router(shape: MixtureShape) -> Router | SigmoidRouter | AttentionRouter:
+    """What sends the tokens of a shape to its experts."""
+    if isinstance(shape, SigmoidShape):
+        return SigmoidRouter(shape)
+    return AttentionRouter(shape) if isinstance(shape, AttendedShape) else Router(shape)
+
+
 class Experts(nn.Module):
     """The SwiGLU layers of all experts (under expert parallelism: of this rank's)."""
 
@@ -115,7 +145,7 @@ class Mixture(nn.Module):
     def __init__(self, shape: MixtureShape, shared: nn.Module | None = None) -> None:
         super().__init__()
         self.num_experts = shape.num_experts
-        self.gate = SigmoidRouter(shape) if isinstance(shape, SigmoidShape) else Router(shape)
+        self.gate = new_router(shape)
         self.experts = Experts(shape)
         self.shared_experts = shared
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,33 +13,53 @@ from torch import Tensor
 from athanor.foundation.placement import placements
 from athanor.models.decoder import Decoder
 
-TRANSPOSED = ".T"
+PLACE = re.compile(r"(?P<before>.*?)(?:\[(?P<names>.*)\](?P<after>.*?))?(?:\.(?P<form>T|TAPS|TURNS)(?P<turn>\d*))?")
+TAPS = 2  # of the convolutions that are stored as such
 
 
 @dataclass(frozen=True)
 class Stored:
     """Tensors of one shape and the parameters that they hold, whose rows lie one after another in each of them.
 
-    A tensor that `is_transposed` has them as columns. Parameters that are stacks [E, rows, …] (`is_stacked`) have E tensors,
-    all others one.
+    Parameters that are stacks [E, rows, …] (`is_stacked`) have E tensors; all others one, or several that share out all rows.
+    With a `turn` parameters take turns of so many rows. In what `form`: `T` has the rows as columns, `TAPS` a row
+    [columns of one tap, of the next, …] as that of a convolution's weight, [columns, taps, 1].
     """
 
     tensors: tuple[str, ...]
     shape: tuple[int, ...]
     rows: Mapping[str, range]  # of each parameter
     is_stacked: bool
-    is_transposed: bool
+    form: str
+    turn: int
 
     def join(self, parameters: Sequence[Tensor]) -> Tensor:
         """What the tensors hold, one after another, from the whole parameters."""
+        if self.turn:
+            return torch.stack([part.unflatten(0, (-1, self.turn)) for part in parameters], 1).flatten(0, 2)
         joined = parameters[0] if len(parameters) == 1 else torch.cat(list(parameters), int(self.is_stacked))
-        return joined.mT if self.is_transposed else joined
+        if self.form == "TAPS":
+            return joined.unflatten(1, (TAPS, -1)).mT.unsqueeze(3)
+        return joined.mT if self.form == "T" else joined
 
     def take(self, parameter: str, read: Callable[[str], Any]) -> Tensor:
         """One whole parameter; `read` gives a tensor, or what can be cut like one."""
+        if self.turn:
+            return self._turns_of(list(self.rows).index(parameter), read)
         rows = slice(self.rows[parameter].start, self.rows[parameter].stop)
-        parts = [read(name)[:, rows].mT if self.is_transposed else read(name)[rows] for name in self.tensors]
+        parts = [read(name)[:, rows].mT if self.form == "T" else read(name)[rows] for name in self.tensors]
+        if self.form == "TAPS":
+            return parts[0].squeeze(3).mT.flatten(1)  # type: ignore[no-any-return]
         return torch.stack(parts) if self.is_stacked else parts[0]
+
+    def _turns_of(self, number: int, read: Callable[[str], Any]) -> Tensor:
+        """The parameter of this number; one tensor is read after the other."""
+        found, before = [], 0
+        for name in self.tensors:
+            turns = read(name)[:].unflatten(0, (-1, self.turn))
+            found.append(turns[(number - before) % len(self.rows)::len(self.rows)].flatten(0, 1))
+            before += len(turns)
+        return torch.cat(found)
 
 
 def stored(module: Decoder) -> list[Stored]:
@@ -52,24 +73,28 @@ def stored(module: Decoder) -> list[Stored]:
 def written(name: str, on_disk: Mapping[str, str]) -> str:
     """Where a parameter is written. `on_disk` maps beginnings of names (keys with a dot at the end) and ends of names.
 
-    Parameters of one place are joined there. With {} in it the place is a tensor for each entry of dim 0, with .T at the end
-    one that is transposed.
+    Parameters of one place are joined there. With {} in it the place is a tensor for each entry of dim 0, with [a,b] in it the
+    tensors with either of these in their names share the rows; at its end stands the form, or TURNS and the rows of a turn.
     """
     for part, other in on_disk.items():
         if part.endswith(".") and name.startswith(part):
             name = other + name.removeprefix(part)
         elif name.endswith(part):
-            name = name.removesuffix(part) + other
+            return name.removesuffix(part) + other
     return name
 
 
 def _stored(place: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
-    is_stacked, is_transposed = "{}" in place, place.endswith(TRANSPOSED)
+    match = PLACE.fullmatch(place)
+    assert match is not None, "every name is a place"
+    is_stacked, form = "{}" in place, match["form"] or ""
     rows, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + shape[is_stacked]
         rows[name] = range(begin, end)
-    whole = (end, *shape[1 + is_stacked:])
-    place = place.removesuffix(TRANSPOSED)
-    tensors = tuple(place.format(i) for i in range(shape[0])) if is_stacked else (place,)
-    return Stored(tensors, whole[::-1] if is_transposed else whole, rows, is_stacked, is_transposed)
+    tensors = tuple(match["before"] + name + match["after"] for name in match["names"].split(",")) if match["names"] \
+        else tuple(match["before"].format(i) for i in range(shape[0] if is_stacked else 1))
+    whole = (end // (1 if is_stacked else len(tensors)), *shape[1 + is_stacked:])
+    if form == "TAPS":
+        whole = (whole[0], whole[1] // TAPS, TAPS, 1)
+    return Stored(tensors, whole[::-1] if form == "T" else whole, rows, is_stacked, form, int(match["turn"] or 0))

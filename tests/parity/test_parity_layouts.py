@@ -30,6 +30,10 @@ KINDS = {
                      "moe_intermediate_size=24", "q_lora_rank=12", "kv_lora_rank=10", "qk_nope_head_dim=6", "qk_rope_head_dim=4",
                      "v_head_dim=8", "first_k_dense_replace=1", "n_group=2", "topk_group=1", "routed_scaling_factor=1.5")),
                  "stage.pretrain.expert_bias_rate=0.02"],
+    "yuan": ["model.architecture=yuan", "model.num_hidden_layers=4", "model.tie_word_embeddings=false"],
+    "yuan reading on": ["model.architecture=yuan", "model.num_hidden_layers=4", "model.sizes.filter_crosses_documents=true",
+                        "stage.pretrain.optimizer=muon"],
+    "m32": ["model.architecture=yuan", "model.num_experts=32", "model.head_dim=8", "model.num_hidden_layers=2"],
     "qwen3 mixture": ["model.architecture=qwen3_moe", "model.num_experts=4", "model.num_experts_per_tok=2",
                       "model.num_hidden_layers=4"],
 }
@@ -40,7 +44,8 @@ QUICK = [
     ("untied", "pp=2 pipeline_schedule=Interleaved1F1B"), ("dense", "pp=2 pipeline_schedule=LoopedBFS split=[1,3,2,2]"),
     ("untied", "pp=2 pipeline_schedule=InterleavedZeroBubble"), ("dense", "pp=2 pipeline_schedule=ZBVZeroBubble recompute=full"),
     ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"), ("mixture", "dp_shard=2 ep=2"),
-    ("gpt2", "tp=2"), ("gpt2", "pp=2"), ("qwen2", "tp=2"), ("qwen3", "tp=2"), ("gemma", "tp=2"),
+    ("gpt2", "tp=2"), ("gpt2", "pp=2"), ("qwen2", "tp=2"), ("qwen3", "tp=2"), ("gemma", "tp=2"), ("yuan", "tp=2"),
+    ("yuan reading on", "cp=2"), ("m32", "dp_shard=2 ep=2"),
     ("dense", "dp_shard=2 keep_whole=false"), ("dense", "dp_replicate=2 keep_whole=false"),
 ]
 SLOW = [
@@ -67,6 +72,10 @@ SLOW = [
     ("gpt2", "pp=2 tp=2 pipeline_schedule=ZBVZeroBubble"), ("gpt2", "pp=2 dp_shard=2 cp=2 recompute=selective"),
     ("deepseek", "tp=2"), ("deepseek", "cp=2"), ("deepseek", "pp=2 dp_shard=2 ep=2"), ("deepseek", "dp_shard=2 ep=2 tp=2"),
     ("deepseek", "dp_replicate=2 cp=2 recompute=full"), ("deepseek", "pp=2 tp=2 pipeline_schedule=ZBVZeroBubble"),
+    ("yuan", "dp_shard=2"), ("yuan", "pp=2 tp=2 pipeline_schedule=ZBVZeroBubble"), ("yuan", "cp=2 tp=2 recompute=full"),
+    ("yuan", "tp=4"), ("yuan", "cp=4"), ("yuan", "dp_shard=2 recompute=selective"), ("yuan reading on", "micro_batch_size=4"),
+    ("yuan reading on", "pp=2 dp_shard=2"), ("yuan reading on", "dp_shard=2 cp=2"), ("m32", "dp_replicate=2 dp_shard=2 ep=2"),
+    ("m32", "dp_shard=2 ep=2 tp=2"), ("m32", "pp=2 cp=2 ep=2"), ("m32", "dp_shard=2 cp=2 ep=4 recompute=full"),
     ("qwen2", "pp=2"), ("qwen2", "cp=2"), ("qwen2", "dp_shard=2"), ("qwen2", "pp=2 tp=2"), ("gemma", "pp=2 dp_shard=2"),
     ("qwen3", "pp=2"), ("qwen3", "cp=2"),
     ("qwen3", "dp_shard=2"), ("qwen3", "dp_shard=2 tp=2 recompute=full"), ("mistral", "dp_shard=2 tp=2"),
@@ -112,6 +121,8 @@ ROUGH = [
     ("wide", "precision=fp8", 6e-2), ("wide", "precision=fp8 dp_shard=2 tp=2", 6e-2), ("wide", "precision=fp8 pp=2", 6e-2),
     ("gpt2", "precision=fp32 tp=2 compile=true", 1e-6), ("qwen3", "precision=fp32 pp=2 compile=true", 1e-6),
     ("gpt2", "precision=bf16 dp_shard=2 tp=2", 3e-2), ("gpt2 wide", "precision=fp8 tp=2", 6e-2),
+    ("yuan", "precision=fp32 tp=2 compile=true", 1e-6), ("yuan reading on", "precision=fp32 cp=2 compile=true", 1e-6),
+    ("m32", "precision=fp32 dp_shard=2 ep=2 compile=true", 1e-6), ("m32", "precision=bf16 dp_shard=2 ep=2", 3e-2),
     ("dense", "precision=bf16 pp=2 dp_shard=2", 3e-2), ("mixture", "precision=bf16 dp_shard=2 ep=2", 3e-2),
 ]
 

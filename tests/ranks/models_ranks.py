@@ -21,14 +21,14 @@ def batch(count: int = sum(LENGTHS)) -> dict[str, Any]:
     return {"tokens": tokens, "targets": targets, "weights": weights}
 
 
-def build(is_tied: bool, architecture: str = "llama", **changes: int) -> Any:
+def build(is_tied: bool, architecture: str = "llama", **changes: Any) -> Any:
     """The test model in fp64, not initialised."""
     import torch
 
     from athanor.models.find import load_architecture
     from athanor.models.shapes.find import new_shape
 
-    own = {"num_key_value_heads": SIZES["num_attention_heads"]} if architecture == "gpt2" else {}
+    own = {"num_key_value_heads": SIZES["num_attention_heads"]} if architecture in ("gpt2", "yuan") else {}
     shape = new_shape(architecture, **{**SIZES, **own, **changes}, tie_word_embeddings=is_tied)
     return load_architecture(architecture).build(shape).to(torch.float64)
 
@@ -94,7 +94,9 @@ def results(model: Any, context: Any, weighted: bool) -> dict[str, Any]:
             "gradients": {name: g.numpy() for name, g in gradients.items()}}
 
 
-def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool) -> dict[str, Any]:
+def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool, architecture: str = "llama",
+                    folder: str | None = None, **changes: Any) -> dict[str, Any]:
+    """Weights are initial ones, or those of a folder."""
     from dataclasses import replace
 
     import torch
@@ -104,13 +106,16 @@ def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool)
     from athanor.foundation.intervals import Recorder, activate
     from athanor.foundation.placement import placements
     from athanor.models.context import Groups, Packed
+    from athanor.models.huggingface import load_weights
     from athanor.parallel.tensor import full
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    model = build(is_tied)
+    model = build(is_tied, architecture, **changes)
     shard(model, mesh)
     initialize(model, 7)
+    if folder is not None:
+        load_weights(model, folder)
     context = replace(Packed.of(LENGTHS, groups=Groups(tp=mesh.get_group())), z_loss=Z_LOSS)
     recorder = Recorder()
     activate(recorder)
@@ -125,8 +130,8 @@ def tensor_parallel(channel: Callable[..., None], is_tied: bool, weighted: bool)
     return found
 
 
-def context_parallel(channel: Callable[..., None], lengths: list[int], is_compiled: bool = False,
-                     **changes: int) -> dict[str, Any]:
+def context_parallel(channel: Callable[..., None], lengths: list[int], is_compiled: bool = False, row_tokens: int = 0,
+                     architecture: str = "llama", **changes: Any) -> dict[str, Any]:
     """Each rank holds its part of the tokens; losses and gradients add up."""
     from dataclasses import replace
 
@@ -137,12 +142,12 @@ def context_parallel(channel: Callable[..., None], lengths: list[int], is_compil
 
     dist.init_process_group("gloo")
     rank, ranks, total = dist.get_rank(), dist.get_world_size(), sum(lengths)
-    model = build(False, **changes)
+    model = build(False, architecture, **changes)
     initialize(model, 7)
     if is_compiled:
         for block in model.blocks.values():
             block.compile(backend="aot_eager", fullgraph=True)
-    context = replace(Packed.of(lengths, groups=Groups(cp=dist.group.WORLD)), z_loss=Z_LOSS)
+    context = replace(Packed.of(lengths, groups=Groups(cp=dist.group.WORLD)), z_loss=Z_LOSS, row_tokens=row_tokens)
     mine = slice(rank * total // ranks, (rank + 1) * total // ranks)
     data = {name: column[mine] for name, column in batch(total).items()}
     recorder = Recorder()

@@ -82,6 +82,11 @@ class DecoderShape(Counted):
         return self.head_dim
 
     @property
+    def filter_size(self) -> int:
+        """Numbers that each block keeps of the last token of a sequence, beside its key and value."""
+        return 0
+
+    @property
     def key_value_size(self) -> int:
         """Width of all key heads together (and of all value heads)."""
         return self.num_key_value_heads * self.head_dim
@@ -134,7 +139,7 @@ class DecoderShape(Counted):
         if not isinstance(rope, dict):
             raise ModelError(f"{where}: rope_scaling = {rope!r} is not a table; leave it out, or give null")
         if for_training:
-            _refuse_variants(config, rope, where)
+            _refuse_variants({key: value for key, value in config.items() if key not in keys.values()}, rope, where)
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
         for f in fields(cls):
