@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from athanor.data.text import sentencepiece
 from athanor.foundation.errors import DataError
 from athanor.foundation.run_folder import read_json, write_atomic, write_json
 
@@ -48,15 +49,21 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Open a folder with tokenizer.json and tokenizer_config.json (ours or anybody's)."""
+        """Open a folder with tokenizer.json, or SentencePiece's tokenizer.model, and tokenizer_config.json."""
         folder = Path(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise DataError(f"{folder} has no tokenizer.json; a tokenizer is a folder with tokenizer.json in it")
-        try:
-            inner = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises nothing more exact
-            raise DataError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from None
         names = _special_names(folder)
+        if (folder / "tokenizer.json").is_file():
+            try:
+                inner = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            except Exception as error:  # the library raises nothing more exact
+                raise DataError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from None
+        elif (folder / sentencepiece.FILE).is_file():
+            inner, usual = sentencepiece.read(folder / sentencepiece.FILE)
+            sentencepiece.add_tokens(inner, _added_tokens(folder), str(folder))
+            names = usual | names
+        else:
+            raise DataError(f"{folder} has no tokenizer.json; a tokenizer is a folder with tokenizer.json, or with "
+                            f"{sentencepiece.FILE}, in it")
         eos_id = inner.token_to_id(names.get("eos_token") or "")
         if eos_id is None:
             raise DataError(f"{folder / 'tokenizer_config.json'} names no eos_token that its tokenizer.json knows")
@@ -145,11 +152,15 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 def copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
     """Put an existing tokenizer (a folder, or its tokenizer.json) into `folder` and open it."""
     source = source.parent if source.name == "tokenizer.json" else source
-    Tokenizer.load(source)
+    opened = Tokenizer.load(source)
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if not (source / "tokenizer.json").is_file():  # one form for all that comes after
+        write_atomic(folder / "tokenizer.json", opened.inner.to_str(pretty=False))
+        names = {"bos_token": opened.bos_id, "eos_token": opened.eos_id, "pad_token": opened.pad_id}
+        write_json(folder / "special_tokens_map.json", {key: opened.inner.id_to_token(number) for key, number in names.items()})
     return Tokenizer.load(folder)
 
 
@@ -170,6 +181,20 @@ def _special_names(folder: Path) -> dict[str, str]:
             if isinstance(name, str):
                 names[key] = name
     return names
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """What stands behind the pieces of a SentencePiece model: names and ids."""
+    added: dict[str, int] = {}
+    for file, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
+        content: Any = read_json(folder / file) if (folder / file).is_file() else {}
+        content = content if key is None else content.get(key, {})
+        try:
+            added |= {str(name): int(number) for name, number in content.items()} if key is None else {
+                str(token["content"]): int(number) for number, token in content.items()}
+        except (AttributeError, TypeError, KeyError, ValueError):
+            raise DataError(f"{folder / file}: added tokens must have a name and a whole number each") from None
+    return added
 
 
 def _byte_alphabet() -> dict[str, int]:

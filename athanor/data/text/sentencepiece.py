@@ -1,0 +1,126 @@
+"""Tokenizers of SentencePiece (`tokenizer.model`) as those of the tokenizers library: BPE and unigram, read without its package.
+
+The file is a protocol buffer (google/sentencepiece, sentencepiece_model.proto): pieces with scores and kinds, how they were
+trained, and how text is normalised.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from athanor.foundation.errors import DataError
+
+FILE = "tokenizer.model"
+UNIGRAM, BPE = 1, 2  # model_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
+SPACE = "\u2581"  # stands for a space in pieces
+NEVER = -1e6  # score of a piece that no text is
+NAMES = {"bos_token": (46, "<s>"), "eos_token": (47, "</s>"), "pad_token": (48, "<pad>")}  # fields of how it was trained
+VARINT, EIGHT, LENGTH, FOUR = 0, 1, 2, 5  # wire types
+
+
+def read(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The tokenizer of the file, and its special pieces by their names in tokenizer_config.json.
+
+    Raises DataError for what is no SentencePiece model, or one of words or characters.
+    """
+    pieces: list[tuple[str, float, int]] = []
+    trained: dict[int, Any] = {}
+    normalised: dict[int, Any] = {}
+    try:
+        for number, value in _fields(file.read_bytes()):
+            if number == 1:
+                part = dict(_fields(value))
+                score = struct.unpack("<f", part[2])[0] if 2 in part else 0.0
+                pieces.append((part.get(1, b"").decode(), score, part.get(3, NORMAL)))
+            elif number in (2, 3):
+                (trained if number == 2 else normalised).update(_fields(value))
+    except (OSError, ValueError, IndexError, struct.error, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is not a SentencePiece model: {error}") from None
+    kind = trained.get(3, UNIGRAM)
+    unknown = [number for number, (_, _, of) in enumerate(pieces) if of == UNKNOWN]
+    if not pieces or len(unknown) != 1 or kind not in (UNIGRAM, BPE):
+        raise DataError(f"{file} is not a SentencePiece model of subwords: it has {len(pieces)} pieces, {len(unknown)} of them "
+                        f"for what is unknown, and model_type {kind}; 1 (unigram) and 2 (BPE) are read")
+    inner = tokenizers.Tokenizer(_model(pieces, kind, unknown[0]))
+    prefix = normalised.get(3, 1)
+    steps: list[Any] = [normalizers.Precompiled(normalised[2])] if normalised.get(2) else []
+    if normalised.get(4, 1):
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps += [normalizers.Prepend(SPACE)] if prefix else []
+    inner.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    if own := sorted((piece for piece, _, of in pieces if of == USER_DEFINED), key=len, reverse=True):
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, own))), "isolated")
+    parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
+    inner.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece, _, of in pieces
+                              if of in (CONTROL, UNKNOWN)])
+    control = {piece for piece, _, of in pieces if of == CONTROL}
+    names = {key: _name(trained, field, usual) for key, (field, usual) in NAMES.items()}
+    return inner, {key: name for key, name in names.items() if name in control}
+
+
+def add_tokens(inner: tokenizers.Tokenizer, added: dict[str, int], where: str) -> None:
+    """Tokens that stand behind the pieces, in the order of their ids. Raises DataError where ids are left out."""
+    for name, number in sorted(added.items(), key=lambda item: item[1]):
+        if inner.token_to_id(name) == number:
+            continue
+        inner.add_special_tokens([AddedToken(name, normalized=False, special=True)])
+        if inner.token_to_id(name) != number:
+            raise DataError(f"{where}: '{name}' has the id {number}, but {inner.token_to_id(name)} is the next one free")
+
+
+def _name(trained: dict[int, Any], field: int, usual: str) -> str:
+    value: Any = trained.get(field)
+    return value.decode() if isinstance(value, bytes) and value else usual
+
+
+def _model(pieces: list[tuple[str, float, int]], kind: int, unknown: int) -> Any:
+    has_bytes = any(of == BYTE for _, _, of in pieces)
+    if kind == UNIGRAM:
+        scores = [(piece, score if of in (NORMAL, USER_DEFINED) else NEVER) for piece, score, of in pieces]
+        return models.Unigram(scores, unknown, has_bytes)
+    vocab = {piece: number for number, (piece, _, _) in enumerate(pieces)}
+    merges: list[tuple[float, tuple[str, str]]] = []
+    for piece, score, of in pieces:
+        if of == NORMAL:
+            pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
+            merges += [(-score, pair) for pair in sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
+    merges.sort(key=lambda merge: merge[0])  # the pair whose joined piece has the best score is merged first
+    return models.BPE(vocab, [pair for _, pair in merges], unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=has_bytes,
+                      ignore_merges=any(of == USER_DEFINED for _, _, of in pieces))  # no merges lead to these
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Field numbers and values of a message: whole numbers, and bytes (of strings, messages and floats)."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, wire = key >> 3, key & 7
+        if wire == VARINT:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        if wire not in (LENGTH, FOUR, EIGHT):
+            raise ValueError(f"wire type {wire}")
+        size, at = _varint(data, at) if wire == LENGTH else ((4, at) if wire == FOUR else (8, at))
+        if at + size > len(data):
+            raise ValueError("it ends too early")
+        yield number, data[at:at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+        if byte < 128:
+            return value, at
