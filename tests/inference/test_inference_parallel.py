@@ -12,7 +12,7 @@ from athanor.foundation.launch import run_ranks
 from athanor.inference.engine import Sampling, generate
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "yuan", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_tensor_parallel_ranks_answer_as_one_does(tmp_path: Path, architecture: str) -> None:
     model = models_ranks.build(False, architecture)
     models_ranks.initialize(model, 7)

@@ -68,7 +68,7 @@ def test_compiled_blocks_exchange_the_same(count: int, kv_heads: int, tmp_path: 
         assert close(found["gradients"], wanted["gradients"])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", pytest.param("qwen2", marks=pytest.mark.slow),
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "yuan", pytest.param("qwen2", marks=pytest.mark.slow),
                                           pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_weights_cut_both_ways_are_bitwise_the_same(tmp_path: Path, architecture: str) -> None:
     model = models_ranks.build(False, architecture)

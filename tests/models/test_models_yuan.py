@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from athanor.foundation.errors import ModelError
 from athanor.foundation.launch import run_ranks
@@ -28,6 +29,7 @@ from athanor.models.huggingface import load_model, logits, read_shape, save_mode
 from athanor.models.shapes.find import find_shape, new_shape
 from athanor.models.shapes.yuan import Shape
 from athanor.models.zoo import yuan
+from athanor.train import flops
 
 DENSE: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                          "num_attention_heads": 4, "initializer_range": 0.2, "max_position_embeddings": 128}
@@ -313,6 +315,18 @@ def test_context_parallel_ranks_filter_across_their_border(parts: list[int], row
             assert np.abs(found["gradients"][name] - gradient).max() <= 1e-12, name
         # of two blocks, forth and back: two rows and, since ranks share heads, two exchanges of these
         assert is_compiled or found["intervals"] == ["context"] * 2 * 2 * (2 + 2)
+
+
+def test_flops_are_those_of_the_operators() -> None:
+    """The filter's four products among them: 6 FLOP for each of its 2 H^2 weights and token."""
+    module, total = build({**DENSE, "hidden_size": 64}), 48
+    ids = torch.tensor(tokens(total))
+    with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as counter:
+        module(ids, Packed.of([20, 28]), ids, torch.ones(total)).weighted_sum.backward()
+    pairs = 20 * 21 // 2 + 28 * 29 // 2
+    assert counter.get_total_flops() == module.shape.flops(total, pairs / total)
+    products = {product.name: product.multiplications for product in module.shape.products()}
+    assert products["lfa_in"] + products["lfa_out"] == 2 * 2 * 64 * 64
 
 
 @pytest.mark.parametrize(("name", "parameters"), [

@@ -18,7 +18,9 @@ Train = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize(("name", "sizes"), [
-    ("gpt2", ["model.num_key_value_heads=4"]), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+    ("gpt2", ["model.num_key_value_heads=4"]), ("yuan", ["model.num_key_value_heads=4"]),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("yuan", ["model.num_key_value_heads=4", "model.num_experts=32", "model.head_dim=8"]),
         ("mistral", []), ("qwen2", ["model.tie_word_embeddings=false"]), ("qwen3", ["model.head_dim=6"]),
         ("deepseek_v3", ["model.num_key_value_heads=4", "model.num_experts=4", "model.num_experts_per_tok=2", *(
             f"model.sizes.{size}" for size in ("moe_intermediate_size=24", "kv_lora_rank=10", "qk_nope_head_dim=6",
@@ -31,13 +33,16 @@ def test_a_recipe_trains_it_and_goes_on(train: Train, run_folder: Path, name: st
     folder = run_folder / "pretrain" / "model"
     assert json.loads((folder / "config.json").read_text())["model_type"] == name
     vectors = [parameter for key, parameter in load_model(folder).named_parameters() if key.endswith("bias")]
-    assert all(vector.abs().max() > 0 for vector in vectors) and bool(vectors) == (name in ("gpt2", "qwen2", "deepseek_v3"))
+    assert all(vector.abs().max() > 0 for vector in vectors)
+    assert bool(vectors) == (name in ("gpt2", "qwen2", "deepseek_v3", "yuan"))
     goes_on = train(run_folder, *overrides, "stage.chat.steps=1", stage="chat")
     assert np.isfinite(goes_on["loss"]).all() and len(goes_on["loss"]) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sizes"), [("gpt2", ["model.num_key_value_heads=4"]), ("qwen3", ["model.head_dim=6"])])
+@pytest.mark.parametrize(("name", "sizes"), [
+    ("gpt2", ["model.num_key_value_heads=4"]), ("qwen3", ["model.head_dim=6"]),
+    ("yuan", ["model.num_key_value_heads=4", "model.num_experts=4"])])
 def test_the_folder_of_eight_ranks_is_that_of_one(train: Train, run_folder: Path, data_folder: Path, tmp_path: Path, name: str,
                                                   sizes: list[str]) -> None:
     other = tmp_path / "eight"
