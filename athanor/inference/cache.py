@@ -24,8 +24,7 @@ class PagePool:
         heads = shape.num_key_value_heads // size(groups.tp)
         sizes = (2, self.count, PAGE_TOKENS, heads, shape.head_dim)
         layers = {int(number): torch.zeros(sizes, dtype=parameter.dtype, device=self.device) for number in model.blocks}
-        filters = {number: parameter.new_zeros(2, self.count, shape.filter_size // 2) for number in layers} if shape.filter_size \
-            else {}
+        filters = {number: parameter.new_zeros(2, self.count, shape.filter_size // 2) for number in layers}
         self.cache = Cache(layers, PAGE_TOKENS, filters)
         self._free = list(range(self.count - 1, -1, -1))
 

@@ -77,7 +77,7 @@ class Packed:
 class Cache:
     """Keys and values of all blocks in pages: layers[i] is [2, pages, page_tokens, heads, head_dim].
 
-    filters[i] [2, pages, width], where a block filters its input: what its two convolutions need of the last token in a page.
+    filters[i] [2, pages, width] is what a block's two convolutions need of the last token in each page; width 0 without them.
     `weights` keeps weights in the form they are multiplied in; whoever changes the model's weights clears it.
     """
 

@@ -21,6 +21,7 @@ from athanor.foundation.errors import ModelError
 from athanor.foundation.launch import run_ranks
 from athanor.inference.cache import PagePool
 from athanor.inference.engine import Engine, Sampling, generate
+from athanor.models.adapters import merge_adapter
 from athanor.models.context import Groups, Packed
 from athanor.models.decoder import Decoder
 from athanor.models.experts import AttentionRouter
@@ -274,6 +275,23 @@ def test_published_folders_go_both_ways_byte_by_byte(sizes: dict[str, Any], dtyp
     assert found.keys() == tensors.keys() and read_shape(tmp_path / "again") == shape
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_adapters_change_what_they_name_on_disk(tmp_path: Path) -> None:
+    module = build(ODD)
+    save_model(module, tmp_path / "base")
+    generator, pairs, wanted = torch.Generator().manual_seed(4), {}, load_file(tmp_path / "base" / "model.safetensors")
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"):
+        rows, columns = wanted[f"{name}.weight"].shape
+        down, up = (torch.randn(size, generator=generator) for size in ((2, columns), (rows, 2)))
+        pairs |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+        wanted[f"{name}.weight"] = wanted[f"{name}.weight"] + 2.0 * up @ down  # lora_alpha / r
+    save_file(pairs, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
+    merge_adapter(module, tmp_path)
+    save_model(module, tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert max((found[name] - tensor).abs().max() for name, tensor in wanted.items()) <= 1e-6
 
 
 @pytest.mark.parametrize(("count", "sizes"), [
