@@ -33,7 +33,7 @@ from athanor.models.zoo import yuan
 from athanor.train import flops
 
 DENSE: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                         "num_attention_heads": 4, "initializer_range": 0.2, "max_position_embeddings": 128}
+                         "num_attention_heads": 4, "initializer_range": 0.12, "max_position_embeddings": 128}
 ODD = {**DENSE, "num_attention_heads": 3, "hidden_size": 30, "head_dim": 6, "tie_word_embeddings": False, "rope_theta": 500.0}
 MIXTURE = {**DENSE, "num_experts": 8, "head_dim": 16, "rope_theta": 40890.0}  # heads wider than the stream, half of them turned
 KINDS = [DENSE, ODD, MIXTURE, {**MIXTURE, "num_experts_per_tok": 3, "norm_topk_prob": False, "moe_intermediate_size": 20}]
