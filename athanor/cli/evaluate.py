@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.argument("subject", metavar="RECIPE_OR_MODEL_FOLDER", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--data", type=click.Path(path_type=Path), help="A data folder; the run's own unless given.")
-@click.option("--task", "tasks", multiple=True, help="A task's name or package.module; the recipe's unless given.")
+@click.option("--task", "tasks", multiple=True, help="A name, package.module or lm_eval:<name>; the recipe's unless given.")
 @click.option("--stage", "stages", multiple=True, help="A stage of the recipe; all that have a model unless given.")
 @click.option("--ask", type=click.Choice(["chat", "text"]), help="How a model folder is asked; by its template if it has one.")
 @click.option("--limit", type=click.IntRange(min=1), help="Items per task at most.")
