@@ -10,6 +10,7 @@ from typing import Any
 
 from athanor.foundation.errors import ModelError
 from athanor.foundation.run_folder import hash_value, read_json
+from athanor.registry.tokens import token_ids
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -51,6 +52,11 @@ def check_model_folder(folder: Path) -> Facts:
     if embedding is not None and None not in expected and embedding != expected:
         raise ModelError(f"{folder}: model.embed_tokens.weight has shape {embedding}, but config.json says "
                          f"vocab_size, hidden_size = {expected}")
+    largest = max(token_ids(folder).values(), default=-1)
+    rows = embedding[0] if embedding else config.get("vocab_size")
+    if isinstance(rows, int) and largest >= rows:
+        raise ModelError(f"{folder}: its tokenizer.json has ids up to {largest}, but its weights know only {rows} from 0 on; "
+                         "it is the tokenizer of another model")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else config.get("model_type")
     return Facts(str(name), sum(math.prod(shape) for shape in tensors.values()))
@@ -97,7 +103,10 @@ def read_header(path: Path) -> dict[str, list[int]]:
     """Shapes by tensor name of one safetensors file, whose length must be what its header says."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == b"version ":
+            raise ModelError(f"{path} is a pointer of Git LFS, not the weights; `git lfs pull` fetches them")
+        length = int.from_bytes(start, "little")
         if size < 8 or length > min(HEADER_LIMIT_BYTES, size - 8):
             raise ModelError(f"{path} is not a safetensors file, or is cut short: {size} bytes with a header of {length}")
         try:
