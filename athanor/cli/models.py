@@ -119,14 +119,28 @@ def diff_models(first: str, second: str, registry: Path | None, as_json: bool) -
 
 @command.command()
 @click.argument("reference")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["huggingface", "gguf"]), default="huggingface", show_default=True,
+              help="A Hugging Face folder, or one file for llama.cpp.")
+@click.option("--type", "kind", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True,
+              help="How a GGUF file holds matrices.")
 @options
-def export(reference: str, folder: Path, registry: Path | None, as_json: bool) -> None:
-    """Copy a version's Hugging Face folder to a new FOLDER."""
-    card = _open(registry).export(reference, folder)
+def export(reference: str, target: Path, form: str, kind: str, registry: Path | None, as_json: bool) -> None:
+    """Copy a version's Hugging Face folder to a new folder TARGET, or write it as the GGUF file TARGET."""
+    store = _open(registry)
+    if form == "gguf":
+        from athanor.registry.to_gguf import write_gguf
+
+        card = store.get(reference)
+        notes = write_gguf(store.folder(card), target, card.reference, kind)
+        result: dict[str, Any] = {"reference": card.reference, "file": str(target), "type": kind, "notes": notes}
+    else:
+        card, notes = store.export(reference, target), []
+        result = {"reference": card.reference, "folder": str(target), "files": card.files}
     if as_json:
-        click.echo(json.dumps({"reference": card.reference, "folder": str(folder), "files": card.files}))
-    say(f"{card.reference} is in {folder}")
+        click.echo(json.dumps(result))
+    for line in [f"{card.reference} is in {target}", *notes]:
+        say(line)
 
 
 @command.command("import")
