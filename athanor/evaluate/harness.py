@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, unmodified, on local files: nothing is fetched from anywhere.
 
-A task's data lie where its repository has them: `<data>/lm_eval/<dataset_path>/<dataset_name>/` holds, for each split,
+A task's data lie where its repository has them: `<data>/<dataset_path>/<dataset_name>/` holds, for each split,
 `<split>.jsonl`, `<split>.parquet` or the parts `<split>-00000-of-00002.parquet` (no folder of its own for a name that is
-missing or `default`). `$ATHANOR_LM_EVAL_DATA` names another folder than `<data>/lm_eval`, for many runs to share.
+missing or `default`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import json
 import logging
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,8 +41,7 @@ class HarnessTask:
         from athanor.evaluate.harness_model import EngineModel
 
         model = EngineModel(subject, progress)
-        root = Path(os.environ.get("ATHANOR_LM_EVAL_DATA", data / "lm_eval"))
-        loaded, read = load_tasks(self.name, root)
+        loaded, read = load_tasks(self.name, data)
         found = ask(model, loaded, limit, subject.is_chat)
         return self._score(found, loaded, {
             "asked": "chat template" if subject.is_chat else "plain text", "context_tokens": subject.context_tokens,

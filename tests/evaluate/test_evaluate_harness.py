@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from bigram_model import follow, write_bigram
 from click.testing import CliRunner
 
 from athanor.cli.evaluate import command
+from athanor.cli.preflight import refuse_early
 from athanor.data.text.tokenizer import Tokenizer, train_tokenizer
 from athanor.evaluate import find
 from athanor.evaluate.scores import bootstrap, wilson
 from athanor.evaluate.subject import Subject, open_subject
 from athanor.foundation.errors import UserError
 from athanor.foundation.launch import run_ranks
+from athanor.foundation.recipe import load_recipe
 from athanor.models.decoder import Decoder
 from athanor.models.huggingface import save_model
 from athanor.models.initialize import initialize
@@ -49,17 +52,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow
     from pyarrow import parquet
 
-    root = tmp_path_factory.mktemp("tasks")
+    root = tmp_path_factory.mktemp("tasks") / "lm_eval"
     for folder, splits in {"nyu-mll/blimp/adjunct_island": {"train": PAIRS},
                            "allenai/ai2_arc/ARC-Easy": dict.fromkeys(("train", "validation", "test"), QUESTIONS),
                            "openai/gsm8k/main": {"train": SUMS[:10], "test": SUMS[10:]},
                            "EleutherAI/wikitext_document_level/wikitext-2-raw-v1":
                                dict.fromkeys(("train", "validation", "test"), PAGES)}.items():
-        place = root / "lm_eval" / folder
+        place = root / folder
         place.mkdir(parents=True)
         for split, rows in splits.items():
             (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    place = root / "lm_eval" / "EleutherAI" / "lambada_openai"
+    place = root / "EleutherAI" / "lambada_openai"
     place.mkdir()
     for number, rows in enumerate((STORIES[:4], STORIES[4:])):
         parquet.write_table(pyarrow.Table.from_pylist(rows), place / f"test-0000{number}-of-00002.parquet")
@@ -98,10 +101,10 @@ def test_the_harness_finds_what_its_own_model_finds(subject: Subject, data: Path
     from athanor.evaluate import harness
     from athanor.evaluate.harness_model import EngineModel
 
-    loaded, _ = harness.load_tasks(task, data / "lm_eval")
+    loaded, _ = harness.load_tasks(task, data)
     ours = harness.ask(EngineModel(subject, nothing), loaded)
     theirs_model = HFLM(pretrained=str(subject.folder), device="cpu", batch_size=4, dtype="float32")
-    loaded, _ = harness.load_tasks(task, data / "lm_eval")
+    loaded, _ = harness.load_tasks(task, data)
     theirs = harness.ask(theirs_model, loaded)
     assert ours["n-samples"] == theirs["n-samples"]
     for key, value in theirs["results"][task].items():
@@ -157,7 +160,7 @@ def test_two_tensor_parallel_ranks_score_as_one_does(subject: Subject, data: Pat
 @pytest.mark.slow  # the index of all the harness's tasks takes 10 s
 def test_a_group_has_the_score_that_the_harness_gives_it(subject: Subject, tmp_path: Path) -> None:
     for level, count in (("easy", 8), ("medium", 12), ("hard", 20)):
-        place = tmp_path / "lm_eval" / "ofir408" / "MedConceptsQA" / f"atc_{level}"
+        place = tmp_path / "ofir408" / "MedConceptsQA" / f"atc_{level}"
         place.mkdir(parents=True)
         rows = [{"question": f"Which {noun} is {i} years old?", "answer_id": "ABCD"[i % 4]} for i, noun in enumerate(NOUNS * 3)]
         for split, many in (("dev", 4), ("test", count)):
@@ -188,10 +191,25 @@ def test_too_long_contexts_are_cut_on_the_left_and_counted(subject: Subject, dat
 
 
 def test_the_command_evaluates_a_folder_on_ranks(subject: Subject, data: Path) -> None:
-    arguments = [str(subject.folder), "--data", str(data), "--task", "lm_eval:arc_easy", "--ask", "text", "--limit", "5"]
+    arguments = [str(subject.folder), "--data", str(data.parent), "--task", "lm_eval:arc_easy", "--ask", "text", "--limit", "5"]
     result = CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False)
     score = json.loads(result.stdout)["models"]["m"]["lm_eval:arc_easy"]
     assert score["count"] == 5 and set(score["details"]["metrics"]) == {"acc,none", "acc_norm,none"}
+
+
+def test_a_recipe_says_where_the_data_are(subject: Subject, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATHANOR_RUNS", str(tmp_path / "runs"))
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text('name = "tiny"\n[[data.source]]\nname = "a"\nkind = "python"\n[[stage]]\nname = "pretrain"\n'
+                      f'[evaluate]\ntasks = ["lm_eval:blimp_adjunct_island"]\nlm_eval_data = "{data}"\n')
+    shutil.copytree(subject.folder, tmp_path / "runs" / "tiny" / "pretrain" / "model")
+    refuse_early(load_recipe(recipe))
+    result = CliRunner().invoke(command, [str(recipe), "--json"], catch_exceptions=False)
+    assert json.loads(result.stdout)["models"]["pretrain"]["lm_eval:blimp_adjunct_island"]["count"] == len(PAIRS)
+    for wrong in ("", f'lm_eval_data = "{tmp_path / "nowhere"}"\n'):
+        recipe.write_text(recipe.read_text().split("lm_eval_data")[0] + wrong)
+        with pytest.raises(UserError, match=r"evaluate\.lm_eval_data must name the folder with the data of 'lm_eval:blimp"):
+            refuse_early(load_recipe(recipe))
 
 
 @pytest.mark.parametrize(("name", "sentence"), [
@@ -207,7 +225,7 @@ def test_unknown_tasks_and_tags_are_one_sentence(name: str, sentence: str) -> No
     ("{", r"train\.jsonl cannot be read as jsonl"), ('{"goal": "x"}\n', "'piqa' cannot use the data in .*")])
 def test_missing_and_wrong_data_are_one_sentence(subject: Subject, tmp_path: Path, content: str | None, sentence: str) -> None:
     if content is not None:
-        place = tmp_path / "lm_eval" / "baber" / "piqa"
+        place = tmp_path / "baber" / "piqa"
         place.mkdir(parents=True)
         for split in ("train", "validation"):
             (place / f"{split}.jsonl").write_text(content)
