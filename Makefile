@@ -23,6 +23,10 @@ setup-test: .venv/installed-test
 	$(INSTALL) -e '.[test]'
 	@touch $@
 
+.venv/installed-harness: .venv/installed-test
+	$(INSTALL) -e '.[lm-eval]'
+	@touch $@
+
 demo: setup
 	.venv/bin/athanor run $(RECIPE)
 
@@ -35,7 +39,7 @@ check: setup-test
 test: setup-test
 	.venv/bin/python -m pytest -q -m "not slow and not drill" --durations=15
 
-test-all: setup-test
+test-all: .venv/installed-harness
 	.venv/bin/python -m pytest -q -m "not drill" --durations=25
 
 drills: setup-test

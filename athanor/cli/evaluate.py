@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.argument("subject", metavar="RECIPE_OR_MODEL_FOLDER", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--data", type=click.Path(path_type=Path), help="A data folder; the run's own unless given.")
-@click.option("--task", "tasks", multiple=True, help="A task's name or package.module; the recipe's unless given.")
+@click.option("--task", "tasks", multiple=True, help="A name, package.module or lm_eval:<name>; the recipe's unless given.")
 @click.option("--stage", "stages", multiple=True, help="A stage of the recipe; all that have a model unless given.")
 @click.option("--ask", type=click.Choice(["chat", "text"]), help="How a model folder is asked; by its template if it has one.")
 @click.option("--limit", type=click.IntRange(min=1), help="Items per task at most.")
@@ -64,8 +64,9 @@ def evaluate_run(recipe: Recipe, run: RunFolder, *, stages: tuple[str, ...] = ()
     from athanor.evaluate.scores import merge_scores
 
     candidates = run_candidates(recipe, run, stages)
+    shared = recipe.evaluate.lm_eval_data
     result = evaluate_with_bar(candidates, tasks or tuple(recipe.evaluate.tasks), data or run.data, run.logs / "evaluate",
-                               limit or recipe.evaluate.limit)
+                               limit or recipe.evaluate.limit, Path(shared) if shared is not None else None)
     merge_scores(run.scores, result.scores)
     return result
 
@@ -89,7 +90,7 @@ def run_candidates(recipe: Recipe, run: RunFolder, stages: tuple[str, ...] = ())
 
 
 def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data: Path, logs: Path,
-                      limit: int | None) -> Evaluation:
+                      limit: int | None, lm_eval_data: Path | None = None) -> Evaluation:
     """Evaluate while one bar shows how far all models and tasks together are."""
     from athanor.evaluate.ranks import evaluate
 
@@ -102,7 +103,8 @@ def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data:
             bar.advance(share - done.get(key, 0.0), f"{message['model']} {message['task']}")
             done[key] = share
 
-        return evaluate(candidates, tasks, data, log_folder=logs, limit=limit, on_progress=on_progress)
+        return evaluate(candidates, tasks, data, log_folder=logs, limit=limit, on_progress=on_progress,
+                        lm_eval_data=lm_eval_data)
 
 
 def _folder_candidate(folder: Path, ask: str | None) -> Candidate:

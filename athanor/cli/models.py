@@ -18,6 +18,7 @@ from athanor.foundation.units import format_count, format_flops
 from athanor.registry.manifest import Manifest
 from athanor.registry.model_folder import TOKENIZER_FILES
 from athanor.registry.store import Registry, diff
+from athanor.registry.tokens import eos_notes
 
 
 def options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,11 +45,12 @@ def list_models(registry: Path | None, as_json: bool) -> None:
         return
     if not rows:
         say(f"{store.root} holds no model yet; `athanor run` and `athanor models import` add some")
-    table = _table("model", "created", "architecture", "parameters", "tokens", "device-hours", "aliases")
+    table = _table("model", "created", "architecture", "parameters", "tokens", "model FLOPs", "device-hours", "money",
+                   "energy", "aliases")
     for row in rows:
         table.add_row(f"{row['model']}@{row['version']}", row["created"][:16], row["architecture"],
                       format_count(row["parameters"]), _known(row["tokens"], format_count),
-                      _known(row["device_hours"], "{:.3g}".format), " ".join(row["aliases"]))
+                      *_costs(row).values(), " ".join(row["aliases"]))
     console.print(table)
 
 
@@ -92,6 +94,7 @@ def lineage(reference: str, registry: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(tree))
         return
     _say_tree(tree, 0)
+    say("all together: " + ", ".join(f"{name} {text}" for name, text in _costs(tree["cost"]).items()))
     for child in tree["children"]:
         say(f"  -> {child}")
 
@@ -116,14 +119,28 @@ def diff_models(first: str, second: str, registry: Path | None, as_json: bool) -
 
 @command.command()
 @click.argument("reference")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["huggingface", "gguf"]), default="huggingface", show_default=True,
+              help="A Hugging Face folder, or one file for llama.cpp.")
+@click.option("--type", "kind", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True,
+              help="How a GGUF file holds matrices.")
 @options
-def export(reference: str, folder: Path, registry: Path | None, as_json: bool) -> None:
-    """Copy a version's Hugging Face folder to a new FOLDER."""
-    card = _open(registry).export(reference, folder)
+def export(reference: str, target: Path, form: str, kind: str, registry: Path | None, as_json: bool) -> None:
+    """Copy a version's Hugging Face folder to a new folder TARGET, or write it as the GGUF file TARGET."""
+    store = _open(registry)
+    if form == "gguf":
+        from athanor.registry.to_gguf import write_gguf
+
+        card = store.get(reference)
+        notes = write_gguf(store.folder(card), target, card.reference, kind)
+        result: dict[str, Any] = {"reference": card.reference, "file": str(target), "type": kind, "notes": notes}
+    else:
+        card, notes = store.export(reference, target), []
+        result = {"reference": card.reference, "folder": str(target), "files": card.files}
     if as_json:
-        click.echo(json.dumps({"reference": card.reference, "folder": str(folder), "files": card.files}))
-    say(f"{card.reference} is in {folder}")
+        click.echo(json.dumps(result))
+    for line in [f"{card.reference} is in {target}", *notes]:
+        say(line)
 
 
 @command.command("import")
@@ -133,9 +150,11 @@ def export(reference: str, folder: Path, registry: Path | None, as_json: bool) -
 def import_model(folder: Path, name: str | None, registry: Path | None, as_json: bool) -> None:
     """Register any Hugging Face FOLDER with safetensors weights."""
     card = _open(registry).import_folder(folder, name or folder.resolve().name)
+    notes = eos_notes(folder)
     if as_json:
-        click.echo(json.dumps(asdict(card)))
-    say(f"{folder} is registered as {card.reference}")
+        click.echo(json.dumps({**asdict(card), "notes": notes}))
+    for line in [f"{folder} is registered as {card.reference}", *notes]:
+        say(line)
 
 
 @command.command()
@@ -204,17 +223,23 @@ def _known(value: Any, text: Callable[[Any], str]) -> str:
     return "-" if value is None else text(value)
 
 
+def _costs(figures: dict[str, Any]) -> dict[str, str]:
+    """What a model took, for people; a dash for what nobody knows."""
+    return {"model FLOPs": _known(figures.get("model_flops"), format_flops),
+            "device-hours": _known(figures.get("device_hours"), "{:.4g}".format),
+            "money": _known(figures.get("money"), "{:.2f}".format),
+            "energy": _known(figures.get("energy_joules"), lambda joules: f"{joules / 3.6e6:.4g} kWh")}
+
+
 def _card_lines(store: Registry, card: Manifest) -> list[tuple[str, str]]:
-    book = card.book or {}
-    lines = [("folder", str(store.folder(card))), ("origin", card.origin), ("created", card.created),
+    aliases = sorted(name for name, version in store.aliases().get(card.model, {}).items() if version == card.version)
+    lines = [("folder", str(store.folder(card))), ("aliases", " ".join(aliases) or "-"), ("origin", card.origin),
+             ("created", card.created),
              ("architecture", card.architecture), ("parameters", format_count(card.parameters)),
              ("parents", ", ".join(f"{p['model']}@{p['version']}" for p in card.parents) or "-"),
              ("data", _known((card.data or {}).get("hash"), str)), ("steps", _known(card.steps, str)),
              ("tokens", _known(card.tokens, format_count)),
-             ("model FLOPs", _known(card.model_flops, format_flops)),
-             ("device-hours", _known(book.get("device_hours"), "{:.4g}".format)),
-             ("money", _known(book.get("money"), "{:.2f}".format)),
-             ("energy", _known(book.get("energy_joules"), "{:.4g} J".format)),
+             *_costs({"model_flops": card.model_flops, **(card.book or {})}).items(),
              ("code", _known(card.code, lambda code: code["commit"][:12] + (" (modified)" if code["modified"] else "")))]
     for task, score in (card.scores or {}).items():
         interval = f"[{score['low']:.4g}, {score['high']:.4g}]"

@@ -17,15 +17,19 @@ def refuse_early(recipe: Recipe) -> None:
     from athanor.cli.board import find_writer
     from athanor.cluster.spec import read_cluster
     from athanor.data.rows import read_conversations
-    from athanor.evaluate.find import check_name
+    from athanor.evaluate.find import HARNESS, check_name
     from athanor.models.shapes.find import check_architecture, load_shape
     from athanor.objectives.find import check_objective
 
     if recipe.metrics.tensorboard is not None:
         find_writer()
     check_architecture(recipe.model.architecture, "model.architecture")
+    benchmarks = recipe.evaluate.lm_eval_data
     for task in recipe.evaluate.tasks:
         check_name("tasks", task)
+        if task.startswith(HARNESS) and (benchmarks is None or not Path(benchmarks).is_dir()):
+            raise RecipeError(f"evaluate.lm_eval_data must name the folder with the data of '{task}', not "
+                              f"{benchmarks!r}")
     names = [stage.name for stage in recipe.stage]
     for stage in recipe.stage:
         check_objective(stage.objective)

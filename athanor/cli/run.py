@@ -75,6 +75,8 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
                    _training(planned, stage, run, replaced is not None), replaced)
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
     facts = {**models, "data": str(hash_output(run.data / "manifest.json"))}
+    if planned.evaluate.lm_eval_data is not None:
+        facts["lm_eval_data"] = str(hash_output(Path(planned.evaluate.lm_eval_data)))
     chain.step("evaluate", {**facts, "tasks": hash_value(planned.evaluate.model_dump())}, [run.scores],
                lambda: _evaluate(planned, run))
     chain.step("registry", {**models, "scores": str(hash_output(run.scores))}, [], lambda: _register(planned, run))

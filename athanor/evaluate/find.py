@@ -1,4 +1,7 @@
-"""Tasks and scorers are found by name: a file in `tasks/` or `scorers/`, or a `package.module` from outside."""
+"""Tasks and scorers are found by name: a file in `tasks/` or `scorers/`, or a `package.module` from outside.
+
+`lm_eval:<name>` is a task of lm-evaluation-harness.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+from athanor.evaluate import harness
+from athanor.evaluate.harness import HarnessTask
 from athanor.foundation.errors import UserError, did_you_mean
 
 Kind = Literal["tasks", "scorers"]
+HARNESS = "lm_eval:"
 OFFERS = {"tasks": "run", "scorers": "score"}  # the function that each must have
 
 
@@ -21,16 +27,21 @@ def names(kind: Kind) -> list[str]:
 
 def check_name(kind: Kind, name: str) -> None:
     """Refuse a name that is neither in the folder nor a package.module, with the nearest valid one."""
-    if name not in names(kind) and ("." not in name or not all(part.isidentifier() for part in name.split("."))):
-        raise UserError(f"there is no {kind[:-1]} '{name}'; {did_you_mean(name, names(kind))}, or package.module of your own")
+    if kind == "tasks" and name.startswith(HARNESS):
+        harness.check(name.removeprefix(HARNESS))
+    elif name not in names(kind) and ("." not in name or not all(part.isidentifier() for part in name.split("."))):
+        raise UserError(f"there is no {kind[:-1]} '{name}'; {did_you_mean(name, names(kind))}, or package.module of your own"
+                        + (f", or {HARNESS}<name>" if kind == "tasks" else ""))
 
 
-def load(kind: Kind, name: str) -> ModuleType:
+def load(kind: Kind, name: str) -> ModuleType | HarnessTask:
     """The module of a task (`run(subject, data, limit, progress)`) or scorer (`score(prompt, answer, reference)`).
 
     Raises UserError with the nearest valid name.
     """
     check_name(kind, name)
+    if name.startswith(HARNESS):
+        return harness.find(name.removeprefix(HARNESS))
     try:
         module = importlib.import_module(name if "." in name else f"athanor.evaluate.{kind}.{name}")
     except ModuleNotFoundError as error:

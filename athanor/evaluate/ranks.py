@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from athanor.evaluate.find import load
+from athanor.evaluate.find import HARNESS, load
 from athanor.evaluate.scores import Score
 from athanor.foundation.errors import UserError
 
@@ -33,10 +33,11 @@ class Evaluation:
 
 
 def evaluate(candidates: Sequence[Candidate], tasks: Sequence[str], data: Path, *, log_folder: Path, limit: int | None = None,
-             on_progress: Callable[[dict[str, Any]], None] | None = None) -> Evaluation:
+             on_progress: Callable[[dict[str, Any]], None] | None = None, lm_eval_data: Path | None = None) -> Evaluation:
     """Run all tasks on all models, on as many ranks as there are models and cores.
 
-    `on_progress` gets {"model", "task", "done", "total"}. Raises UserError for an unknown task before anything starts.
+    Those of lm_eval have their data below `lm_eval_data`, or below data/lm_eval. `on_progress` gets {"model", "task", "done",
+    "total"}. Raises UserError for an unknown task before anything starts.
     """
     from athanor.foundation.launch import run_ranks
 
@@ -46,8 +47,8 @@ def evaluate(candidates: Sequence[Candidate], tasks: Sequence[str], data: Path, 
     for task in tasks:
         load("tasks", task)
     ranks = min(len(candidates), len(os.sched_getaffinity(0)))
-    arguments = {"candidates": [asdict(candidate) for candidate in candidates], "tasks": list(tasks), "data": data,
-                 "limit": limit}
+    places = [(task, (lm_eval_data or data / "lm_eval") if task.startswith(HARNESS) else data) for task in tasks]
+    arguments = {"candidates": [asdict(candidate) for candidate in candidates], "tasks": places, "limit": limit}
     parts = run_ranks("athanor.evaluate.ranks:evaluate_models", arguments, ranks, log_folder=log_folder,
                       on_message=on_progress)
     scores: dict[str, dict[str, Score]] = {}
@@ -59,9 +60,9 @@ def evaluate(candidates: Sequence[Candidate], tasks: Sequence[str], data: Path, 
     return Evaluation({name: scores[name] for name in names}, {name: seconds[name] for name in names})
 
 
-def evaluate_models(channel: Callable[..., None], candidates: list[dict[str, Any]], tasks: list[str], data: Path,
+def evaluate_models(channel: Callable[..., None], candidates: list[dict[str, Any]], tasks: list[tuple[str, Path]],
                     limit: int | None) -> dict[str, dict[str, tuple[dict[str, Any], float]]]:
-    """Rank function: this rank's share of the models; {model: {task: (a score's fields, seconds)}}."""
+    """Rank function: each task, with its data, on this rank's models; {model: {task: (a score's fields, seconds)}}."""
     from athanor.evaluate.subject import open_subject
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -70,7 +71,7 @@ def evaluate_models(channel: Callable[..., None], candidates: list[dict[str, Any
         candidate = Candidate(**fields)
         subject = open_subject(candidate.name, candidate.folder, candidate.is_chat, candidate.context_tokens)
         results[candidate.name] = {}
-        for task in tasks:
+        for task, data in tasks:
 
             def progress(done: int, total: int, task: str = task, model: str = candidate.name) -> None:
                 channel(model=model, task=task, done=done, total=total)

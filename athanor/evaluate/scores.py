@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,15 @@ def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float], 
         drawn = generator.integers(0, len(above), len(above))
         ratios[i] = above[drawn].sum() / below[drawn].sum()
     low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap(items: Sequence[Any], aggregate: Callable[[list[Any]], float], resamples: int = 500,
+              seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of whatever `aggregate` makes of the items when whole items are drawn again."""
+    generator = np.random.default_rng(seed)
+    found = [aggregate([items[i] for i in generator.integers(0, len(items), len(items))]) for _ in range(resamples)]
+    low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
 
 

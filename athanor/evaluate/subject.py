@@ -52,18 +52,20 @@ def open_subject(name: str, folder: Path, is_chat: bool, context_tokens: int | N
 
 
 def generate(subject: Subject, prompts: Sequence[list[int]], max_new_tokens: Sequence[int], progress: Progress,
-             is_over: Callable[[int, str], bool] = lambda index, text: False) -> list[tuple[str, str]]:
-    """Greedy answers to token prompts: (text, finish reason: stop, length or cancelled), in their order.
+             is_over: Callable[[int, str], bool] = lambda index, text: False,
+             **sampling: float) -> list[tuple[str, str]]:
+    """Answers to token prompts: (text, finish reason: stop, length or cancelled), in their order.
 
-    Generation ends at the tokenizer's eos, after `max_new_tokens[i]`, or soon after `is_over(i, text so far)`.
+    Generation ends at the tokenizer's eos, after `max_new_tokens[i]`, or soon after `is_over(i, text so far)`. It is greedy
+    unless `sampling` has a temperature (top_p, top_k); answer i draws with seed i.
     """
     from athanor.inference.engine import Sampling
 
     engine, tokenizer = subject.engine, subject.tokenizer
     requests: dict[int, Request] = {}
     for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True)):
-        requests[index] = engine.submit(prompt, Sampling(max_new_tokens=limit, temperature=0.0,
-                                                         stop_token_ids=(tokenizer.eos_id,)))
+        chosen = Sampling(limit, seed=index, stop_token_ids=(tokenizer.eos_id,), **sampling)  # type: ignore[arg-type]
+        requests[index] = engine.submit(prompt, chosen)
     answers: dict[int, tuple[str, str]] = {}
     seen = dict.fromkeys(requests, 0)
     while requests:

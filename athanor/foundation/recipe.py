@@ -143,8 +143,9 @@ class Stage(Section):
 
 
 class Evaluate(Section):
-    tasks: list[str] = Field(["bits_per_byte"], description="tasks, each a name or a package.module")
+    tasks: list[str] = Field(["bits_per_byte"], description="tasks, each a name, a package.module, or lm_eval:<its name there>")
     limit: int | None = Field(None, ge=1, description="items per task at most; all of them when left out")
+    lm_eval_data: str | None = Field(None, description="folder with the data of lm_eval's tasks, as the README says")
 
 
 class Serve(Section):

@@ -6,7 +6,7 @@ numbers are the same on all ranks, so are the schedules and the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,9 +85,36 @@ class Engine:
 
         Raises UserError for a sequence that is longer than the model's context or not of its vocabulary.
         """
+        results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(sequences)
+        for batch, lengths, inputs, targets in self._packs(sequences):
+            scored = self.model(inputs, Packed.of(lengths, self.pool.device, self.groups), targets)
+            assert isinstance(scored, Scored)
+            for i, logp in zip(batch, scored.logp.split(lengths), strict=True):
+                results[i] = logp.cpu().numpy()
+        return results
+
+    @torch.no_grad()
+    def score_ends(self, sequences: Sequence[Sequence[int]], counts: Sequence[int]) -> list[tuple[float, bool]]:
+        """Summed log-probability of each sequence's last `counts[i]` tokens, and whether all of them are the likeliest.
+
+        Only their logits are computed. Raises as `score` does.
+        """
+        results = [(0.0, True)] * len(sequences)
+        for batch, lengths, inputs, targets in self._packs(sequences):
+            own = [min(counts[i], length) for i, length in zip(batch, lengths, strict=True)]
+            numbers = [t for end, n in zip(np.cumsum(lengths), own, strict=True) for t in range(end - n, end)]
+            wanted = torch.tensor(numbers, device=self.pool.device)
+            logits = self.model(inputs, Packed.of(lengths, self.pool.device, self.groups, wanted))
+            logits, targets = logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[wanted]
+            logp = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+            for i, part, right in zip(batch, logp.split(own), (logits.argmax(-1) == targets).split(own), strict=True):
+                results[i] = float(part.double().sum()), bool(right.all())
+        return results
+
+    def _packs(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int], Tensor, Tensor]]:
+        """What goes through the model together, the longest first: numbers of sequences, their lengths, inputs, targets."""
         for sequence in sequences:
             self._check(list(sequence), Sampling(max_new_tokens=0), is_scored=True)
-        results: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(sequences)
         order = sorted((i for i in range(len(sequences)) if len(sequences[i]) > 1), key=lambda i: len(sequences[i]))
         while order:
             batch = [order.pop()]
@@ -95,17 +122,9 @@ class Engine:
             while order and tokens + len(sequences[order[-1]]) <= SCORE_TOKENS:
                 tokens += len(sequences[order[-1]])
                 batch.append(order.pop())
-            for i, logp in zip(batch, self._score_packed([sequences[i] for i in batch]), strict=True):
-                results[i] = logp
-        return results
-
-    def _score_packed(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        lengths = [len(s) - 1 for s in sequences]
-        inputs, targets = (torch.tensor([t for s in sequences for t in part(s)], device=self.pool.device)
-                           for part in (lambda s: s[:-1], lambda s: s[1:]))
-        scored = self.model(inputs, Packed.of(lengths, self.pool.device, self.groups), targets)
-        assert isinstance(scored, Scored)
-        return [part.cpu().numpy() for part in scored.logp.split(lengths)]
+            inputs, targets = (torch.tensor([t for i in batch for t in part(sequences[i])], device=self.pool.device)
+                               for part in (lambda s: s[:-1], lambda s: s[1:]))
+            yield batch, [len(sequences[i]) - 1 for i in batch], inputs, targets
 
     def _advance(self, requests: list[Request], firsts: list[int]) -> list[Request]:
         """Run the requests' tokens from `firsts` on through the model and append one token to each."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from athanor.foundation.errors import ModelError
 from athanor.foundation.run_folder import hash_value, read_json
+from athanor.registry.tokens import token_ids
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -24,6 +25,17 @@ class Facts:
 
     architecture: str
     parameters: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: bytes [begin, end) of a safetensors file, its dtype by that format's name, and its shape."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -48,12 +60,17 @@ def check_model_folder(folder: Path) -> Facts:
     tensors = read_tensors(folder)
     embedding = tensors.get("model.embed_tokens.weight")
     expected = [config.get("vocab_size"), config.get("hidden_size")]
-    if embedding is not None and None not in expected and embedding != expected:
-        raise ModelError(f"{folder}: model.embed_tokens.weight has shape {embedding}, but config.json says "
+    if embedding is not None and None not in expected and embedding.shape != expected:
+        raise ModelError(f"{folder}: model.embed_tokens.weight has shape {embedding.shape}, but config.json says "
                          f"vocab_size, hidden_size = {expected}")
+    largest = max(token_ids(folder).values(), default=-1)
+    rows = embedding.shape[0] if embedding else config.get("vocab_size")
+    if isinstance(rows, int) and largest >= rows:
+        raise ModelError(f"{folder}: its tokenizer.json has ids up to {largest}, but its weights know only {rows} from 0 on; "
+                         "it is the tokenizer of another model")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else config.get("model_type")
-    return Facts(str(name), sum(math.prod(shape) for shape in tensors.values()))
+    return Facts(str(name), sum(math.prod(entry.shape) for entry in tensors.values()))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -68,8 +85,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors by name, from the headers of model.safetensors or of the shards that its index names."""
+def read_tensors(folder: Path) -> dict[str, Entry]:
+    """All tensors by name, from the headers of model.safetensors or of the shards that its index names."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
@@ -80,7 +97,7 @@ def read_tensors(folder: Path) -> dict[str, list[int]]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"{index} has no 'weight_map' that names a shard for each tensor")
-    headers: dict[str, dict[str, list[int]]] = {}
+    headers: dict[str, dict[str, Entry]] = {}
     tensors = {}
     for name, shard in weight_map.items():
         if shard not in headers:
@@ -93,23 +110,27 @@ def read_tensors(folder: Path) -> dict[str, list[int]]:
     return tensors
 
 
-def read_header(path: Path) -> dict[str, list[int]]:
-    """Shapes by tensor name of one safetensors file, whose length must be what its header says."""
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors by name of one safetensors file, whose length must be what its header says."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == b"version ":
+            raise ModelError(f"{path} is a pointer of Git LFS, not the weights; `git lfs pull` fetches them")
+        length = int.from_bytes(start, "little")
         if size < 8 or length > min(HEADER_LIMIT_BYTES, size - 8):
             raise ModelError(f"{path} is not a safetensors file, or is cut short: {size} bytes with a header of {length}")
         try:
             header = json.loads(file.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            shapes = {name: [int(dim) for dim in entry["shape"]] for name, entry in tensors.items()}
-            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+            tensors = {name: Entry(path, str(entry["dtype"]), [int(dim) for dim in entry["shape"]],
+                                   *(8 + length + int(offset) for offset in entry["data_offsets"]))
+                       for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, AttributeError, KeyError, TypeError, IndexError):
             raise ModelError(f"{path} is not a safetensors file: its header cannot be read") from None
-    if size != 8 + length + end:
-        raise ModelError(f"{path} has {size} bytes, but its header describes {8 + length + end}; the copy is incomplete")
-    return shapes
+    end = max((entry.end for entry in tensors.values()), default=8 + length)
+    if size != end:
+        raise ModelError(f"{path} has {size} bytes, but its header describes {end}; the copy is incomplete")
+    return tensors
 
 
 def hashes_by_part(files: dict[str, str]) -> dict[str, str | None]:

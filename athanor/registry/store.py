@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -42,7 +43,9 @@ from athanor.registry.manifest import (
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 VERSION = re.compile(r"[0-9a-f]{4,}")
 NAME_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit"
-INDEX_COLUMNS = ("model", "version", "created", "origin", "architecture", "parameters", "tokens", "model_flops", "device_hours")
+COSTS = ("device_hours", "money", "energy_joules")  # of a card's book
+INDEX_COLUMNS = ("model", "version", "created", "origin", "architecture", "parameters", "tokens", "model_flops",
+                 *COSTS)
 
 
 def register(run_folder: Path, stage: str, registry: Path | None = None) -> Manifest:
@@ -172,10 +175,18 @@ class Registry:
         return problems
 
     def lineage(self, reference: str) -> dict[str, Any]:
-        """A version with its parents (as deep as the registry knows them) and the versions that started from it."""
+        """A version with its parents (as deep as the registry knows them) and the versions that started from it.
+
+        `cost` sums what it and all of these parents took, each once; a figure that one of them does not know is None.
+        """
         card = self.get(reference)
         children = [self._card(row) for row in self.rows()]
-        return {**self._ancestors(card, set()),
+        tree = self._ancestors(card, set())
+        line = {node["reference"]: node for node in _nodes(tree)}.values()
+        known: dict[str, list[Any]] = {key: [node["cost"][key] if node["registered"] else None for node in line]
+                                       for key in tree["cost"]}
+        cost = {key: None if None in values else math.fsum(values) for key, values in known.items()}
+        return {**tree, "cost": cost,
                 "children": [c.reference for c in children if any(p["version"] == card.version for p in c.parents)]}
 
     def _ancestors(self, card: Manifest, seen: set[str]) -> dict[str, Any]:
@@ -189,7 +200,8 @@ class Registry:
             else:
                 parents.append(self._ancestors(self._card(row), seen))
         return {"reference": card.reference, "registered": True, "origin": card.origin, "steps": card.steps,
-                "tokens": card.tokens, "data": (card.data or {}).get("hash"), "parents": parents}
+                "tokens": card.tokens, "data": (card.data or {}).get("hash"), "parents": parents,
+                "cost": {"model_flops": card.model_flops, **{cost: (card.book or {}).get(cost) for cost in COSTS}}}
 
     def reindex(self) -> int:
         """Build index.sqlite anew from the manifests. Returns the number of versions."""
@@ -264,9 +276,15 @@ def copy_files(source: Path, target: Path, expected: dict[str, str]) -> None:
 
 
 def _insert(database: sqlite3.Connection, card: Manifest) -> None:
-    values = {**asdict(card), "device_hours": (card.book or {}).get("device_hours")}
+    values = {**asdict(card), **{cost: (card.book or {}).get(cost) for cost in COSTS}}
     marks = ", ".join("?" * len(INDEX_COLUMNS))
     database.execute(f"insert or replace into versions values ({marks})", [values[column] for column in INDEX_COLUMNS])
+
+
+def _nodes(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield tree
+    for parent in tree.get("parents", []):
+        yield from _nodes(parent)
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from athanor.cli.evaluate import command, run_candidates
 from athanor.data.text.tokenizer import Tokenizer
 from athanor.evaluate.ranks import Candidate, evaluate
-from athanor.foundation.errors import AthanorError
+from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder
 
@@ -115,3 +115,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run: RunFolder, tmp_path: 
         CliRunner().invoke(command, arguments, catch_exceptions=False)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
     assert not run.scores.exists()
+
+
+def test_a_task_of_a_package_that_is_not_there_is_one_sentence(run: RunFolder, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"'lm_eval:arc_easy' needs .*; install it with: pip install 'athanor-llm\[lm-eval\]'"):
+        CliRunner().invoke(command, [str(tmp_path / "tiny.toml"), "--task", "lm_eval:arc_easy"], catch_exceptions=False)

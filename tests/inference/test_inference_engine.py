@@ -112,6 +112,23 @@ def test_scores_do_not_depend_on_order_or_company(monkeypatch: pytest.MonkeyPatc
         assert np.abs(found - engine.score([sequence])[0]).max(initial=0) <= 1e-12
 
 
+def test_the_ends_of_sequences_score_as_the_whole_does_and_greedy_ones_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("athanor.inference.engine.SCORE_TOKENS", 50)
+    module = model(torch.float64)
+    engine = Engine(module, 1024)
+    asked = prompts(12)
+    answers = generate(module, asked, Sampling(6))
+    sequences, counts = [], []
+    for number, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
+        wrong = [*answer[:3], (answer[3] + 1) % 120, *answer[4:]]
+        sequences.append(prompt + (wrong if number % 3 == 0 else answer))
+        counts.append(2 if number % 3 == 1 else 6)
+    found = engine.score_ends(sequences, counts)
+    assert [is_likeliest for _, is_likeliest in found] == [number % 3 != 0 for number in range(12)]
+    for (logp, _), whole, count in zip(found, engine.score(sequences), counts, strict=True):
+        assert logp == pytest.approx(whole[-count:].sum(), abs=1e-9)
+
+
 def test_cancelled_requests_leave_nothing_behind() -> None:
     draw = random.Random(2)
     engine = Engine(model(num_hidden_layers=1), 40 * PAGE_TOKENS)

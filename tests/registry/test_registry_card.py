@@ -65,6 +65,16 @@ def test_lineage_walks_up_and_down(run: RunFolder, registry: Registry) -> None:
     assert registry.lineage("tiny-pretrain")["children"] == [child.reference]
 
 
+def test_lineage_sums_what_a_version_and_all_before_it_took(run: RunFolder, registry: Registry) -> None:
+    register(run.root, "chat", registry.root)
+    assert registry.lineage("tiny-chat")["cost"] == dict.fromkeys(("model_flops", "device_hours", "money", "energy_joules"))
+    register(run.root, "pretrain", registry.root)
+    assert registry.lineage("tiny-chat")["cost"] == {"model_flops": 6e12, "device_hours": 1.0, "money": 3.0,
+                                                     "energy_joules": None}
+    assert registry.lineage("tiny-pretrain")["cost"]["device_hours"] == 0.5
+    assert registry.rows()[0]["money"] == 1.5, "the index holds what every card costs"
+
+
 def test_a_parent_outside_the_run_is_found_by_content(run: RunFolder, registry: Registry, tmp_path: Path) -> None:
     shutil.copytree(run.stage("pretrain").model, tmp_path / "elsewhere")
     given = registry.import_folder(tmp_path / "elsewhere", "given")
@@ -105,6 +115,13 @@ def _sharded_without_shard(folder: Path) -> None:
     (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80\x04"), "may be a pickle"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x04K\x01."), "not a safetensors file"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"[]"), "not a safetensors file"),
+    (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+     "is a pointer of Git LFS, not the weights"),
+    (lambda folder: (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 40}}}'),
+     "has ids up to 40, but its weights know only 40 from 0 on"),
+    (lambda folder: (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 99, "content": "x"}]}'),
+     "ids up to 99"),
+    (lambda folder: (folder / "tokenizer.json").write_text('{"model": {"vocab": 3}}'), "is not a tokenizer"),
     (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
     (lambda folder: (folder / "config.json").write_text("{}"), "names neither 'architectures' nor"),
     (lambda folder: (folder / "config.json").write_text('{"architectures": {"a": 1}}'), "names neither 'architectures' nor"),
@@ -121,6 +138,28 @@ def test_bad_folders_are_refused_in_one_sentence(registry: Registry, model: Call
         registry.import_folder(source, "m")
     assert str(source) in str(caught.value) and "\n" not in str(caught.value)
     assert registry.rows() == [] and not registry.root.exists()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, []), ({"generation_config.json": {"eos_token_id": [7, 5]}}, []),
+    ({"generation_config.json": {"eos_token_id": 7}}, ["config.json 5, generation_config.json 7, tokenizer_config.json 5"]),
+    ({"tokenizer_config.json": {"eos_token": {"content": "<bye>"}}}, ["tokenizer_config.json 7"]),
+    ({"tokenizer_config.json": {"eos_token": "<end>", "chat_template": "{{ messages }}"}}, ["never writes <end>, which ends"]),
+    ({"tokenizer_config.json": {"eos_token": "<end>", "chat_template": "{{ messages }}{{ eos_token }}"}}, []),
+    ({"generation_config.json": {"eos_token_id": [5, 7]}, "tokenizer_config.json": {"chat_template": "x<bye>"}}, [])])
+def test_import_says_where_files_disagree_on_eos(registry: Registry, model: Callable[..., Path], changes: dict[str, Any],
+                                                 words: list[str]) -> None:
+    source = model()
+    (source / "chat_template.jinja").unlink()
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": 5}
+    (source / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "<bye>": 7}},'
+                                           '"added_tokens": [{"id": 5, "content": "<end>"}]}')
+    for name, content in {"config.json": config, "tokenizer_config.json": {"eos_token": "<end>"}, **changes}.items():
+        (source / name).write_text(json.dumps(content))
+    arguments = ["import", str(source), "--json", "--registry", str(registry.root)]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    notes = json.loads(result.stdout)["notes"]
+    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True)), notes
 
 
 def test_sharded_weights_are_read_by_their_index(model: Callable[..., Path]) -> None:

@@ -129,7 +129,7 @@ def test_ten_thousand_versions_are_listed_at_once(registry: Registry, model: Mak
     card = registry.import_folder(model(), "m")
     with registry._database() as database:
         database.execute("delete from versions")
-        database.executemany("insert into versions values ('m', ?, 'c', 'o', 'a', 1, 2, 3, 4)",
+        database.executemany("insert into versions values ('m', ?, 'c', 'o', 'a', 1, 2, 3, 4, 5, 6)",
                              [(f"{i:012x}",) for i in range(10_000)])
     (registry.root / card.reference).rename(registry.root / f"m@{0:012x}")
     for i in range(1, 10_000):

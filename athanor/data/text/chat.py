@@ -76,6 +76,15 @@ class ChatTemplate:
         rest = self._encode(text[done:], guard)
         return ids + rest, mask + [0] * len(rest)
 
+    def text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """A conversation as text, for whoever must have text; special tokens in it are told from others no more."""
+        check_messages(messages, self.where)
+        return self._render(messages, add_generation_prompt)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of such text."""
+        return self._encode(text, "")
+
     def _guarded(self, messages: Sequence[Message]) -> tuple[str, list[dict[str, Any]]]:
         """Break up special-token text in contents with a character that no message contains."""
         check_messages(messages, self.where)

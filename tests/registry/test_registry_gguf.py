@@ -1,0 +1,259 @@
+"""A GGUF file opens in gguf's reader, holds the same numbers within its rounding, and computes the same in transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from athanor.cli.models import command
+from athanor.data.text import tokenizer as own
+from athanor.foundation.errors import ModelError, UserError
+from athanor.models.find import load_architecture
+from athanor.models.huggingface import load_model, logits, save_model
+from athanor.models.initialize import initialize
+from athanor.models.shapes.find import shape_class
+from athanor.models.shapes.rope import RopeScaling
+from athanor.registry.store import Registry
+from athanor.registry.to_gguf import write_gguf
+
+gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+
+TEXTS = ["def area(width, height):\n    return width * height\n\n", "It's the engine they'LL use in 2026: 12,345 times!\n"] * 9
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 128, "initializer_range": 0.2}
+SCALED = RopeScaling("llama3", 8.0, 64, 1.0, 4.0)
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}), "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "scaled": ("llama", {"rope_scaling": SCALED, "rope_theta": 500000.0}),
+    "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {"head_dim": 32})}
+
+
+def bpe(cut: Any) -> Tokenizer:
+    """Byte-level BPE with a begin token before every text, an end token and one that is not special."""
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer, found.decoder = cut, decoders.ByteLevel()
+    found.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[AddedToken("<s>", special=True), AddedToken("</s>", special=True)]))
+    found.add_tokens(["<tool>"])
+    found.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return found
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+CUTTERS = {"llama-bpe": split(LLAMA3), "qwen2": split(LLAMA3.replace("{1,3}", "")),
+           "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+           "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                              pre_tokenizers.ByteLevel(add_prefix_space=False)])}
+
+
+def make(folder: Path, which: str = "llama", pre: str = "llama-bpe", **changes: Any) -> Path:
+    """A folder of random weights, vectors included, with a vocabulary of 4 rows more than its tokenizer."""
+    kind, sizes = SHAPES[which]
+    tokenizer = bpe(CUTTERS[pre])
+    shape = shape_class(kind)(**{"vocab_size": tokenizer.get_vocab_size() + 4, **SIZES, **sizes, **changes})
+    module = load_architecture(kind).build(shape)
+    initialize(module, 0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() == 1:
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 1.5, generator=generator))
+    save_model(module, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": {"content": "</s>"},
+        "chat_template": "{{ messages }}"}))
+    return folder
+
+
+def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
+    """Metadata, tensors in fp32 and their types."""
+    reader = gguf.GGUFReader(file)
+    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1]) for t in reader.tensors}
+    return ({name: field.contents() for name, field in reader.fields.items()}, tensors,
+            {t.name: t.tensor_type.name for t in reader.tensors})
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Row 2i of a head is the i-th of its first half, row 2i + 1 the i-th of its second."""
+    size = len(rows) // heads
+    order = [h * size + half * (size // 2) + i for h in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return rows[order]
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("which", SHAPES)
+def test_tensors_are_those_of_the_folder_within_rounding(tmp_path: Path, which: str, kind: str) -> None:
+    folder = make(tmp_path / "m", which)
+    assert write_gguf(folder, tmp_path / "m.gguf", "m@1", kind) == []
+    _, found, types = read(tmp_path / "m.gguf")
+    held = load_file(folder / "model.safetensors")
+    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm",
+             "self_attn.k_norm": "attn_k_norm"}
+    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+             "lm_head.weight": "output.weight"}
+    used = {"rope_freqs.weight"} if which == "scaled" else set()
+    for name, values in held.items():
+        if name in outer:
+            target = outer[name]
+        else:
+            _, _, layer, *inner, suffix = name.split(".")
+            target = f"blk.{layer}.{parts['.'.join(inner)]}.{suffix}"
+            if SHAPES[which][0] == "llama" and inner[-1] in ("q_proj", "k_proj"):
+                heads = 4 if inner[-1] == "q_proj" else SHAPES[which][1].get("num_key_value_heads", 2)
+                values = interleaved(values, heads)
+        used.add(target)
+        if values.ndim == 1:
+            assert types[target] == "F32" and np.array_equal(found[target], values)
+        elif kind == "f16":
+            assert types[target] == "F16" and np.array_equal(found[target], values.astype(np.float16).astype(np.float32))
+        else:
+            largest = np.abs(values.reshape(len(values), -1, 32)).max(-1, keepdims=True)
+            off = np.abs(found[target] - values).reshape(len(values), -1, 32)
+            assert types[target] == "Q8_0" and (off <= largest / 127 * 0.5 + largest * 2**-10).all()
+    assert used == set(found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("which", ["llama", "tied", "qwen2", "qwen3"])
+def test_transformers_computes_the_same_from_the_file(tmp_path: Path, which: str) -> None:
+    """Its own reader undoes the order of rows, so that a wrong one, or a wrong size, shows in the logits."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make(tmp_path / "m", which, **({"head_dim": 128} if which == "qwen3" else {}))  # the only one its reader knows
+    write_gguf(folder, tmp_path / "m" / "m.gguf", "m@1", "f16")
+    ids = [0, *Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXTS[0]).ids]
+    ours = logits(load_model(folder), ids)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    peer = AutoModelForCausalLM.from_pretrained(folder, gguf_file="m.gguf", dtype=torch.float32)
+    theirs = peer(torch.tensor([ids])).logits[0].detach()
+    assert theirs.shape == ours.shape
+    assert float((theirs - ours).abs().max()) <= 5e-3 * float(ours.abs().max())
+    assert torch.equal(theirs.argmax(-1), ours.argmax(-1))
+
+
+def test_metadata_are_those_that_llama_cpp_asks_for(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", "qwen3", "qwen2")
+    write_gguf(folder, tmp_path / "m.gguf", "m@1", "q8_0")
+    fields, _, _ = read(tmp_path / "m.gguf")
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    assert {key: fields[f"qwen3.{key}"] for key in ("block_count", "context_length", "embedding_length", "feed_forward_length",
+            "attention.head_count", "attention.head_count_kv", "attention.key_length", "vocab_size")} == {
+        "block_count": 2, "context_length": 128, "embedding_length": 64, "feed_forward_length": 96, "attention.head_count": 4,
+        "attention.head_count_kv": 2, "attention.key_length": 32, "vocab_size": len(vocabulary) + 4}
+    assert (fields["general.architecture"], fields["general.name"], fields["general.file_type"]) == ("qwen3", "m@1", 7)
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "qwen2")
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert {token: i for i, token in enumerate(tokens[:-4])} == vocabulary
+    assert types[:3] == [3, 3, 1] and types[vocabulary["<tool>"]] == 4 and types[-4:] == [5] * 4, "control, normal, own, unused"
+    ids = [fields[f"tokenizer.ggml.{key}"] for key in ("bos_token_id", "eos_token_id", "add_bos_token")]
+    assert ids == [0, 1, True] and fields["tokenizer.chat_template"] == "{{ messages }}"
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+
+
+@pytest.mark.parametrize("pre", CUTTERS)
+def test_the_tokenizers_kind_is_told_by_how_it_cuts(tmp_path: Path, pre: str) -> None:
+    folder = make(tmp_path / "m", pre=pre)
+    assert write_gguf(folder, tmp_path / "m.gguf", "m", "f16") == []
+    assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == pre
+
+
+def test_factors_of_scaled_positions_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    write_gguf(make(tmp_path / "m", "scaled"), tmp_path / "m.gguf", "m", "f16")
+    rope = {**SCALED.to_config(), "rope_theta": 500000.0}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=128, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 500000.0 ** (np.arange(0, 16, 2) / 16)
+    factors = read(tmp_path / "m.gguf")[1]["rope_freqs.weight"]
+    assert len(set(factors)) > 2 and plain / factors == pytest.approx(scaled.numpy(), rel=1e-5)
+
+
+def test_our_own_tokenizer_comes_with_a_sentence_and_the_verb_prints_it(tmp_path: Path, registry: Registry) -> None:
+    folder = make(tmp_path / "m", vocab_size=320)
+    own.train_tokenizer(iter(TEXTS), 300).save(folder)
+    registry.import_folder(folder, "mine")
+    arguments = ["export", "mine", str(tmp_path / "out" / "m.gguf"), "--format", "gguf", "--type", "q8_0", "--json", "--registry",
+                 str(registry.root)]
+    printed = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).stdout)
+    assert "cuts text as this tokenizer does; 'llama-bpe' comes nearest" in printed["notes"][0]
+    assert read(tmp_path / "out" / "m.gguf")[0]["general.name"] == registry.get("mine").reference
+    with pytest.raises(UserError, match=r"m\.gguf exists"):
+        CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+def test_bfloat16_is_read_and_uneven_rows_are_f16(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", intermediate_size=100)
+    module = load_model(folder, "bfloat16")
+    save_model(module, folder)
+    notes = write_gguf(folder, tmp_path / "m.gguf", "m", "q8_0")
+    assert notes == ["2 matrices are F16, since their rows are no multiple of 32 numbers"]
+    _, found, types = read(tmp_path / "m.gguf")
+    assert types["blk.1.ffn_down.weight"] == "F16" and types["blk.1.ffn_up.weight"] == "Q8_0"
+    wanted = module.state_dict()["model.layers.1.mlp.down_proj.weight"].half().float().numpy()
+    assert np.array_equal(found["blk.1.ffn_down.weight"], wanted)
+
+
+def _spoil(folder: Path, name: str, value: float) -> None:
+    held = load_file(folder / "model.safetensors")
+    held[name][0] = value
+    save_file(held, folder / "model.safetensors")
+
+
+def _drop(folder: Path, name: str) -> None:
+    held = load_file(folder / "model.safetensors")
+    del held[name]
+    save_file(held, folder / "model.safetensors")
+
+
+def _configure(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda folder: _configure(folder, model_type="gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=128),
+     "'gpt2' cannot be written as GGUF; only llama, mistral, qwen2, qwen3 can"),
+    (lambda folder: _configure(folder, model_type="lama"), "did you mean 'llama'"),
+    (lambda folder: _spoil(folder, "model.layers.0.mlp.up_proj.weight", 7e4), "blk.0.ffn_up.weight holds values beyond 65504"),
+    (lambda folder: _spoil(folder, "lm_head.weight", np.nan), "output.weight holds values beyond 65504"),
+    (lambda folder: _drop(folder, "model.layers.1.mlp.up_proj.weight"), "the weights do not fit config.json"),
+    (lambda folder: (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}'),
+     "its tokenizer is not byte-level BPE"),
+    (lambda folder: _configure(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}),
+     "only its usual numbers can")])
+def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(tmp_path: Path, damage: Any, words: str) -> None:
+    folder = make(tmp_path / "m")
+    damage(folder)
+    with pytest.raises(ModelError, match=words) as caught:
+        write_gguf(folder, tmp_path / "m.gguf", "m", "f16")
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["m"]
+    shutil.rmtree(folder)
+
+
+def test_without_the_package_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "m")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'athanor-llm\[gguf\]'"):
+        write_gguf(folder, tmp_path / "m.gguf", "m", "f16")
