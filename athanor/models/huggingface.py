@@ -56,7 +56,7 @@ def load_model(folder: Path, dtype: str = "float32") -> Decoder:
                              f"but there are {tensors} tensors")
     try:
         with torch.device("meta"):
-            module: Decoder = load_architecture(read_json(folder / "config.json")["model_type"]).build(shape)
+            module: Decoder = load_architecture(shape.MODEL_TYPE).build(shape)
     except RuntimeError as error:
         raise ModelError(f"{folder / 'config.json'} describes a model of impossible size: {error}") from None
     _check_tensors(module, folder)  # before memory is taken

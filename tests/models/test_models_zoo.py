@@ -175,6 +175,15 @@ def test_compiled_blocks_give_the_same_gradients(name: str, changes: dict[str, A
         assert other is None or (parameter.grad - other).abs().max() <= 1e-12, key
 
 
+@pytest.mark.parametrize(("name", "other"), [("gpt2", "gpt"), ("yuan", "yuan2")])
+def test_a_folder_may_go_by_another_name_of_its_architecture(name: str, other: str, tmp_path: Path) -> None:
+    module = build(name)
+    save_model(module, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": other}))
+    assert load_model(tmp_path).shape == module.shape
+
+
 def test_the_folder_of_a_base_model_is_read(tmp_path: Path) -> None:
     module = build("gpt2")
     save_model(module, tmp_path)
