@@ -282,8 +282,10 @@ class Datasheet(Rated):
         return np.ones(1) * self.coefficient("host"), np.zeros(1)
 
     def skew(self, case: Case, total: Array, computing: Array) -> Array:
-        """Grows with the number of nodes as the slowest of so many, with the root of a logarithm."""
-        return np.asarray(total * self.coefficient("straggler") * np.sqrt(np.log2(np.maximum(1.0, case.devices / 8))))
+        """Grows with the number of replicas as the slowest of so many, with the root of a logarithm; within one, stages that are
+        slower eat up bubbles."""
+        replicas = np.minimum(case.devices / 8, case.dp * case.cp)
+        return np.asarray(total * self.coefficient("straggler") * np.sqrt(np.log2(np.maximum(1.0, replicas))))
 
     def own(self) -> Array:
         return np.ones(1) * self.coefficient("own")
