@@ -151,7 +151,8 @@ class Datasheet(Rated):
         passes = self.passes(case, wide)
         moved, launches = self.mixture(case)
         own = np.where(is_expert, 0.0, case.uses).sum(axis=0) / case.layers / DENSE
-        floor = self.coefficient("launch") * (own + UNFUSED_SOFTMAX * self.is_eager(case) + launches)
+        floor = self.coefficient("launch") * (own + UNFUSED_SOFTMAX * self.is_eager(case) + launches) * np.where(
+            self.is_graphed(), c["graphed_launch"], 1.0)
         work = Work()
         work.add("matmul", forward, backward)
         work.add("attention", attention, 2.5 * attention)
@@ -174,12 +175,16 @@ class Datasheet(Rated):
         Both shrank with the years: a kernel for each expert became some for all, then whole steps one CUDA graph.
         """
         machine, c, share = self.machine, self._c, case.moe_layers / case.layers
-        is_graphed = (machine.release >= GRAPHED) & (machine.generation >= GENERATIONS.index("blackwell"))
         local = np.maximum(1.0, case.copies / case.ep).max(axis=0)  # experts of a rank
         launches = c["launch_experts"] * share * local ** np.where(machine.release < FUSED, 0.75, 0.25)
         size = case.tokens / case.tp * case.top_k * case.hidden * 2.0
         moved = c["dispatch"] * share * size / machine.memory_bytes_per_second
-        return moved * np.where(is_graphed, c["graphed"], 1.0), launches * np.where(is_graphed, c["graphed_launch"], 1.0)
+        return moved * np.where(self.is_graphed(), c["graphed"], 1.0), launches
+
+    def is_graphed(self) -> NDArray[np.bool_]:
+        """Whether a whole step is one CUDA graph."""
+        machine = self.machine
+        return np.asarray((machine.release >= GRAPHED) & (machine.generation >= GENERATIONS.index("blackwell")))
 
     def attention(self, case: Case) -> Array:
         """Scores and values, forward, in an average layer: bound by arithmetic when fused, by traffic when scores exist.
