@@ -51,15 +51,17 @@ def left_out(fitting: Fitting, runs: list[Run], whole: Predictions, key: Callabl
     return out
 
 
-def simumax(runs: list[Run]) -> dict[str, Any]:
-    """Its mean error per source, on the rows that it can express."""
+def simumax(runs: list[Run], own: Predictions) -> dict[str, dict[str, float]]:
+    """Its mean error per source, on the rows that it can express; and ours on the same rows."""
     with gzip.open(DATA / "peer_predictions.csv.gz", "rt", encoding="utf-8", newline="") as file:
         said = {row["id"]: float(row["step_s_nvlink_edit"]) for row in csv.DictReader(file) if row["step_s_nvlink_edit"]}
-    errors: dict[str, list[float]] = {}
-    for run in runs:
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for run, ours in zip(runs, own.seconds, strict=True):
         if run.id in said and run.status == "ok" and run.step_seconds > 0:
-            errors.setdefault(run.source, []).append(abs(said[run.id] / run.step_seconds - 1))
-    return {name: float(np.mean(values)) for name, values in errors.items()}
+            both = abs(said[run.id] / run.step_seconds - 1), abs(ours / run.step_seconds - 1)
+            errors.setdefault(run.source, []).append(both)
+    return {title: {name: float(np.mean(values, axis=0)[column]) for name, values in errors.items()}
+            for column, title in enumerate(("SimuMax", "ours, its rows"))}
 
 
 def report(runs: list[Run], folds: int) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def report(runs: list[Run], folds: int) -> dict[str, Any]:
     models = left_out(fitting, runs, whole, lambda run: f"{run.source} {run.words['model']}", folds)
     sources = left_out(fitting, runs, whole, lambda run: run.source, len({run.source for run in fitting.runs}))
     return {"fitted": score(runs, whole), "models_left_out": score(runs, models), "sources_left_out": score(runs, sources),
-            "peers": {"SimuMax": simumax(runs), "calculon": CALCULON, "llm-analysis": LLM_ANALYSIS}}
+            "peers": {**simumax(runs, models), "calculon": CALCULON, "llm-analysis": LLM_ANALYSIS}}
 
 
 def show(card: dict[str, Any]) -> None:
@@ -78,10 +80,10 @@ def show(card: dict[str, Any]) -> None:
         return "" if value is None else f"{100 * value:.1f}"
 
     print(f"{'step time, mean error in %':28}{'rows':>6}{'fitted':>8}{'models':>8}{'sources':>8}"
-          f"{'SimuMax':>9}{'calculon':>9}{'llm-an.':>9}\n{'':42}{'left out':>8}{'left out':>9}")
+          f"{'SimuMax':>9}{'ours, its':>10}{'calculon':>9}{'llm-an.':>9}\n{'':42}{'left out':>8}{'left out':>9}{'rows':>18}")
     for name, entry in card["models_left_out"]["sources"].items():
         own = "".join(f"{cell(card[split]['sources'][name]['mean_error']):>8}" for split in SPLITS)
-        peers = "".join(f"{cell(errors.get(name)):>9}" for errors in card["peers"].values())
+        peers = "".join(f"{cell(errors.get(name)):>{9 + title.startswith('ours')}}" for title, errors in card["peers"].items())
         print(f"{name:28}{entry['rows']:6}{own}{peers}")
     for title, key in {"mean of the sources": "macro_error", "median of all rows": "median_error"}.items():
         print(f"{title:34}" + "".join(f"{cell(card[split][key]):>8}" for split in SPLITS))

@@ -21,6 +21,11 @@ SCATTERING = ("megatron", "megatron-core")  # programs whose tensor ranks share 
 KERNELS = ("flash", "flash2", "flash1", "fused", "eager")  # flash2 is made for ampere, flash for whatever the device is
 LATEST = 2026.7  # release of a program that is known by no date
 FUSED, GRAPHED = 2025.6, 2026.4  # releases since which experts are computed in few kernels, and (on Blackwell) in a graph
+MULTIPROCESSORS = np.array([80, 108, 132, 148, 160, 128])  # of a device of each generation (NVIDIA's architecture papers)
+TILES = (256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 128, 0.8)  # of a result, and their best rates
+PLAIN = 16  # how much slower products are without tensor cores, which want sides of 8 numbers (A100: 19.5 of 312 TFLOP/s)
+UNFUSED_SOFTMAX = 0.4  # launches of a softmax of one operator after another, of those of a dense layer
+DENSE = 4.0  # products of a dense layer, by which launches are counted
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,12 @@ class Datasheet(Rated):
         return self.machine.product_flops
 
     def matmul(self, m: Array, n: Array, k: Array, peak: Array) -> Array:
-        """Seconds of an m x k by k x n product: small sides and few tiles leave parts of the device idle."""
-        c = self._c
-        share = m / (m + c["m0"]) * n / (n + c["n0"]) * k / (k + c["k0"]) * (m * n) / (m * n + c["tiles"])
+        """Seconds of an m x k by k x n product: small sides leave parts of the device idle, and so do tiles of the result that
+        do not fill the last round over its multiprocessors."""
+        c, many = self._c, MULTIPROCESSORS[self.machine.generation.astype(int)]
+        rounds = (np.ceil(np.ceil(m / high) * np.ceil(n / wide) / many) * (high * wide / rate) for high, wide, rate in TILES)
+        share = m / (m + c["m0"]) * n / (n + c["n0"]) * k / (k + c["k0"]) * m * n / np.maximum(
+            1.0, many * functools.reduce(np.minimum, rounds))
         return np.asarray(2.0 * m * n * k / (peak * np.maximum(share, 1e-9)))
 
     def linear(self, m: Array, n: Array, k: Array, peak: Array) -> tuple[Array, Array]:
@@ -142,15 +150,18 @@ class Datasheet(Rated):
         wide = np.where(case.is_row > 0, 0.0, made).sum(axis=0) / case.layers
         passes = self.passes(case, wide)
         moved, launches = self.mixture(case)
-        floor = self.coefficient("launch") * (1.0 + launches)
+        own = np.where(is_expert, 0.0, case.uses).sum(axis=0) / case.layers / DENSE
+        floor = self.coefficient("launch") * (own + UNFUSED_SOFTMAX * self.is_eager(case) + launches) * np.where(
+            self.is_graphed(), c["graphed_launch"], 1.0)
         work = Work()
         work.add("matmul", forward, backward)
         work.add("attention", attention, 2.5 * attention)
         work.add("elementwise", passes + moved, c["passes_backward"] * passes + 2 * moved)
         one, two = work.seconds("block")
         work.add("launch", smooth_max(one, np.asarray(floor)) - one, smooth_max(two, np.asarray(1.5 * floor)) - two)
-        work.recomputed = np.where(case.recompute == FULL, work.seconds("block")[0],
-                                   np.where(case.recompute > FULL, attention, 0.0))
+        # torchtitan selects operators: of two products it computes one again, and all between them
+        some = np.where(machine.program == self.program("fsdp"), forward / 2 + passes, attention)
+        work.recomputed = np.select([case.recompute == FULL, case.recompute > FULL], [work.seconds("block")[0], some], 0.0)
         width, reach, times = case.vocab / case.tp, machine.peak_flops * machine.attainable * reach, case.heads_of_loss
         forward, backward = self.linear(tokens, width, case.hidden, reach)
         work.add("matmul", times * forward, times * backward, "ends")
@@ -164,15 +175,22 @@ class Datasheet(Rated):
         Both shrank with the years: a kernel for each expert became some for all, then whole steps one CUDA graph.
         """
         machine, c, share = self.machine, self._c, case.moe_layers / case.layers
-        is_graphed = (machine.release >= GRAPHED) & (machine.generation >= GENERATIONS.index("blackwell"))
         local = np.maximum(1.0, case.copies / case.ep).max(axis=0)  # experts of a rank
         launches = c["launch_experts"] * share * local ** np.where(machine.release < FUSED, 0.75, 0.25)
         size = case.tokens / case.tp * case.top_k * case.hidden * 2.0
         moved = c["dispatch"] * share * size / machine.memory_bytes_per_second
-        return moved * np.where(is_graphed, c["graphed"], 1.0), launches * np.where(is_graphed, c["graphed_launch"], 1.0)
+        return moved * np.where(self.is_graphed(), c["graphed"], 1.0), launches
+
+    def is_graphed(self) -> NDArray[np.bool_]:
+        """Whether a whole step is one CUDA graph."""
+        machine = self.machine
+        return np.asarray((machine.release >= GRAPHED) & (machine.generation >= GENERATIONS.index("blackwell")))
 
     def attention(self, case: Case) -> Array:
-        """Scores and values, forward, in an average layer: bound by arithmetic when fused, by traffic when scores exist."""
+        """Scores and values, forward, in an average layer: bound by arithmetic when fused, by traffic when scores exist.
+
+        There, heads of sizes that tensor cores do not take are multiplied without them.
+        """
         c, machine = self._c, self.machine
         heads = case.heads / case.tp
         flops = 2.0 * case.tokens * heads * (case.key_size + case.value_size) * case.mean_context
@@ -181,8 +199,17 @@ class Datasheet(Rated):
         is_foreign = (machine.kernel == 1) & (machine.generation > GENERATIONS.index("ampere"))
         flash = flops / rate / np.where(machine.kernel == 2, c["flash1"], 1.0) / np.where(is_foreign, c["flash2"], 1.0)
         reach = machine.peak_flops * machine.attainable * self.coefficient("matmul")
-        traffic = np.where(machine.kernel == 4, c["scores_eager"], c["scores_fused"]) * case.tokens * heads * case.seq_len * 2
+        reach = np.where(case.key_size % 8 > 0, machine.peak_flops / PLAIN, reach)
+        traffic = np.where(self.is_eager(case), c["scores_eager"], c["scores_fused"]) * case.tokens * heads * case.seq_len * 2
         return np.where(machine.kernel < 3, flash, 2 * flops / reach / narrow + traffic / machine.memory_bytes_per_second)
+
+    def is_eager(self, case: Case) -> NDArray[np.bool_]:
+        """Whether softmax is one operator after another: also where Megatron's fused kernel wants a multiple of 4 matrices
+        (megatron/model/fused_softmax.py)."""
+        machine = self.machine
+        is_odd = case.micro_batch_size * case.heads / case.tp % 4 > 0
+        is_megatron = machine.program <= self.program("megatron-deepspeed")
+        return np.asarray((machine.kernel == 4) | (machine.kernel == 3) & is_megatron & is_odd)
 
     def passes(self, case: Case, wide: Array) -> Array:
         """Element-wise work of an average layer forward: norms and residuals, and what the column-cut products make, `wide`."""
@@ -232,7 +259,8 @@ class Datasheet(Rated):
         return np.asarray(3 * self.gather(keys, case.cp, case.tp) * self.coefficient("context"))
 
     def expert(self, case: Case) -> Array:
-        once = self.exchange(case.tokens / case.tp, case.hidden * case.weight_bytes, case.top_k, case.ep, np.ones(1))
+        width = np.where((case.copies > 1) & (case.is_row == 0), case.inputs, 0.0).max(axis=0)  # experts may read a latent space
+        once = self.exchange(case.tokens / case.tp, width * case.weight_bytes, case.top_k, case.ep, np.ones(1))
         return np.asarray(case.moe_layers / case.layers * 4 * self.coefficient("expert") * once)
 
     def hop(self, case: Case) -> Array:
@@ -259,8 +287,10 @@ class Datasheet(Rated):
         return np.ones(1) * self.coefficient("host"), np.zeros(1)
 
     def skew(self, case: Case, total: Array, computing: Array) -> Array:
-        """Grows with the number of nodes as the slowest of so many, with the root of a logarithm."""
-        return np.asarray(total * self.coefficient("straggler") * np.sqrt(np.log2(np.maximum(1.0, case.devices / 8))))
+        """Grows with the number of replicas as the slowest of so many, with the root of a logarithm; within one, stages that are
+        slower eat up bubbles."""
+        replicas = np.minimum(case.devices / 8, case.dp * case.cp)
+        return np.asarray(total * self.coefficient("straggler") * np.sqrt(np.log2(np.maximum(1.0, replicas))))
 
     def own(self) -> Array:
         return np.ones(1) * self.coefficient("own")

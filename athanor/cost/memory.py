@@ -8,6 +8,8 @@ from athanor.cost.case import FULL, SELECTIVE, Array, Case
 from athanor.cost.datasheet import KERNELS, Rated
 
 GIB = 2.0**30
+SHORT = 2025.0  # releases since which mixtures keep gradients and moments in 16 bits (Megatron-Bridge's recipes, DeepSeek-V3)
+WITH_GRADIENTS = 1.5  # of a recomputed layer's scores, while their gradients exist as well
 
 
 class Footprint(Rated):
@@ -28,8 +30,10 @@ class Footprint(Rated):
         whole, inner = dense + ends, np.maximum(1.0, case.shard * case.tp / case.ep)  # ranks that hold the same experts
         is_master = self.machine.program == self.program("fsdp")  # weights are kept in fp32, and are the optimizer's own
         weight = np.where(is_master & (case.zero >= 3), 4.0, case.weight_bytes)
-        each = {"parameters": (weight, 3), "gradients": (self.coefficient("gradient_bytes") * np.ones(1), 2),
-                "optimizer": (np.where(weight > 2, 8.0, 12.0), 1)}
+        is_core = self.machine.program == self.program("megatron-core")
+        is_short = is_core & (case.moe_layers > 0) & (self.machine.release >= SHORT)
+        each = {"parameters": (weight, 3), "gradients": (np.where(is_short, 2.0, self.coefficient("gradient_bytes")), 2),
+                "optimizer": (np.where(is_short | (weight > 2), 8.0, 12.0), 1)}
         out = {name: size * np.where(case.zero >= zero, whole / case.shard + experts / np.where(case.zero >= zero, inner, 1.0),
                                      whole + experts) for name, (size, zero) in each.items()}
         layer = (dense + experts) / np.maximum(layers * case.layers, 1.0)
@@ -51,7 +55,8 @@ class Footprint(Rated):
         some = np.where(machine.program == self.program("fsdp"), c["selective"] * kept, kept)  # of others: attention only
         per = tokens * np.select([case.recompute == FULL, case.recompute == SELECTIVE],
                                  [2.0 * case.hidden * shared, some], kept + scores)
-        work = np.where(case.recompute > 0, tokens * (kept + scores), 0.0)
+        # what a layer's recomputation takes finds no room in the pieces that logits left
+        work = np.where(case.recompute > 0, tokens * (kept + WITH_GRADIENTS * scores), 0.0)
         behind = case.pp - rank - 1
         flight = np.where(case.chunks > 1, (2 * behind + (case.chunks - 1) * case.pp + 1) / case.chunks, behind + 1)
         layers = np.ceil(case.layers / case.pp - 1e-9)
@@ -59,7 +64,7 @@ class Footprint(Rated):
         copies = np.where(machine.program == self.program("scaling"), 1 + c["gathered_logits"] * (case.tp > 1), 1 / case.tp)
         logits = np.where(is_last, self.coefficient("logit_bytes") * tokens * case.vocab * copies, 0.0)
         return {"activations": np.minimum(flight, case.num_microbatches) * layers * per,
-                "logits": np.maximum(logits, work)}
+                "logits": logits + work}
 
     def kinds(self, case: Case, rank: Array) -> dict[str, Array]:
         """All bytes of a rank of the pipeline by kind; `reserve` is what runtime, communication and fragments take."""

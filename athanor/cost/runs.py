@@ -202,7 +202,7 @@ def kernel_of(run: Run, program: str) -> str:
         return "flash1"
     is_new = program not in ("megatron-deepspeed", "zero3") and run.number("year", 2024) >= 2024
     is_flash = "flash" in named or flash == "y" or (flash == "" and is_new)
-    own = "flash2" if program in ("fsdp", "scaling") else "flash"
+    own = "flash1" if program == "fsdp" and not is_new else "flash2" if program in ("fsdp", "scaling") else "flash"
     return own if is_flash else "fused"
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from athanor.cli.plan_calibrate import command as calibrate
 from athanor.cli.plan_score import command as plan_score
 from athanor.cost.calibrate import FILE, coefficients, own_factor, tables
 from athanor.cost.case import Array, Case
-from athanor.cost.datasheet import Datasheet
+from athanor.cost.datasheet import Datasheet, Machine
 from athanor.cost.memory import Footprint
 from athanor.cost.runs import Run, read_runs
 from athanor.cost.score import Fitting, predict, ranking, score
@@ -70,12 +71,12 @@ def test_predictions_do_not_look_at_what_was_measured(tmp_path: Path, some: Rows
 
 def test_the_report_card_stays_as_good(card: dict[str, Any]) -> None:
     """Fitted to these rows; benchmarks/planner.py leaves models and sources out."""
-    assert card["macro_error"] <= 0.12 and card["median_error"] <= 0.07 < card["constant_mfu_error"]
+    assert card["macro_error"] <= 0.09 and card["median_error"] <= 0.06 < card["constant_mfu_error"]
     assert {name: entry["mean_error"] for name, entry in card["sources"].items() if name in ("KOR", "SC21", "SC21Z", "HAG")} == (
         pytest.approx({"KOR": 0, "SC21": 0, "SC21Z": 0, "HAG": 0}, abs=0.08))
     assert card["ranking"]["tau"] >= 0.75 and card["ranking"]["regret"] <= 0.07
-    assert card["out_of_memory"]["accuracy"] >= 0.95 and card["out_of_memory"]["recall"] >= 0.95
-    assert card["memory"]["mean_error"] <= 0.10
+    assert card["out_of_memory"]["accuracy"] >= 0.95 and card["out_of_memory"]["recall"] >= 0.96
+    assert card["memory"]["mean_error"] <= 0.09
     assert card["coverage"]["dense"] >= 0.97 and card["coverage"]["mixture"] >= 0.95
 
 
@@ -120,6 +121,67 @@ def test_recomputing_and_sharding_never_take_more_memory_for_states(
     before, after = footprint.kinds(fitting.case, first), footprint.kinds(other, first)
     for kind in kinds:
         assert (after[kind] <= before[kind] * (1 + 1e-9)).all(), kind
+
+
+def test_models_left_out_are_predicted_as_well(runs: list[Run], fitting: Fitting) -> None:
+    """A fifth of the models by coefficients fitted to the others; benchmarks/planner.py does it for each fifth."""
+    key = [f"{run.source} {run.words['model']}" for run in fitting.runs]
+    fold = {name: number % 5 for number, name in enumerate(sorted(set(key)))}
+    held = np.array([fold[name] == 0 for name in key])
+    rest, own = fitting.take(~held), fitting.take(held)
+    found = score(own.runs, predict(own.runs, rest.time(), rest.memory()))
+    assert found["macro_error"] <= 0.10 and found["median_error"] <= 0.07 and found["out_of_memory"]["recall"] >= 0.96
+
+
+def timed(case: Case, machine: Machine, **changes: Any) -> Array:
+    """Seconds of the work of a layer forward, of each kind, with some fields changed."""
+    work = Datasheet(machine, coefficients("time").mapping()).work(replace(case, **changes))
+    return np.stack([np.broadcast_to(work.block[kind][0], work.recomputed.shape) for kind in ("attention", "launch", "matmul")])
+
+
+def chosen(fitting: Fitting, identity: str) -> tuple[Case, Machine]:
+    rows = fitting.take(np.array([run.id == identity for run in fitting.runs]))
+    return rows.case, rows.machine
+
+
+def test_softmax_is_fused_for_multiples_of_four_matrices_and_heads_of_multiples_of_eight(fitting: Fitting) -> None:
+    """BLM-0027: 64 heads of 224 over 8 ranks, a micro-batch of 4 rows, 2,048 tokens each, without flash attention."""
+    case, machine = chosen(fitting, "BLM-0027")
+    (attention, launch, _), odd = timed(case, machine), timed(case, machine, micro_batch_size=case.micro_batch_size / 16)
+    assert case.heads / case.tp == 8 and odd[0] * 16 > 1.5 * attention and odd[1] > launch  # 2 matrices for softmax
+    narrow = timed(case, machine, key_size=case.key_size - 4)[0]
+    products = 4 * case.tokens * 8 * (case.key_size - 4 + case.value_size) * case.mean_context / (312e12 / 16)
+    assert (narrow > products).all() and (narrow < 1.3 * products).all()  # of an A100 without tensor cores
+
+
+def test_launches_grow_with_the_products_of_a_layer(fitting: Fitting) -> None:
+    """BREC-0001 (latent attention, shared experts) launches more than the same layer without what its shared experts do."""
+    case, machine = chosen(fitting, "BREC-0001")
+    fewer = timed(case, machine, uses=np.where((case.copies == 1) & (case.inputs != case.hidden), 0.0, case.uses))
+    assert timed(case, machine)[1] > 1.05 * fewer[1]
+
+
+def test_a_last_round_of_few_tiles_costs_a_whole_one(fitting: Fitting) -> None:
+    """108 multiprocessors of an A100 and tiles of 128 x 256: 27 x 4 tiles take a round, 28 x 4 two."""
+    machine = chosen(fitting, "BLM-0027")[1]
+    sheet = Datasheet(machine, coefficients("time").mapping() | {"m0": 1e-9, "n0": 1e-9, "k0": 1e-9})
+    one, two = (sheet.matmul(np.array([256.0 * rows]), np.array([512.0]), np.ones(1), np.ones(1)) for rows in (27, 28))
+    assert one == pytest.approx(2 * 256 * 27 * 512, rel=1e-6) and two > 1.2 * one
+
+
+def test_torchtitan_computes_half_of_the_products_again(fitting: Fitting) -> None:
+    case, machine = chosen(fitting, "TITAN-0001")
+    work = Datasheet(machine, coefficients("time").mapping()).work(case)
+    products, between = work.block["matmul"][0], work.block["elementwise"][0]
+    assert work.recomputed == pytest.approx(products / 2 + between)
+
+
+def test_recent_mixtures_keep_short_states(fitting: Fitting) -> None:
+    """Megatron-Bridge's recipe of Moonlight: gradients and both moments in bf16, weights of the optimizer in fp32."""
+    case, machine = chosen(fitting, "BREC-0001")
+    kinds = Footprint(machine, coefficients("memory").mapping()).kinds(case, np.zeros(1))
+    assert kinds["gradients"] == pytest.approx(kinds["parameters"])
+    assert kinds["optimizer"] < 4.01 * kinds["parameters"]
 
 
 def test_regret_is_what_the_chosen_layout_loses() -> None:
