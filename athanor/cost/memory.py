@@ -6,6 +6,7 @@ import numpy as np
 
 from athanor.cost.case import FULL, SELECTIVE, Array, Case
 from athanor.cost.datasheet import KERNELS, Rated
+from athanor.cost.pipeline import for_each_schedule, kept_microbatches
 
 GIB = 2.0**30
 
@@ -52,13 +53,12 @@ class Footprint(Rated):
         per = tokens * np.select([case.recompute == FULL, case.recompute == SELECTIVE],
                                  [2.0 * case.hidden * shared, some], kept + scores)
         work = np.where(case.recompute > 0, tokens * (kept + scores), 0.0)
-        behind = case.pp - rank - 1
-        flight = np.where(case.chunks > 1, (2 * behind + (case.chunks - 1) * case.pp + 1) / case.chunks, behind + 1)
+        flight = for_each_schedule(case.schedule, kept_microbatches, case.pp, case.chunks, case.num_microbatches, rank)
         layers = np.ceil(case.layers / case.pp - 1e-9)
         is_last = rank == case.pp - 1
         copies = np.where(machine.program == self.program("scaling"), 1 + c["gathered_logits"] * (case.tp > 1), 1 / case.tp)
         logits = np.where(is_last, self.coefficient("logit_bytes") * tokens * case.vocab * copies, 0.0)
-        return {"activations": np.minimum(flight, case.num_microbatches) * layers * per,
+        return {"activations": flight * layers * per,
                 "logits": np.maximum(logits, work)}
 
     def kinds(self, case: Case, rank: Array) -> dict[str, Array]:

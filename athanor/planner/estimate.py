@@ -12,7 +12,7 @@ import numpy as np
 
 from athanor.cluster.spec import accelerator_names, load_accelerator, read_cluster
 from athanor.cost.calibrate import mappings
-from athanor.cost.case import FULL, NONE, SELECTIVE, Case, case_of
+from athanor.cost.case import FULL, NONE, PLACES, SELECTIVE, Case, case_of
 from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, machine_of
 from athanor.cost.memory import GIB, Footprint
 from athanor.cost.step import price
@@ -132,7 +132,7 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
               "program": found.get("program", "megatron-core"), "kernel": found.get("kernel", "flash")}
     run = {axis: filled[axis] for axis in ("pp", "cp", "tp", "ep", "zero", "seq_len", "micro_batch_size", "num_microbatches")}
     is_scattered = filled["sequence_parallel"] or filled["program"] in SCATTERING
-    run |= {"dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "chunks": loops,
+    run |= {"dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "chunks": loops, "schedule": PLACES[schedule],
             "is_sequence_parallel": filled["sequence_parallel"],
             "is_scattered": float(is_scattered), "recompute": RECOMPUTE[filled["recompute"]],
             "weight_bytes": max(2.0, PRODUCT_BYTES[precision]), "product_bytes": PRODUCT_BYTES[precision]}

@@ -10,10 +10,10 @@ import numpy as np
 from athanor.cost.case import Array, Case
 from athanor.cost.memory import GIB
 from athanor.cost.pipeline import best_split, simulate
-from athanor.cost.step import price
+from athanor.cost.step import Priced, price
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.layout import Layout
-from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, cut
+from athanor.foundation.schedules import SCHEDULES, Pipeline, cut, find_schedule
 from athanor.ledger.book import Book
 from athanor.planner.estimate import RECOMPUTE
 from athanor.planner.search import Grid, Mask, Task
@@ -67,9 +67,9 @@ def refine(grid: Grid, index: int) -> Finalist:
     priced = price(case, task.rates)
     accounts = {name: float(np.broadcast_to(seconds, 1)[0]) for name, seconds in priced.accounts.items()}
     pp, chunks, times = int(row["pp"]), int(row["chunks"]), int(row["num_microbatches"])
-    forward, costs = _times(task, case, accounts)
+    schedule, costs = tuple(SCHEDULES)[int(row["schedule"])], _times(task, case, priced)
     ranks, blocks = np.arange(pp, dtype=np.float64), len(costs)
-    memory, each, schedule, seconds = _memory(task, case, ranks), np.zeros(pp), DEFAULT_SCHEDULE, float(priced.seconds[0])
+    memory, each, seconds = _memory(task, case, ranks), np.zeros(pp), float(priced.seconds[0])
     split = _looped(blocks, pp * chunks)
     if chunks == 1 and pp > 1:
         each = _memory(task, _deeper(case), ranks) - memory  # of one more layer on each rank
@@ -78,11 +78,11 @@ def refine(grid: Grid, index: int) -> Finalist:
         split = best_split(costs, np.broadcast_to(each[:, None], (pp, blocks)), task.cap_bytes - rest)
         memory = rest + each * np.array(split)
     if pp > 1:
-        schedule = "Interleaved1F1B" if chunks > 1 else DEFAULT_SCHEDULE
         pipeline = cut(pp, schedule, costs, split)
         busy = np.array([sum(costs[block] for block in held) for held in pipeline.blocks])
         hop = accounts["pipeline"] / times / (2 * chunks)
-        idle, whole = (_step(pipeline, busy, forward, send, times) for send in (0.0, hop))
+        forward, weight = (float(share[0]) for share in priced.shares)
+        idle, whole = (_step(pipeline, busy, (forward, weight), send, times) for send in (0.0, hop))
         skew = accounts["skew"] / (seconds - accounts["skew"])
         exact = {"bubble": idle - times * float(busy.sum()) / pp, "pipeline": whole - idle}
         change = sum(exact.values()) - sum(accounts[name] for name in exact)
@@ -107,18 +107,16 @@ def _looped(blocks: int, stages: int) -> list[int]:
     return [each + (first <= stage < first + more) for stage in range(stages)]
 
 
-def _times(task: Task, case: Case, accounts: dict[str, float]) -> tuple[float, list[float]]:
-    """The forward pass's share, and each block's seconds per micro-batch with what is not hidden, the last with the ends."""
-    work = task.rates.work(case)
+def _times(task: Task, case: Case, priced: Priced) -> list[float]:
+    """Each block's seconds per micro-batch with what is not hidden, the last with the ends."""
+    work, accounts = priced.work, priced.accounts
     per = case.num_microbatches * case.layers / case.pp
-    forward, backward = work.seconds("block")
-    computing = forward + backward + work.recomputed
-    layer = float((computing + sum(accounts[name] for name in ("tensor", "context", "expert")) / per)[0])
+    layer = sum(work.seconds("block"), work.recomputed) + sum(accounts[name] for name in ("tensor", "context", "expert")) / per
     relative = np.array(task.shape.block_costs(float(case.mean_context[0])))
     relative[-1] -= 6 * float((case.hidden * case.vocab * case.heads_of_loss)[0])
-    costs = relative * float(case.layers[0]) / relative.sum() * layer
+    costs = relative * float((case.layers * layer)[0]) / relative.sum()
     costs[-1] += float(sum(work.seconds("ends"), np.zeros(1))[0])
-    return float((forward / computing)[0]), costs.tolist()
+    return [float(cost) for cost in costs]
 
 
 def _memory(task: Task, case: Case, ranks: Array) -> Array:
@@ -132,15 +130,19 @@ def _deeper(case: Case) -> Case:
                    block_parameters=case.block_parameters * more, expert_parameters=case.expert_parameters * more)
 
 
-def _step(pipeline: Pipeline, busy: Array, forward: float, send: float, times: int) -> float:
-    """Seconds of a step's micro-batches; of many equal rounds of pp only the first few are simulated."""
-    pp = max(pipeline.ranks) + 1
+def _step(pipeline: Pipeline, busy: Array, shares: tuple[float, float], send: float, times: int) -> float:
+    """Seconds of a step's micro-batches; of many equal rounds of pp only the first few are simulated.
+
+    `shares` are those of the forward pass and of the gradients of weights.
+    """
+    (forward, weight), pp = shares, max(pipeline.ranks) + 1
 
     def run(count: int) -> float:
-        return simulate(pipeline, busy * forward, busy * (1 - forward), 0.0, send, count, is_blocking=True).seconds
+        return simulate(pipeline, busy * forward, busy * (1 - forward - weight), busy * weight, send, count,
+                        is_blocking=True).seconds
 
     rounds, rest = divmod(times, pp)
-    if rounds <= STEADY + 1 or (rest and pipeline.schedule != DEFAULT_SCHEDULE):
+    if rounds <= STEADY + 1 or (rest and find_schedule(pipeline.schedule).rounds):
         return run(times)
     before, after = (run(count * pp + rest) for count in (STEADY, STEADY + 1))
     return after + (rounds - STEADY - 1) * (after - before)

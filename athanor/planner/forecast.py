@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from athanor.cluster.spec import ClusterSpec
-from athanor.cost.case import FULL, NONE, SELECTIVE, Array, Case, case_of, mean_context
+from athanor.cost.case import FULL, NONE, PLACES, SELECTIVE, Array, Case, case_of, mean_context
 from athanor.cost.coefficients import load, python_factor
 from athanor.cost.measured import WIDTH_BYTES, Measured
 from athanor.cost.own import COMPUTING, corrected
@@ -140,6 +140,7 @@ def case_for(shape: DecoderShape, layout: Layout, stages: Sequence[StageChoice])
     width = WIDTH_BYTES[stages[0].precision]
     return case_of([shape], {
         "pp": layout.pp, "chunks": stages_of(stages[0].schedule) if layout.pp > 1 else 1,
+        "schedule": PLACES[stages[0].schedule],
         "dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "cp": layout.cp, "tp": layout.tp, "ep": layout.ep,
         "zero": zero, "is_sequence_parallel": layout.tp > 1, "is_scattered": layout.tp > 1,
         "is_cut_by_cost": 1,
