@@ -40,10 +40,10 @@ class Budget(Section):
 
 class Cluster(Section):
     file: str = Field("auto", description="a cluster.toml; 'auto' measures this machine when none lies in the run folder")
-    accelerator: str | None = Field(None, description="a known accelerator, for rehearsals; a plan needs a measured machine")
+    accelerator: str | None = Field(None, description="a known accelerator, for rehearsals, and for plans by its datasheet")
     devices: int | None = Field(None, gt=0, description="devices (on CPU: ranks) to use; all of them when left out")
     per_node: int | None = Field(None, gt=0, description="devices per node")
-    nic_gbps: float | None = Field(None, gt=0, description="network bandwidth per node, in Gbit/s")
+    nic_gbps: float | None = Field(None, gt=0, description="network bandwidth of one device, in Gbit/s")
     price_per_device_hour: float | None = Field(None, gt=0, description="money per device and hour")
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from athanor.cluster.spec import accelerator_names, load_accelerator, read_cluster
 from athanor.cost.calibrate import mappings
 from athanor.cost.case import FULL, NONE, PLACES, SELECTIVE, Case, case_of
-from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, machine_of
+from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, accelerator, machine_of
 from athanor.cost.memory import GIB, Footprint
 from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError, UserError, did_you_mean
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, find_schedule, stages_of
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.planner.named import check_network, facts_of
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 RECOMPUTE = {"none": NONE, "selective": SELECTIVE, "full": FULL}
@@ -83,14 +84,15 @@ def read_cluster_words(text: str) -> Cluster:
             raise UserError(f"{text} is of processors, for which `athanor plan RECIPE` plans; here an accelerator is "
                             "expected: " + ", ".join(sorted(set(accelerator_names().values()))))
         name = load_accelerator(spec.accelerator)["name"]
-        facts = {"devices": spec.devices, "per_node": spec.per_node, "memory_gib": spec.memory_bytes / GIB}
-        for key, value in facts.items():
+        facts = facts_of(spec)
+        for key, value in {**facts, "devices": spec.devices}.items():
             _check(text, f"{key}={value:g}", value, CLUSTER_KEYS[key])
-        return Cluster(name, int(facts.pop("devices")), facts)
+        return Cluster(name, spec.devices, facts)
     name, _, rest = text.strip().partition(" ")
     name = load_accelerator(name)["name"]
     found = read_words(rest, CLUSTER_KEYS, {}, f"cluster '{text}'")
     devices = found.pop("devices", None)
+    check_network(name, found.get("nic_gbps"), found.get("per_node", accelerator(name).get("scale_up_devices", 8)))
     return Cluster(name, None if devices is None else int(devices), found)
 
 

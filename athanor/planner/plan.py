@@ -15,6 +15,7 @@ from athanor.ledger.book import Book, total
 from athanor.planner.chain import ACCOUNT, chain_seconds
 from athanor.planner.choose import Candidate, Text, block_parameters, rank_candidates
 from athanor.planner.forecast import Forecaster, StageChoice, Step
+from athanor.planner.named import DATASHEET, caveat
 from athanor.planner.stage import FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
 
 
@@ -75,7 +76,8 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     chain = _chain(recipe, cluster, scan, text, best, filled[main.name])
     return Plan(plan_values(recipe, best, choices, text), reasons, _scan_table(scan, text), books,
                 {name: stage.step for name, stage in filled.items()}, chain, whole_forecast(books, chain, cluster),
-                [_row(candidate) for candidate in ranked[1:6]], _notes(best, text, choices[main.name]), dict(factors or {}))
+                [_row(candidate) for candidate in ranked[1:6]],
+                _notes(best, text, choices[main.name], cluster), dict(factors or {}))
 
 
 def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice], text: Text) -> dict[str, Any]:
@@ -125,7 +127,8 @@ def _chain(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], text: Tex
                             evaluation_tokens=text.evaluation_tokens, models=len(recipe.stage), tasks=recipe.evaluate.tasks,
                             step_forward_tokens_per_second=speed, num_hidden_layers=best.shape.num_hidden_layers,
                             limit=recipe.evaluate.limit)
-    return seconds if recipe.cluster.file == "auto" else {**seconds, "check": 0.0}  # a given cluster.toml is not measured again
+    is_measured = recipe.cluster.file == "auto" and cluster.source != DATASHEET
+    return seconds if is_measured else {**seconds, "check": 0.0}  # a given cluster.toml is not measured again
 
 
 def _scan_table(scan: dict[str, Any], text: Text) -> dict[str, Any]:
@@ -154,9 +157,9 @@ def _why_layout(best: Candidate, cluster: ClusterSpec) -> str:
     return f"{best.layout} is the fastest layout of {cluster.devices} devices that fits memory and divides the shape"
 
 
-def _notes(best: Candidate, text: Text, choice: StageChoice) -> list[str]:
+def _notes(best: Candidate, text: Text, choice: StageChoice, cluster: ClusterSpec) -> list[str]:
     tokens = choice.steps * choice.global_batch_tokens(best.layout)
     epochs = tokens / text.unique_tokens
     unique = format_count(text.unique_tokens)
     notes = [f"the main stage reads {format_count(tokens)} of about {unique} tokens ({epochs:.2g} epochs)"]
-    return notes
+    return [*notes, caveat(cluster)] if cluster.source == DATASHEET else notes
