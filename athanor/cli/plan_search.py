@@ -38,6 +38,7 @@ LAYOUT_KEYS = ("seq_len", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "m
 @click.option("--compare", is_flag=True, help="also TP x PP x DP, PP x DP with unequal stages, and FSDP, each at its best")
 @click.option("--tokens", type=float, help="a budget in tokens: days, PD, money and energy for it")
 @click.option("--price", type=float, help="money per device and hour")
+@click.option("--coefficients", type=click.Path(path_type=Path), help="what `athanor plan calibrate` wrote; else ours")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="also write a page")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
 def command(model: str, cluster: str, html: Path | None, as_json: bool, **options: Any) -> None:
@@ -76,7 +77,7 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
                 seq_len if seq_len is not None else min(8192, shape.max_position_embeddings),
                 recompute=recompute or tuple(RECOMPUTE), precision=choices["precision"], program=choices["program"],
                 kernel=choices["kernel"], most_odds=choices["most_oom"],
-                schedules=schedule or Task.schedules)
+                schedules=schedule or Task.schedules, coefficients=choices["coefficients"])
     task.check()
     started = time.perf_counter()
     grid = sweep(task)

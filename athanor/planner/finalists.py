@@ -83,11 +83,13 @@ def refine(grid: Grid, index: int) -> Finalist:
         hop = accounts["pipeline"] / times / (2 * chunks)
         forward, weight = (float(share[0]) for share in priced.shares)
         idle, whole = (_step(pipeline, busy, (forward, weight), send, times) for send in (0.0, hop))
-        skew = accounts["skew"] / (seconds - accounts["skew"])
+        own = float(task.rates.own()[0])
+        skew = accounts["skew"] / (seconds / own - accounts["skew"])
         exact = {"bubble": idle - times * float(busy.sum()) / pp, "pipeline": whole - idle}
         change = sum(exact.values()) - sum(accounts[name] for name in exact)
-        accounts |= exact | {"skew": accounts["skew"] + skew * change}
-        seconds += change * (1 + skew)
+        accounts |= exact | {"skew": accounts["skew"] + skew * change,
+                             "kernel": accounts["kernel"] + change * (1 + skew) * (own - 1)}
+        seconds += change * (1 + skew) * own
     mfu = accounts["useful"] / seconds
     values = {"seq_len": task.seq_len, "zero": int(row["zero"]), "micro_batch_size": int(row["micro_batch_size"]),
               "num_microbatches": times, "stages_per_rank": chunks, "sequence_parallel": int(row["is_sequence_parallel"]),

@@ -7,12 +7,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from athanor.cost.calibrate import coefficients
+from athanor.cost.calibrate import mappings
 from athanor.cost.case import PLACES, SELECTIVE, Array, Case, case_of
 from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, Machine, machine_of
 from athanor.cost.memory import Footprint
@@ -48,6 +49,7 @@ class Task:
     kernel: str = "flash"
     most_odds: float = 0.1
     schedules: tuple[str, ...] = ("1F1B", "Interleaved1F1B")
+    coefficients: Path | None = None  # what `athanor plan calibrate` wrote; else ours
 
     @cached_property
     def machine(self) -> Machine:
@@ -56,11 +58,11 @@ class Task:
 
     @cached_property
     def rates(self) -> Datasheet:
-        return Datasheet(self.machine, coefficients("time").mapping())
+        return Datasheet(self.machine, mappings(self.coefficients)[0])
 
     @cached_property
     def footprint(self) -> Footprint:
-        return Footprint(self.machine, coefficients("memory").mapping())
+        return Footprint(self.machine, mappings(self.coefficients)[1])
 
     @cached_property
     def cap_bytes(self) -> float:

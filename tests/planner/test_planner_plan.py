@@ -136,7 +136,7 @@ def test_shapes_are_those_of_the_architecture(machine: ClusterSpec, toy: Toy) ->
     sizes = ["model.architecture=mixtral", "model.num_experts=4", "model.hidden_size=64", "model.num_hidden_layers=2"]
     mixture = make_plan(toy(*sizes), machine, SCAN).values["model"]
     assert mixture["num_experts"] == 4 and mixture["num_experts_per_tok"] == 2 and mixture["rope_theta"] == 1e6
-    with pytest.raises(ModelError, match=r"model\.num_experts is no size of the architecture 'gpt2'; it is one of mixtral"):
+    with pytest.raises(ModelError, match=r"model\.num_experts is no size of the architecture 'gpt2'; it is one of .*mixtral"):
         make_plan(toy("model.architecture=gpt2", "model.num_experts=4"), machine, SCAN)
 
 
