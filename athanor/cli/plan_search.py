@@ -113,14 +113,14 @@ def distinct(best: list[Finalist]) -> list[Finalist]:
 
 
 def layout_words(layout: dict[str, Any]) -> str:
-    """A layout on a line as `athanor plan estimate` reads it, what is 1 or 0 left out; then, in brackets, its split where
-    stages differ (14x8 is 14 stages of 8 blocks)."""
+    """A layout on a line as `athanor plan estimate` reads it, what is 1 or 0 left out, with its split where stages
+    differ (14x8 is 14 stages of 8 blocks)."""
     words = [f"{key}={layout[key]}" for key in LAYOUT_KEYS if key in ALWAYS or layout[key] not in (0, 1, "none")]
     usual = "Interleaved1F1B" if layout["stages_per_rank"] > 1 else "1F1B"
     words += [f"pipeline_schedule={layout['pipeline_schedule']}"] if layout["pipeline_schedule"] != usual else []
     if len(set(layout["split"])) > 1:
         runs = ((blocks, len(list(equal))) for blocks, equal in itertools.groupby(layout["split"]))
-        words.append("(split " + ",".join(f"{count}x{blocks}" if count > 1 else str(blocks) for blocks, count in runs) + ")")
+        words.append("split=" + ",".join(f"{count}x{blocks}" if count > 1 else str(blocks) for blocks, count in runs))
     return " ".join(words)
 
 

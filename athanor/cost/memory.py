@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from athanor.cost.case import FULL, SELECTIVE, Array, Case
+from athanor.cost.case import FULL, PLACES, SELECTIVE, Array, Case
 from athanor.cost.datasheet import KERNELS, Rated
 from athanor.cost.pipeline import for_each_schedule, kept_microbatches
+from athanor.foundation.schedules import SCHEDULES
 
 GIB = 2.0**30
+V_SHAPED = [PLACES[name] for name, row in SCHEDULES.items() if row.placement == "v"]
+
+
+def is_v(case: Case) -> NDArray[np.bool_]:
+    """Where the first rank of a pipeline holds both ends of the model."""
+    return np.isin(case.schedule, V_SHAPED)
 
 
 class Footprint(Rated):
@@ -24,7 +32,7 @@ class Footprint(Rated):
         dense = (case.block_parameters - case.expert_parameters) / case.tp * layers
         tables = case.end_parameters / (case.hidden * case.vocab)  # one when tied, which two ranks of a pipeline hold
         ends = case.hidden * case.vocab / case.tp * np.where(
-            case.pp == 1, tables, (rank == 0).astype(float) + (rank == case.pp - 1))
+            (case.pp == 1) | is_v(case), tables * (rank == 0), (rank == 0).astype(float) + (rank == case.pp - 1))
         experts = case.expert_parameters / case.ep * layers
         whole, inner = dense + ends, np.maximum(1.0, case.shard * case.tp / case.ep)  # ranks that hold the same experts
         is_master = self.machine.program == self.program("fsdp")  # weights are kept in fp32, and are the optimizer's own
@@ -55,7 +63,7 @@ class Footprint(Rated):
         work = np.where(case.recompute > 0, tokens * (kept + scores), 0.0)
         flight = for_each_schedule(case.schedule, kept_microbatches, case.pp, case.chunks, case.num_microbatches, rank)
         layers = np.ceil(case.layers / case.pp - 1e-9)
-        is_last = rank == case.pp - 1
+        is_last = rank == np.where(is_v(case), 0, case.pp - 1)
         copies = np.where(machine.program == self.program("scaling"), 1 + c["gathered_logits"] * (case.tp > 1), 1 / case.tp)
         logits = np.where(is_last, self.coefficient("logit_bytes") * tokens * case.vocab * copies, 0.0)
         return {"activations": flight * layers * per,
@@ -77,6 +85,10 @@ class Footprint(Rated):
         """Of running out of memory with a peak of so many bytes."""
         return np.asarray(np.log(peak / (self._c["usable"] * self.machine.memory_bytes)) / self._c["width"])
 
+    def odds(self, peak: Array) -> Array:
+        """Probability of running out of memory with a peak of so many bytes."""
+        return np.asarray(1 / (1 + np.exp(np.clip(-self.log_odds(peak), -60, 60))))
+
     def out_of_memory(self, case: Case) -> Array:
         """Probability of running out of memory."""
-        return np.asarray(1 / (1 + np.exp(np.clip(-self.log_odds(self.peak(case)), -60, 60))))
+        return self.odds(self.peak(case))

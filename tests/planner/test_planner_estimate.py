@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from athanor.cli.plan_estimate import command
 from athanor.cluster.spec import ClusterSpec
-from athanor.foundation.errors import UserError
+from athanor.foundation.errors import LayoutError, UserError
 from athanor.models.shapes.find import find_shape
 from athanor.planner.estimate import estimate
 
@@ -103,3 +103,28 @@ def test_a_cluster_file_must_be_of_an_accelerator_with_memory(tmp_path: Path, ch
     replace(fine, **change).write(tmp_path / "cluster.toml")
     with pytest.raises(UserError, match=words):
         asked("gpt2", str(tmp_path / "cluster.toml"), "dp_shard=-1")
+
+
+def test_a_split_is_priced_with_its_own_stages() -> None:
+    """GPipe's step is (m - 1) x the costliest stage + the sum of all, and a stage's blocks all cost the same but the head."""
+    shape, cluster = find_shape("llama-3-8b"), "H100-80 devices=4"
+    words = "pp=4 seq_len=4096 num_microbatches=16 pipeline_schedule=GPipe program=megatron "
+    even, more, less = (estimate(shape, cluster, words + split) for split in ("split=8,8,8,8", "split=7,8,8,9", "split=4x8"))
+    plain = estimate(shape, cluster, words)
+    assert even["step_seconds"] == less["step_seconds"] == pytest.approx(plain["step_seconds"], rel=0.01)
+    assert even["memory_gib"] == pytest.approx(plain["memory_gib"])
+    times = [one["accounts"][name] for one in (even, more) for name in ("bubble", "pipeline")]
+    stepping = sum(even["accounts"][name] for name in ("useful", "kernel"))
+    block = stepping / 16 / (8 + 0.25 * 1.3)  # of a micro-batch, an average rank's blocks and its quarter of the head
+    assert (times[2] + times[3]) - (times[0] + times[1]) == pytest.approx(15 * block, rel=0.1)
+    assert more["memory_gib"][0] < even["memory_gib"][0] and more["memory_gib"][3] > even["memory_gib"][3]
+    assert more["memory_gib"][1] == pytest.approx(even["memory_gib"][1]) and more["layout"]["split"] == [7, 8, 8, 9]
+    loops = estimate(shape, cluster, "pp=4 split=8x4 pipeline_schedule=Interleaved1F1B")
+    assert loops["layout"]["stages_per_rank"] == 2
+    folded = estimate(shape, cluster, "pp=4 pipeline_schedule=ZBVZeroBubble")["memory_gib"]
+    assert folded[0] == max(folded), "both ends of the model lie on the first rank of a V"
+    for split, said in (("8,8,8", "has 3 stages; 1F1B on pp = 4 needs 4"), ("8,8,8,9", r"places 33 blocks.*32 once"),
+                        ("8,a", "blocks of each stage are expected"), ("0,16,8,8", "at least one per stage"),
+                        ("-1,17,8,8", "blocks of each stage are expected")):
+        with pytest.raises(LayoutError, match=said):
+            estimate(shape, cluster, f"pp=4 split={split}")
