@@ -174,7 +174,7 @@ def test_the_grid_of_all_schedules_is_what_each_takes() -> None:
 
 def test_schedules_rank_as_they_do_in_theory() -> None:
     """Same bubble of GPipe and 1F1B with more memory of GPipe; LoopedBFS as Interleaved1F1B; splitting the backward pass waits
-    less, for which every rank keeps as much as the first of 1F1B does (Qi et al. 2024), and a V's first holds the head as well."""
+    less, for which each rank keeps as much as the first of 1F1B does (Qi et al. 2024), and a V's first holds the head as well."""
     words = "pp=4 seq_len=1024 num_microbatches=16 micro_batch_size=1 pipeline_schedule="
     found = {name: estimate(SMALL, "A100-80 devices=4", words + name) for name in SCHEDULES if name != "DualPipeV"}
     bubbles = {name: one["accounts"]["bubble"] for name, one in found.items()}
