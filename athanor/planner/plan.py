@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from athanor.cluster.spec import ClusterSpec, with_devices
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.toml import toml_value
-from athanor.foundation.units import format_count
-from athanor.laws import scaling
+from athanor.foundation.units import format_count, format_share
+from athanor.laws import goodput, scaling
 from athanor.ledger.book import Book, total
 from athanor.planner.chain import ACCOUNT, chain_seconds
 from athanor.planner.choose import Candidate, Text, block_parameters, rank_candidates
@@ -60,8 +60,16 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     forecaster, text = Forecaster(cluster, factors), describe_text(recipe, scan)
     shares = budget_shares(recipe.stage)
     main = max(recipe.stage, key=lambda stage: shares[stage.name])
-    ranked = rank_candidates(forecaster, recipe, main, open_stage(main, text, cluster, recipe.parallel), text,
-                             budget_part(recipe, cluster, shares[main.name], main))
+
+    def ranking() -> list[Candidate]:
+        return rank_candidates(forecaster, recipe, main, open_stage(main, text, cluster, recipe.parallel), text,
+                               budget_part(recipe, cluster, shares[main.name], main))
+
+    ranked, job = ranking(), None
+    if recipe.budget.days is not None:
+        job = _expected(forecaster, ranked[0], recipe.budget.days)
+        shares = {name: share * job.goodput for name, share in shares.items()}
+        ranked = ranking()
     best, spare = ranked[0], 0.0
     filled: dict[str, FilledStage] = {}
     for stage in sorted(recipe.stage, key=lambda stage: stage is main):  # the main stage takes what the others leave
@@ -74,10 +82,37 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     reasons |= {f"stage.{name}.{key}": why for name, stage in filled.items() for key, why in stage.reasons.items()}
     books = {name: forecaster.stage(best.shape, best.layout, choice) for name, choice in choices.items()}
     chain = _chain(recipe, cluster, scan, text, best, filled[main.name])
+    notes = _notes(best, text, choices[main.name], cluster)
+    if job is not None:
+        stepping = sum(each.choice.steps * each.step.seconds for each in filled.values())
+        _add_faults(books[main.name], replace(job, stepping_seconds=stepping, interval=0.0))
+        notes.append(_said_of_faults(job, recipe.budget.days or 0.0, cluster.devices))
     return Plan(plan_values(recipe, best, choices, text), reasons, _scan_table(scan, text), books,
                 {name: stage.step for name, stage in filled.items()}, chain, whole_forecast(books, chain, cluster),
                 [_row(candidate) for candidate in ranked[1:6]],
-                _notes(best, text, choices[main.name], cluster), dict(factors or {}))
+                notes, dict(factors or {}))
+
+
+def _expected(forecaster: Forecaster, best: Candidate, days: float) -> goodput.Job:
+    """What faults leave of so many days of the calendar on this shape and layout."""
+    save = forecaster.save_seconds(best.shape, best.layout)
+    return goodput.within(days * goodput.DAY, save, goodput.faults_per_second(best.layout.world_size))
+
+
+def _add_faults(book: Book, job: goodput.Job) -> None:
+    """What faults are expected to take; saves stand in the book already."""
+    for name, seconds in job.expect().items():
+        if name != "checkpoint":
+            book.add(name, seconds * book.devices, "planned")
+            book.wall_seconds += seconds
+    book.device_seconds = book.wall_seconds * book.devices
+    book.close()
+
+
+def _said_of_faults(job: goodput.Job, days: float, devices: int) -> str:
+    return (f"{job.faults * goodput.DAY:.2g} faults a day are expected on {devices:,} devices (the rate of Llama 3 405B's run): "
+            f"of {days:g} days, {job.stepping_seconds / goodput.DAY:.3g} are steps that are kept, a goodput of "
+            f"{format_share(job.goodput)}")
 
 
 def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice], text: Text) -> dict[str, Any]:

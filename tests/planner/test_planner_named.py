@@ -13,6 +13,7 @@ from athanor.cli.main import program
 from athanor.cluster.spec import read_cluster
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.recipe import Recipe, load_recipe
+from athanor.laws.goodput import faults_per_second
 from athanor.models.shapes.find import find_shape
 from athanor.planner.estimate import estimate, read_cluster_words
 from athanor.planner.named import named_cluster
@@ -78,3 +79,20 @@ def test_a_chain_is_not_run_for_a_machine_that_is_not_here(toy: Callable[..., Re
     with pytest.raises(UserError, match="is another machine"):
         CliRunner().invoke(program, ["run", "toy.toml", "cluster.accelerator=H100-80", "cluster.devices=8"],
                            catch_exceptions=False)
+
+
+def test_a_budget_in_days_buys_what_faults_leave() -> None:
+    for devices in (64, 2048):
+        recipe = load_recipe(LLAMA, [f"cluster.devices={devices}", "parallel.dp_replicate=1", "parallel.dp_shard=-1",
+                                     "budget.days=20"])
+        recipe.stage[0].tokens = None
+        plan = make_plan(recipe, named_cluster(recipe.cluster), LONG)
+        steps, seconds = plan.values["stage"][0]["steps"], plan.steps["pretrain"].seconds
+        save = plan.books["pretrain"].accounts["checkpoint"] / devices
+        faults = faults_per_second(devices)
+        interval = plan.values["stage"][0]["checkpoint_every"] * seconds
+        first_order = 1 - faults * (interval / 2 + 900) - save / (20 * 86400)  # a fault loses half an interval and a restart
+        assert 0.95 < first_order < 0.99 and steps * seconds / (20 * 86400) == pytest.approx(first_order, abs=2e-3)
+        around = sum(plan.books["pretrain"].accounts[name] for name in ("checkpoint", "lost", "down", "startup")) / devices
+        assert steps * seconds + around == pytest.approx(20 * 86400, rel=2e-3)
+        assert "faults a day are expected" in plan.notes[-1]
