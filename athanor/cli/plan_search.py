@@ -32,7 +32,7 @@ LAYOUT_KEYS = ("seq_len", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "m
               "DualPipeV; may be repeated; 1F1B and Interleaved1F1B when left out")
 @click.option("--precision", default="bf16", show_default=True, help="bf16, fp16 or fp8")
 @click.option("--program", default="megatron-core", show_default=True, help="family of training programs whose speed counts")
-@click.option("--kernel", default="flash", show_default=True, help="of attention: flash, flash2, flash1, fused, eager")
+@click.option("--kernel", default="", help="of attention: flash, flash2, flash1, fused, eager; the program's usual when left out")
 @click.option("--most-oom", type=float, default=0.1, show_default=True, help="greatest probability of running out of memory")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="layouts to show")
 @click.option("--compare", is_flag=True, help="also TP x PP x DP, PP x DP with unequal stages, and FSDP, each at its best")

@@ -19,6 +19,7 @@ GENERATIONS = ("volta", "ampere", "hopper", "blackwell", "blackwell-ultra", "oth
 PROGRAMS = ("megatron", "megatron-deepspeed", "scaling", "megatron-core", "fsdp", "zero3", "jax")
 SCATTERING = ("megatron", "megatron-core")  # programs whose tensor ranks share what goes from stage to stage
 KERNELS = ("flash", "flash2", "flash1", "fused", "eager")  # flash2 is made for ampere, flash for whatever the device is
+TORCH_KERNEL = "flash2"  # that torch's attention is
 LATEST = 2026.7  # release of a program that is known by no date
 FUSED, GRAPHED = 2025.6, 2026.4  # releases since which experts are computed in few kernels, and (on Blackwell) in a graph
 
@@ -83,6 +84,11 @@ def _machine_row(row: Mapping[str, Any]) -> tuple[float, ...]:
             facts["scale_up_bytes_per_second"], domain, nic / 8, memory, GENERATIONS.index(facts.get("generation", "other")),
             PROGRAMS.index(row["program"]), KERNELS.index(row["kernel"]), min(LATEST, row.get("release", LATEST)),
             row.get("is_norm_fused", 1.0))
+
+
+def usual_kernel(program: str) -> str:
+    """The kernel of attention that a family of programs takes where it may."""
+    return TORCH_KERNEL if program in ("fsdp", "scaling") else "flash"
 
 
 class Rated:

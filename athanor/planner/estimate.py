@@ -13,7 +13,7 @@ import numpy as np
 from athanor.cluster.spec import accelerator_names, load_accelerator, read_cluster
 from athanor.cost.calibrate import mappings
 from athanor.cost.case import FULL, NONE, PLACES, SELECTIVE, Case, case_of
-from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, accelerator, machine_of
+from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, accelerator, machine_of, usual_kernel
 from athanor.cost.memory import GIB, Footprint
 from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError, UserError, did_you_mean
@@ -131,12 +131,13 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
         cut(layout.pp, schedule, shape.block_costs(seq_len / 2), split)
     precision = found.get("precision", "bf16")
     zero = found.get("zero", 0.0 if layout.dp_shard == 1 else 1.0 if layout.pp > 1 else 3.0)
+    program = found.get("program", "megatron-core")
     filled = {**{axis: getattr(layout, axis) for axis in AXES}, "micro_batch_size": micro, "num_microbatches": count,
               "seq_len": seq_len, "global_batch_tokens": micro * count * seq_len * layout.data_ranks,
               "pipeline_schedule": schedule, "stages_per_rank": loops, "zero": int(zero), "precision": precision,
               "recompute": found.get("recompute", "none"),
               "sequence_parallel": int(found.get("sequence_parallel", layout.tp > 1)),
-              "program": found.get("program", "megatron-core"), "kernel": found.get("kernel", "flash"),
+              "program": program, "kernel": found.get("kernel", usual_kernel(program)),
               **({"split": split} if split else {})}
     run = {axis: filled[axis] for axis in ("pp", "cp", "tp", "ep", "zero", "seq_len", "micro_batch_size", "num_microbatches")}
     is_scattered = filled["sequence_parallel"] or filled["program"] in SCATTERING

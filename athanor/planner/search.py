@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from athanor.cost.calibrate import mappings
 from athanor.cost.case import PLACES, SELECTIVE, Array, Case, case_of
-from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, Machine, machine_of
+from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, Machine, machine_of, usual_kernel
 from athanor.cost.memory import Footprint
 from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError, UserError, did_you_mean
@@ -46,7 +46,7 @@ class Task:
     precision: str = "bf16"
     recompute: tuple[str, ...] = tuple(RECOMPUTE)
     program: str = "megatron-core"
-    kernel: str = "flash"
+    kernel: str = ""  # the program's usual one
     most_odds: float = 0.1
     schedules: tuple[str, ...] = ("1F1B", "Interleaved1F1B")
     coefficients: Path | None = None  # what `athanor plan calibrate` wrote; else ours
@@ -54,7 +54,7 @@ class Task:
     @cached_property
     def machine(self) -> Machine:
         return machine_of([{**self.cluster.facts, "accelerator": self.cluster.accelerator, "program": self.program,
-                            "kernel": self.kernel, "product_bytes": PRODUCT_BYTES[self.precision]}])
+                            "kernel": self.kernel or usual_kernel(self.program), "product_bytes": PRODUCT_BYTES[self.precision]}])
 
     @cached_property
     def rates(self) -> Datasheet:
@@ -78,7 +78,7 @@ class Task:
             if getattr(self, name) > MOST[name]:
                 raise UserError(f"{name.replace('_', ' ')} = {getattr(self, name):,}; it may be {MOST[name]:,} at most")
         words = [("precision", self.precision, PRODUCT_BYTES), ("program", self.program, PROGRAMS),
-                 ("kernel", self.kernel, KERNELS), *(("recompute", one, RECOMPUTE) for one in self.recompute)]
+                 ("kernel", self.kernel, ("", *KERNELS)), *(("recompute", one, RECOMPUTE) for one in self.recompute)]
         for name, value, allowed in words:
             if value not in allowed:
                 raise UserError(f"{name} is '{value}'; {did_you_mean(value, allowed)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from click.testing import CliRunner
 
 from athanor.cli.plan_estimate import command
 from athanor.cluster.spec import ClusterSpec
+from athanor.cost.runs import NUMBERS, WORDS, Run
+from athanor.cost.score import predict
 from athanor.foundation.errors import LayoutError, UserError
 from athanor.models.shapes.find import find_shape
 from athanor.planner.estimate import estimate
@@ -128,3 +131,22 @@ def test_a_split_is_priced_with_its_own_stages() -> None:
                         ("-1,17,8,8", "blocks of each stage are expected")):
         with pytest.raises(LayoutError, match=said):
             estimate(shape, cluster, f"pp=4 split={split}")
+
+
+@pytest.mark.parametrize(("model", "framework", "program", "words"), [
+    ("llama-3-8b", "torchtitan", "fsdp", {"zero_stage": "3"}),
+    ("llama-3-8b", "Megatron-Core", "megatron-core", {"tp": "2", "zero_stage": "1"}),
+    ("mixtral-8x7b", "Megatron-Core", "megatron-core", {"tp": "2", "ep": "8", "zero_stage": "1", "pp": "4"})])
+def test_score_and_estimate_agree_on_a_row_without_a_year(model: str, framework: str, program: str,
+                                                          words: dict[str, str]) -> None:
+    layout = {"tp": "1", "pp": "1", "ep": "1"} | words
+    texts = {"model": model, "gpu": "H100-80", "framework": framework, "precision": "bf16", "recompute": "none"} | layout
+    sizes = {"n_gpus": 64, "seq": 4096, "global_batch_seqs": 512, "micro_batch": 1, **{key: int(n) for key, n in layout.items()}}
+    run = Run("X-1", "", "ok", {name: texts.get(name, "") for name in WORDS},
+              {name: float(sizes.get(name, math.nan)) for name in NUMBERS}, math.nan, math.nan)
+    shard = 64 // int(layout["tp"]) // int(layout["pp"])
+    asked = (f"tp={layout['tp']} pp={layout['pp']} ep={layout['ep']} dp_shard={shard} seq_len=4096 zero={layout['zero_stage']} "
+             f"global_batch_tokens={512 * 4096} program={program}")
+    found = estimate(find_shape(model), "H100-80 devices=64", asked)
+    assert predict([run]).seconds[0] == pytest.approx(found["step_seconds"], rel=1e-9)
+    assert predict([run]).memory_bytes[0] <= max(found["memory_gib"]) * 2**30 * (1 + 1e-9)
