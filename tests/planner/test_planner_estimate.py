@@ -150,3 +150,25 @@ def test_score_and_estimate_agree_on_a_row_without_a_year(model: str, framework:
     found = estimate(find_shape(model), "H100-80 devices=64", asked)
     assert predict([run]).seconds[0] == pytest.approx(found["step_seconds"], rel=1e-9)
     assert predict([run]).memory_bytes[0] <= max(found["memory_gib"]) * 2**30 * (1 + 1e-9)
+
+
+def test_fp32_is_priced_at_its_own_peak() -> None:
+    """H100 (datasheet, SXM): 67 TFLOP/s in fp32, 989 in bf16; products dominate a step of long rows."""
+    shape, words = find_shape("llama-3-8b"), "seq_len=8192 micro_batch_size=2 precision="
+    half, single = (estimate(shape, "H100-80 devices=1", words + precision) for precision in ("bf16", "fp32"))
+    assert 10 < single["step_seconds"] / half["step_seconds"] < 989 / 67
+    assert single["accounts"]["useful"] / half["accounts"]["useful"] == pytest.approx(989 / 67, rel=1e-3)
+    with pytest.raises(UserError, match="'Gaudi2': its peak in fp32 is unknown"):
+        estimate(shape, "Gaudi2 devices=1", "precision=fp32")
+
+
+def test_hybrid_sharding_gathers_inside_a_group_and_reduces_across() -> None:
+    """Over 25 Gbit/s a device, 8 x 8: parameters gathered inside a node take NVLink alone, and a step's reduction of a node's
+    shards moves 1/8 of the gradients by each device."""
+    shape, cluster = find_shape("llama-3-8b"), "H100-80 devices=64 nic_gbps=25"
+    words = "seq_len=4096 num_microbatches=4 zero=3 program=fsdp "
+    everywhere, hybrid, inside = (estimate(shape, one, words + layout)["accounts"]["data_parallel"] for one, layout in (
+        (cluster, "dp_shard=64"), (cluster, "dp_replicate=8 dp_shard=8"), ("H100-80 devices=8", "dp_shard=8")))
+    assert inside < hybrid < everywhere / 3
+    across = 2 * (8.03e9 * 2 / 8) * 7 / 8 / (25e9 / 8)  # seconds of a ring of 8 at the whole rate of the link
+    assert hybrid - inside == pytest.approx(across, rel=0.6) and hybrid - inside > 0.4 * across
