@@ -261,9 +261,10 @@ class Datasheet(Rated):
         own, near = self.gather(held, ranks, case.tp), self.gather(held, np.minimum(case.shard, ranks), case.tp)
         across = 2 * self.gather(held / case.shard, np.maximum(1.0, ranks / case.shard), case.tp * case.shard)
         hidden = self.coefficient("sharded_overlap") * computing
-        traffic = (case.num_microbatches * 3 * near + across) * self.coefficient("sharded")
+        traffic = case.num_microbatches * 3 * near * self.coefficient("sharded")
         sharded = smooth_max(traffic, np.asarray(hidden)) - hidden + self.coefficient("sharded_rest") * traffic
-        return np.where(case.zero >= 3, sharded, 2 * own * self.coefficient("data_parallel"))
+        once = np.where(case.zero >= 3, across, 2 * own) * self.coefficient("data_parallel")
+        return np.where(case.zero >= 3, sharded, 0.0) + once
 
     def update(self, case: Case) -> tuple[Array, Array]:
         """32 bytes of memory traffic a parameter: weight, gradient and both moments, read and written."""
