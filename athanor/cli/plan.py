@@ -87,16 +87,15 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -
     from athanor.cluster.spec import read_cluster
     from athanor.cost.own import factors
     from athanor.data.sources import scan
-    from athanor.foundation.errors import UserError
     from athanor.foundation.run_folder import runs_root
+    from athanor.planner.named import named_cluster
     from athanor.planner.plan import make_plan
 
     named = None if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
     file = cluster_file or named or run.cluster
     sources = scan(recipe)
     if recipe.cluster.accelerator and not (cluster_file or named):
-        raise UserError(f"cluster.accelerator = '{recipe.cluster.accelerator}': a plan needs measured rates; run `athanor check` "
-                        "on such a machine and give its cluster.toml as cluster.file")
+        return make_plan(recipe, named_cluster(recipe.cluster), sources)
     if file == run.cluster and not file.exists():
         say(f"measuring this machine into {file}")
         check(file, recipe.cluster.devices)
@@ -147,7 +146,7 @@ def show(plan: Plan) -> None:
         table.add_column(column, justify="left" if column == "account" else "right")
     for name in sorted(forecast.accounts, key=forecast.accounts.__getitem__, reverse=True):
         seconds = [book.accounts.get(name, 0.0) for book in (*plan.books.values(), forecast)]
-        if abs(seconds[-1]) > 1e-9:
+        if abs(seconds[-1]) > 1e-9 * forecast.device_seconds:
             cells = [format_seconds(value / forecast.devices) if value else "" for value in seconds]
             table.add_row(name, *cells, format_share(seconds[-1] / forecast.device_seconds))
     console.print(table)

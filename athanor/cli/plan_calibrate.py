@@ -21,7 +21,7 @@ from athanor.foundation.units import format_share
 def command(runs: Path, out: Path, own: bool, as_json: bool) -> None:
     """Fit the coefficients of time and memory to RUNS.csv, under their priors, and write them to a file.
 
-    `athanor plan estimate` and `athanor plan score` take the file with --coefficients.
+    `athanor plan estimate`, `score`, `search` and `design` take the file with --coefficients.
     """
     from athanor.cost.calibrate import mappings, own_factor, rewritten
     from athanor.cost.runs import read_runs

@@ -23,15 +23,17 @@ from athanor.foundation.progress import say
 def command(accelerator: str | None, model: str | None, as_json: bool, **figures: float | None) -> None:
     """Say which published figures of a run agree: 6ND or 8ND, MFU or HFU, and the goodput that is left."""
     from athanor.cluster.spec import load_accelerator
-    from athanor.laws.claims import Claims, compare
+    from athanor.laws.claims import Claims, compare, verdict
     from athanor.models.shapes.find import find_shape
 
     peak = load_accelerator(accelerator)["peak_bf16_flops"]["value"] if accelerator is not None else None
     shape = find_shape(model) if model is not None else None
-    found = compare(Claims(peak_flops=peak, shape=shape, **figures))  # type: ignore[arg-type]
+    claims = Claims(peak_flops=peak, shape=shape, **figures)  # type: ignore[arg-type]
+    found = compare(claims)
     if as_json:
-        click.echo(json.dumps({"findings": [finding.to_dict() for finding in found]}))
+        click.echo(json.dumps({"verdict": verdict(claims, found), "findings": [finding.to_dict() for finding in found]}))
         return
+    say(verdict(claims, found))
     words = {True: "agrees ", False: "differs", None: "       "}
     for finding in found:
         say(f"{words[finding.agrees]}  {finding.sentence}")

@@ -22,7 +22,8 @@ def command(model: str, cluster: str, layout: str, file: Path | None, as_json: b
     """Estimate the step time, its accounts and the memory of a layout.
 
     Keys of a layout: pp, dp_replicate, dp_shard, cp, tp, ep; micro_batch_size, num_microbatches or global_batch_tokens,
-    seq_len; pipeline_schedule, stages_per_rank; zero (0 to 3), recompute, precision, sequence_parallel, program, kernel.
+    seq_len; pipeline_schedule, stages_per_rank, split (blocks of each stage, 10,12,12,14 or 2x12,14);
+    zero (0 to 3), recompute, precision, sequence_parallel, program, kernel.
     """
     from athanor.models.shapes.find import find_shape
     from athanor.planner.estimate import estimate

@@ -19,17 +19,18 @@ QUANTILES = {"p10": 10, "p50": 50, "p90": 90}
 
 @click.command()
 @click.option("--devices", type=int, required=True, help="devices that step together")
-@click.option("--days-of-steps", type=float, required=True, help="days of steps that must be kept")
+@click.option("--days-of-steps", type=float, help="days of steps that must be kept; or --days")
+@click.option("--days", type=float, help="days of the calendar: how many of them are steps that are kept")
 @click.option("--checkpoint-seconds", type=float, help="seconds that a save blocks; or --params and --write-rate")
 @click.option("--params", type=float, help="parameters, saved with 14 bytes each")
 @click.option("--write-rate", type=float, help="bytes a second that all devices together write")
-@click.option("--restart-seconds", type=float, default=600.0, help="from new processes to the first step; 600")
-@click.option("--detect-seconds", type=float, default=300.0, help="from a fault to new processes; 300")
+@click.option("--restart-seconds", type=float, default=600.0, show_default=True, help="from new processes to the first step")
+@click.option("--detect-seconds", type=float, default=300.0, show_default=True, help="from a fault to new processes")
 @click.option("--failures-per-1000-device-days", type=float, help="all faults; when left out, those of Llama 3 405B, "
               "whose software's do not grow with the devices")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="of the simulation behind the finish")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
-def command(devices: int, days_of_steps: float, checkpoint_seconds: float | None, params: float | None,
+def command(devices: int, days_of_steps: float | None, days: float | None, checkpoint_seconds: float | None, params: float | None,
             write_rate: float | None, restart_seconds: float, detect_seconds: float,
             failures_per_1000_device_days: float | None, seed: int, as_json: bool) -> None:
     """Say how often to save, what faults will take, and when the run will be finished."""
@@ -39,7 +40,7 @@ def command(devices: int, days_of_steps: float, checkpoint_seconds: float | None
     from athanor.foundation.units import check_positive
     from athanor.laws import goodput
 
-    check_positive(days_of_steps=days_of_steps, checkpoint_seconds=checkpoint_seconds,
+    check_positive(days_of_steps=days_of_steps, days=days, checkpoint_seconds=checkpoint_seconds,
                    failures_per_1000_device_days=failures_per_1000_device_days)
     if checkpoint_seconds is None:
         if params is None or write_rate is None:
@@ -47,7 +48,12 @@ def command(devices: int, days_of_steps: float, checkpoint_seconds: float | None
         checkpoint_seconds = goodput.saving_seconds(params, write_rate)
     each = None if failures_per_1000_device_days is None else failures_per_1000_device_days / 1000
     faults = goodput.faults_per_second(devices, per_device_day=each)
-    job = goodput.Job(days_of_steps * goodput.DAY, checkpoint_seconds, detect_seconds, restart_seconds, faults)
+    if (days_of_steps is None) == (days is None):
+        raise UserError("give either --days-of-steps, or --days of the calendar")
+    if days is not None:
+        job = goodput.within(days * goodput.DAY, checkpoint_seconds, faults, detect_seconds, restart_seconds)
+    else:
+        job = goodput.Job((days_of_steps or 0.0) * goodput.DAY, checkpoint_seconds, detect_seconds, restart_seconds, faults)
     wall = job.simulate(seed=seed)["wall"]
     finish = {name: float(np.percentile(wall, share)) for name, share in QUANTILES.items()}
     if not as_json:

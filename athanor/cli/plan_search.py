@@ -28,14 +28,17 @@ LAYOUT_KEYS = ("seq_len", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "m
 @click.option("--global-batch-tokens", type=int, required=True, help="tokens of a step")
 @click.option("--seq-len", type=int, help="tokens of a row; the model's longest, at most 8192, when left out")
 @click.option("--recompute", multiple=True, help="none, selective or full; may be repeated; all three when left out")
+@click.option("--schedule", multiple=True, help="GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble, "
+              "DualPipeV; may be repeated; 1F1B and Interleaved1F1B when left out")
 @click.option("--precision", default="bf16", show_default=True, help="bf16, fp16 or fp8")
 @click.option("--program", default="megatron-core", show_default=True, help="family of training programs whose speed counts")
-@click.option("--kernel", default="flash", show_default=True, help="of attention: flash, flash2, flash1, fused, eager")
+@click.option("--kernel", default="", help="of attention: flash, flash2, flash1, fused, eager; the program's usual when left out")
 @click.option("--most-oom", type=float, default=0.1, show_default=True, help="greatest probability of running out of memory")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="layouts to show")
 @click.option("--compare", is_flag=True, help="also TP x PP x DP, PP x DP with unequal stages, and FSDP, each at its best")
 @click.option("--tokens", type=float, help="a budget in tokens: days, PD, money and energy for it")
 @click.option("--price", type=float, help="money per device and hour")
+@click.option("--coefficients", type=click.Path(path_type=Path), help="what `athanor plan calibrate` wrote; else ours")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="also write a page")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
 def command(model: str, cluster: str, html: Path | None, as_json: bool, **options: Any) -> None:
@@ -54,8 +57,8 @@ def command(model: str, cluster: str, html: Path | None, as_json: bool, **option
 
 
 def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens: int, seq_len: int | None,
-           recompute: tuple[str, ...], compare: bool, top: int, tokens: float | None, price: float | None,
-           **choices: Any) -> dict[str, Any]:
+           recompute: tuple[str, ...], schedule: tuple[str, ...], compare: bool, top: int, tokens: float | None,
+           price: float | None, **choices: Any) -> dict[str, Any]:
     """All answers as one document. Raises UserError when nothing fits, with what would be needed."""
     from athanor.foundation.errors import UserError
     from athanor.foundation.units import check_positive
@@ -73,7 +76,8 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
     task = Task(shape, machines, devices, global_batch_tokens,
                 seq_len if seq_len is not None else min(8192, shape.max_position_embeddings),
                 recompute=recompute or tuple(RECOMPUTE), precision=choices["precision"], program=choices["program"],
-                kernel=choices["kernel"], most_odds=choices["most_oom"])
+                kernel=choices["kernel"], most_odds=choices["most_oom"],
+                schedules=schedule or Task.schedules, coefficients=choices["coefficients"])
     task.check()
     started = time.perf_counter()
     grid = sweep(task)
@@ -104,17 +108,19 @@ def distinct(best: list[Finalist]) -> list[Finalist]:
     """Without those that differ from a better one only in which data ranks share out the states."""
     seen: dict[tuple[Any, ...], Finalist] = {}
     for one in best:
-        seen.setdefault((one.layout.sizes()[0], one.layout.sizes()[3:], one.layout.ep, *one.values.values()), one)
+        seen.setdefault((one.layout.sizes()[0], one.layout.sizes()[3:], one.layout.ep, one.schedule, *one.values.values()), one)
     return list(seen.values())
 
 
 def layout_words(layout: dict[str, Any]) -> str:
-    """A layout on a line as `athanor plan estimate` reads it, what is 1 or 0 left out; then, in brackets, its split where
-    stages differ (14x8 is 14 stages of 8 blocks)."""
+    """A layout on a line as `athanor plan estimate` reads it, what is 1 or 0 left out, with its split where stages
+    differ (14x8 is 14 stages of 8 blocks)."""
     words = [f"{key}={layout[key]}" for key in LAYOUT_KEYS if key in ALWAYS or layout[key] not in (0, 1, "none")]
+    usual = "Interleaved1F1B" if layout["stages_per_rank"] > 1 else "1F1B"
+    words += [f"pipeline_schedule={layout['pipeline_schedule']}"] if layout["pipeline_schedule"] != usual else []
     if len(set(layout["split"])) > 1:
         runs = ((blocks, len(list(equal))) for blocks, equal in itertools.groupby(layout["split"]))
-        words.append("(split " + ",".join(f"{count}x{blocks}" if count > 1 else str(blocks) for blocks, count in runs) + ")")
+        words.append("split=" + ",".join(f"{count}x{blocks}" if count > 1 else str(blocks) for blocks, count in runs))
     return " ".join(words)
 
 

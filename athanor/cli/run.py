@@ -15,7 +15,7 @@ import click
 
 from athanor.cli.chain import Chain, hash_output, locked
 from athanor.cli.preflight import devices_of, plan_inputs, refuse_early
-from athanor.foundation.errors import AthanorError
+from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.events import EXIT_REQUEUE
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
@@ -95,6 +95,9 @@ def _check(chain: Chain, recipe: Recipe, run: RunFolder) -> None:
         chain.step("check", {"file": str(hash_output(given))}, [run.cluster],
                    lambda: write_atomic(run.cluster, given.read_bytes()))
         return
+    if recipe.cluster.accelerator:
+        raise UserError(f"cluster.accelerator = '{recipe.cluster.accelerator}' is another machine, for `athanor plan` and "
+                        "`athanor rehearse`; to run on this one leave it out, or give this one's cluster.toml as cluster.file")
     machine = [platform.node(), os.cpu_count(), platform.machine(), version("torch"), recipe.cluster.devices]
 
     was_measured = run.cluster.exists() and chain.last_inputs("check") is None

@@ -48,6 +48,7 @@ class ClusterSpec:
     versions: dict[str, str] = field(default_factory=dict)
     source: str = "measured"
     price_per_device_hour: float | None = None
+    network_bytes_per_second: float | None = None  # of one device, to other nodes
     schema: int = SCHEMA
 
     def write(self, path: Path) -> None:

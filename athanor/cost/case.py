@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, SCHEDULES
 from athanor.models.shapes.products import Counted
 
 Array = NDArray[np.float64]
@@ -16,6 +17,7 @@ PIECES = {"qkv": 3, "gate_up": 2}  # parameters that are multiplied together
 SHORT = 1e-6  # of a row in its documents' length: below it the difference of nearly equal numbers would be taken
 NO_END = 1e13  # tokens of a document that no row sees the end of
 NONE, FULL, SELECTIVE = 0.0, 1.0, 2.0  # recomputation
+PLACES = {name: float(place) for place, name in enumerate(SCHEDULES)}  # of pipeline schedules, as a configuration has them
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Case:
     # the layout
     pp: Array
     chunks: Array  # stages per pipeline rank
+    schedule: Array  # its place in PLACES; 1F1B stands for its interleaved form too
     dp: Array  # data ranks: dp_replicate x dp_shard
     shard: Array  # ranks that share out optimizer state (and more, by zero)
     cp: Array
@@ -118,7 +121,8 @@ def case_of(shapes: Sequence[Counted], run: Mapping[str, ArrayLike]) -> Case:
     """The configurations of some models (one for all, or one each) under layouts and runs, by the names of `Case`."""
     columns = {name: np.atleast_1d(np.asarray(values, dtype=np.float64)) for name, values in run.items()}
     models: dict[str, Array] = {}
-    columns = {"document_tokens": np.full(1, NO_END), "is_cut_by_cost": np.zeros(1), **columns}
+    columns = {"document_tokens": np.full(1, NO_END), "is_cut_by_cost": np.zeros(1),
+               "schedule": np.full(1, PLACES[DEFAULT_SCHEDULE]), **columns}
     each = {id(shape): _model_columns(shape) for shape in shapes}
     most = max(len(found["uses"]) for found in each.values())
     for name in next(iter(each.values())):

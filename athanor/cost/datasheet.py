@@ -19,6 +19,7 @@ GENERATIONS = ("volta", "ampere", "hopper", "blackwell", "blackwell-ultra", "oth
 PROGRAMS = ("megatron", "megatron-deepspeed", "scaling", "megatron-core", "fsdp", "zero3", "jax")
 SCATTERING = ("megatron", "megatron-core")  # programs whose tensor ranks share what goes from stage to stage
 KERNELS = ("flash", "flash2", "flash1", "fused", "eager")  # flash2 is made for ampere, flash for whatever the device is
+TORCH_KERNEL = "flash2"  # that torch's attention is
 LATEST = 2026.7  # release of a program that is known by no date
 FUSED, GRAPHED = 2025.6, 2026.4  # releases since which experts are computed in few kernels, and (on Blackwell) in a graph
 MULTIPROCESSORS = np.array([80, 108, 132, 148, 160, 128])  # of a device of each generation (NVIDIA's architecture papers)
@@ -75,8 +76,12 @@ def machine_of(rows: Sequence[Mapping[str, float | str]]) -> Machine:
 def _machine_row(row: Mapping[str, Any]) -> tuple[float, ...]:
     facts, bits = accelerator(row["accelerator"]), row.get("product_bytes", 2.0) * 8
     peak = facts["peak_bf16_flops"]
-    dtype = "bf16" if bits >= 16 else "fp8" if bits >= 8 or "peak_fp4_flops" not in facts else "fp4"
+    few_bits = "fp8" if bits >= 8 or "peak_fp4_flops" not in facts else "fp4"
+    dtype = f"fp{bits:.0f}" if bits > 16 else "bf16" if bits == 16 else few_bits
+    if bits > 16 and f"peak_{dtype}_flops" not in facts:
+        raise UserError(f"accelerator '{row['accelerator']}': its peak in {dtype} is unknown, so nothing can be priced in it")
     product = facts.get(f"peak_{dtype}_flops", peak)
+    weights = product if bits > 16 else peak
     measured = facts.get("measured_bf16_flops", facts.get("expected_bf16_flops", peak * ATTAINABLE[0])) / peak
     few = facts.get("measured_fp8_flops", ATTAINABLE[1] * facts.get("peak_fp8_flops", 1.0)) / facts.get("peak_fp8_flops", 1.0)
     domain = facts.get("scale_up_devices", 8)
@@ -84,10 +89,15 @@ def _machine_row(row: Mapping[str, Any]) -> tuple[float, ...]:
         domain = row.get("per_node", domain)
     nic = row["nic_gbps"] * 1e9 if "nic_gbps" in row else facts.get("nic_bits_per_second", 4e11)
     memory = row["memory_gib"] * 2**30 if "memory_gib" in row else facts["memory_bytes"]
-    return (peak, product, measured, measured if dtype == "bf16" else few, facts["memory_bytes_per_second"],
+    return (weights, product, measured, measured if bits >= 16 else few, facts["memory_bytes_per_second"],
             facts["scale_up_bytes_per_second"], domain, nic / 8, memory, GENERATIONS.index(facts.get("generation", "other")),
             PROGRAMS.index(row["program"]), KERNELS.index(row["kernel"]), min(LATEST, row.get("release", LATEST)),
             row.get("is_norm_fused", 1.0))
+
+
+def usual_kernel(program: str) -> str:
+    """The kernel of attention that a family of programs takes where it may."""
+    return TORCH_KERNEL if program in ("fsdp", "scaling") else "flash"
 
 
 class Rated:
@@ -271,12 +281,18 @@ class Datasheet(Rated):
         return np.asarray((size / rate + c["latency"]) * self.coefficient("pipeline"))
 
     def data_parallel(self, case: Case, computing: Array) -> Array:
-        """Gradients once a step, or (ZeRO-3) parameters for every micro-batch, some of it behind the computing."""
-        own = self.gather(case.held_parameters * 2, case.dp * case.cp, case.tp)
+        """Gradients once a step, or (ZeRO-3) parameters for every micro-batch, some of it behind the computing.
+
+        Where several groups of ranks hold all parameters (HSDP), each gathers its own, and shards of gradients are reduced once.
+        """
+        ranks, held = case.dp * case.cp, case.held_parameters * 2
+        own, near = self.gather(held, ranks, case.tp), self.gather(held, np.minimum(case.shard, ranks), case.tp)
+        across = 2 * self.gather(held / case.shard, np.maximum(1.0, ranks / case.shard), case.tp * case.shard)
         hidden = self.coefficient("sharded_overlap") * computing
-        traffic = case.num_microbatches * 3 * own * self.coefficient("sharded")
+        traffic = case.num_microbatches * 3 * near * self.coefficient("sharded")
         sharded = smooth_max(traffic, np.asarray(hidden)) - hidden + self.coefficient("sharded_rest") * traffic
-        return np.where(case.zero >= 3, sharded, 2 * own * self.coefficient("data_parallel"))
+        once = np.where(case.zero >= 3, across, 2 * own) * self.coefficient("data_parallel")
+        return np.where(case.zero >= 3, sharded, 0.0) + once
 
     def update(self, case: Case) -> tuple[Array, Array]:
         """32 bytes of memory traffic a parameter: weight, gradient and both moments, read and written."""

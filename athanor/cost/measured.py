@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from athanor.cluster.spec import ClusterSpec
-from athanor.cost.case import FULL, NONE, Array, Case, case_of
+from athanor.cost.case import FULL, NONE, PIECES, Array, Case, case_of
 from athanor.cost.coefficients import load, python_factor
 from athanor.cost.rates import Work
 from athanor.foundation.errors import UserError, did_you_mean
@@ -153,10 +153,10 @@ class Measured:
                  self.passes(tokens * turned, multiply=1, copy=2))
         norm = tokens * hidden
         work.add("elementwise", 2 * self.passes(norm, copy=1, multiply=3), 2 * self.passes(norm, multiply=8))
-        inner = tokens * case.inner / case.tp
-        work.add("elementwise", self.passes(inner, silu=1, multiply=1),
-                 self.passes(inner, multiply=2, silu=1, silu_backward=1, copy=1))
-        fused = case.hidden * (turned + 2 * case.inner / case.tp)
+        inner, gate = tokens * case.inner / case.tp, (case.pieces == PIECES["gate_up"]).any(axis=0)  # GELU takes what SiLU does
+        work.add("elementwise", self.passes(inner, silu=1) + gate * self.passes(inner, multiply=1),
+                 self.passes(inner, silu_backward=1) + gate * self.passes(inner, multiply=2, silu=1, copy=1))
+        fused = case.hidden * (turned + 2 * gate * case.inner / case.tp)
         work.add("elementwise", self.passes(fused, copy=1), self.passes(fused, copy=1))
         documents = 1.0 + 2.0 * tokens / case.document_tokens  # a boundary cuts a run of equally long ones in two
         launches = self.launch(c["operations_per_block"] + c["operations_per_document"] * documents)

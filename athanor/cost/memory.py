@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from athanor.cost.case import FULL, SELECTIVE, Array, Case
+from athanor.cost.case import FULL, PLACES, SELECTIVE, Array, Case
 from athanor.cost.datasheet import KERNELS, Rated
+from athanor.cost.pipeline import for_each_schedule, kept_microbatches
+from athanor.foundation.schedules import SCHEDULES
 
 GIB = 2.0**30
 SHORT = 2025.0  # releases since which mixtures keep gradients and moments in 16 bits (Megatron-Bridge's recipes, DeepSeek-V3)
 WITH_GRADIENTS = 1.5  # of a recomputed layer's scores, while their gradients exist as well
+V_SHAPED = [PLACES[name] for name, row in SCHEDULES.items() if row.placement == "v"]
+
+
+def is_v(case: Case) -> NDArray[np.bool_]:
+    """Where the first rank of a pipeline holds both ends of the model."""
+    return np.isin(case.schedule, V_SHAPED)
 
 
 class Footprint(Rated):
@@ -25,7 +34,7 @@ class Footprint(Rated):
         dense = (case.block_parameters - case.expert_parameters) / case.tp * layers
         tables = case.end_parameters / (case.hidden * case.vocab)  # one when tied, which two ranks of a pipeline hold
         ends = case.hidden * case.vocab / case.tp * np.where(
-            case.pp == 1, tables, (rank == 0).astype(float) + (rank == case.pp - 1))
+            (case.pp == 1) | is_v(case), tables * (rank == 0), (rank == 0).astype(float) + (rank == case.pp - 1))
         experts = case.expert_parameters / case.ep * layers
         whole, inner = dense + ends, np.maximum(1.0, case.shard * case.tp / case.ep)  # ranks that hold the same experts
         is_master = self.machine.program == self.program("fsdp")  # weights are kept in fp32, and are the optimizer's own
@@ -57,13 +66,12 @@ class Footprint(Rated):
                                  [2.0 * case.hidden * shared, some], kept + scores)
         # what a layer's recomputation takes finds no room in the pieces that logits left
         work = np.where(case.recompute > 0, tokens * (kept + WITH_GRADIENTS * scores), 0.0)
-        behind = case.pp - rank - 1
-        flight = np.where(case.chunks > 1, (2 * behind + (case.chunks - 1) * case.pp + 1) / case.chunks, behind + 1)
+        flight = for_each_schedule(case.schedule, kept_microbatches, case.pp, case.chunks, case.num_microbatches, rank)
         layers = np.ceil(case.layers / case.pp - 1e-9)
-        is_last = rank == case.pp - 1
+        is_last = rank == np.where(is_v(case), 0, case.pp - 1)
         copies = np.where(machine.program == self.program("scaling"), 1 + c["gathered_logits"] * (case.tp > 1), 1 / case.tp)
         logits = np.where(is_last, self.coefficient("logit_bytes") * tokens * case.vocab * copies, 0.0)
-        return {"activations": np.minimum(flight, case.num_microbatches) * layers * per,
+        return {"activations": flight * layers * per,
                 "logits": logits + work}
 
     def kinds(self, case: Case, rank: Array) -> dict[str, Array]:
@@ -82,6 +90,10 @@ class Footprint(Rated):
         """Of running out of memory with a peak of so many bytes."""
         return np.asarray(np.log(peak / (self._c["usable"] * self.machine.memory_bytes)) / self._c["width"])
 
+    def odds(self, peak: Array) -> Array:
+        """Probability of running out of memory with a peak of so many bytes."""
+        return np.asarray(1 / (1 + np.exp(np.clip(-self.log_odds(peak), -60, 60))))
+
     def out_of_memory(self, case: Case) -> Array:
         """Probability of running out of memory."""
-        return np.asarray(1 / (1 + np.exp(np.clip(-self.log_odds(self.peak(case)), -60, 60))))
+        return self.odds(self.peak(case))

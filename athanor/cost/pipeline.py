@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.layout import Layout, spans, split_least
-from athanor.foundation.schedules import Pipeline, check_pipeline, find_schedule
+from athanor.foundation.schedules import SCHEDULES, Pipeline, check_pipeline, find_schedule
 
 # Actions of a rank. A FORWARD_HELD is followed by the backward pass that it shares a turn with: both results leave together.
 FORWARD, BACKWARD, INPUT, WEIGHT, FORWARD_HELD = range(5)
@@ -179,6 +179,13 @@ def bubble_share(schedule: str, pp: ArrayLike, loops: ArrayLike, num_microbatche
 
     Arrays broadcast. The last three are a stage's seconds per micro-batch, the gradient of inputs no cheaper than the others.
     """
+    idle = idle_seconds(schedule, pp, loops, num_microbatches, forward, backward, weight)
+    return np.asarray(idle / (idle + np.multiply(loops, num_microbatches) * (np.add(forward, backward) + weight)))
+
+
+def idle_seconds(schedule: str, pp: ArrayLike, loops: ArrayLike, num_microbatches: ArrayLike, forward: ArrayLike,
+                 backward: ArrayLike, weight: ArrayLike) -> NDArray[np.float64]:
+    """Seconds of a step that a rank waits for its turn, of which `bubble_share` is the share."""
     find_schedule(schedule)
     p, v, m, f, b, w = np.broadcast_arrays(pp, loops, num_microbatches, forward, backward, weight)
     filled = np.minimum(m, p)
@@ -193,8 +200,39 @@ def bubble_share(schedule: str, pp: ArrayLike, loops: ArrayLike, num_microbatche
         idle = np.maximum(2 * (p - 1) * f, (p - 2) * f + (p - 1) * b) + (p - 1) * np.maximum(b - w, 0)
     else:
         idle = (p - 1 + (v - 1) * (p - filled)) * (f + b + w)
-    idle = np.where(p > 1, idle, 0.0)
-    return np.asarray(idle / (idle + v * m * (f + b + w)))
+    return np.where(p > 1, idle, 0.0)
+
+
+def kept_microbatches(schedule: str, pp: ArrayLike, loops: ArrayLike, num_microbatches: ArrayLike,
+                      rank: ArrayLike) -> NDArray[np.float64]:
+    """Micro-batches whose activations a rank of equal stages keeps when it keeps most; a stage's count as 1 / loops each."""
+    p, v, m, r = (np.asarray(size) for size in (pp, loops, num_microbatches, rank))
+    if schedule in ("GPipe", "LoopedBFS"):
+        kept = m
+    elif schedule == "1F1B" and (v == 1).all():
+        kept = p - r
+    elif schedule == "ZBVZeroBubble":
+        kept = np.minimum(p, (m + r + 1) / 2)
+    elif schedule == "DualPipeV":
+        kept = p + 0.5
+    else:  # a round's micro-batches on all but the last stage, then what goes ahead of the first backward pass
+        ahead = p if schedule == "InterleavedZeroBubble" else np.where(v > 1, 2 * (p - r) - 1, p - r)
+        kept = ((v - 1) * np.floor(m / np.maximum(1, np.floor(m / p))) + ahead) / v
+    return np.where(p > 1, np.minimum(kept, m), 1.0)
+
+
+def for_each_schedule(places: NDArray[np.float64], form: Callable[..., NDArray[np.float64]],
+                      *sizes: ArrayLike) -> NDArray[np.float64]:
+    """A closed form over configurations that differ in their schedule, given by its place in SCHEDULES."""
+    names, found = tuple(SCHEDULES), np.unique(places)
+    if len(found) == 1:
+        return form(names[int(found[0])], *sizes)
+    places, *columns = np.broadcast_arrays(places, *sizes)
+    out = np.empty(places.shape)
+    for place in found:
+        of = places == place
+        out[of] = form(names[int(place)], *(column[of] for column in columns))
+    return out
 
 
 def best_split(costs: Sequence[float], memory_bytes: NDArray[np.float64], cap_bytes: ArrayLike) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from athanor.cost.case import FULL, NONE, SELECTIVE, Array, Case, case_of
-from athanor.cost.datasheet import SCATTERING, Machine, machine_of
+from athanor.cost.datasheet import LATEST, SCATTERING, Machine, machine_of, usual_kernel
 from athanor.foundation.errors import ModelError, UserError
 from athanor.models.shapes.find import find_shape
 from athanor.models.shapes.products import Attended, Counted, Product, feed_forward
@@ -202,14 +202,14 @@ def kernel_of(run: Run, program: str) -> str:
         return "flash1"
     is_new = program not in ("megatron-deepspeed", "zero3") and run.number("year", 2024) >= 2024
     is_flash = "flash" in named or flash == "y" or (flash == "" and is_new)
-    own = "flash1" if program == "fsdp" and not is_new else "flash2" if program in ("fsdp", "scaling") else "flash"
+    own = "flash1" if program == "fsdp" and not is_new else usual_kernel(program)
     return own if is_flash else "fused"
 
 
 def release_of(run: Run) -> float:
-    """The program's release in years: as its name says ("26.04"), or the middle of the row's year."""
+    """The program's release in years: as its name says ("26.04"), the middle of the row's year, or the latest."""
     found = re.search(r"\b2(\d)\.(0[1-9]|1[0-2])\b", run.words["framework"])
-    return 2020 + int(found[1]) + (int(found[2]) - 0.5) / 12 if found else run.number("year", 2024) + 0.5
+    return 2020 + int(found[1]) + (int(found[2]) - 0.5) / 12 if found else run.number("year", LATEST - 0.5) + 0.5
 
 
 def layout_of(run: Run, tp: float, pp: float, micro: float) -> dict[str, float]:

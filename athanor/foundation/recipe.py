@@ -33,6 +33,8 @@ class Section(BaseModel):
 
 class Budget(Section):
     minutes: float | None = Field(None, gt=0, description="step time of all training stages together, in minutes")
+    days: float | None = Field(None, gt=0, description="days of the calendar for all training stages together; what faults, "
+                               "saves and restarts are expected to take is taken off")
     pd: float | None = Field(None, gt=0, description="model FLOPs of all training stages together, in PD (8.64e19 FLOP)")
     tokens: float | None = Field(None, gt=0, description="tokens of all training stages together")
     money: float | None = Field(None, gt=0, description="price of the step time; needs cluster.price_per_device_hour")
@@ -40,10 +42,10 @@ class Budget(Section):
 
 class Cluster(Section):
     file: str = Field("auto", description="a cluster.toml; 'auto' measures this machine when none lies in the run folder")
-    accelerator: str | None = Field(None, description="a known accelerator, for rehearsals; a plan needs a measured machine")
+    accelerator: str | None = Field(None, description="a known accelerator, for rehearsals, and for plans by its datasheet")
     devices: int | None = Field(None, gt=0, description="devices (on CPU: ranks) to use; all of them when left out")
     per_node: int | None = Field(None, gt=0, description="devices per node")
-    nic_gbps: float | None = Field(None, gt=0, description="network bandwidth per node, in Gbit/s")
+    nic_gbps: float | None = Field(None, gt=0, description="network bandwidth of one device, in Gbit/s")
     price_per_device_hour: float | None = Field(None, gt=0, description="money per device and hour")
 
 
@@ -274,7 +276,7 @@ def document() -> list[tuple[str, str, str, str]]:
 def _check_meaning(recipe: Recipe, file: str) -> None:
     given = [name for name, value in recipe.budget.model_dump().items() if value is not None]
     if len(given) > 1:
-        raise RecipeError(f"{file}: budget has {' and '.join(given)}; give one of minutes, pd, tokens, money")
+        raise RecipeError(f"{file}: budget has {' and '.join(given)}; give one of minutes, days, pd, tokens, money")
     if recipe.budget.money is not None and recipe.cluster.price_per_device_hour is None:
         raise RecipeError(f"{file}: budget.money needs cluster.price_per_device_hour")
     if recipe.parallel.dp_shard == 0:

@@ -72,6 +72,33 @@ def compare(claims: Claims) -> list[Finding]:
     return found
 
 
+def verdict(claims: Claims, found: list[Finding]) -> str:
+    """One sentence: which of the published figures agree with each other, under which convention, and which do not."""
+    by, pd, days, share = {finding.name: finding for finding in found}, claims.pd, claims.days, claims.efficiency
+    parts = [f"{claims.params:,.4g} parameters are {'' if size.agrees else 'not '}the model's {size.computed:,.0f}"
+             for name in ("parameters", "active_parameters") if (size := by.get(name)) and size.claimed]
+    if pd and "pd_6ND" in by:
+        counted = [name for name in COUNTS if by[f"pd_{name}"].agrees]
+        rest = (name for name in COUNTS if name not in counted)
+        others = " and ".join(f"{name} would be {by[f'pd_{name}'].computed:,.0f}" for name in rest)
+        parts.append(f"{pd:,.0f} PD is {counted[0]} ({others})" if counted else f"{pd:,.0f} PD is neither 6ND nor 8ND ({others})")
+    if share and days and "days_6ND" in by:
+        taken = {name: f"{format_share(share)} as {kind} leaves a goodput of "
+                        f"{format_share(by[f'days_{name}'].computed / days)}" for name, (kind, _) in COUNTS.items()}
+        likely = [name for name in COUNTS if by[f"days_{name}"].agrees]
+        if likely == ["8ND"]:
+            parts.append(f"{format_share(share)} is HFU with recomputation, which fits the {days:g} days ({taken['8ND']}); the "
+                         f"same run's MFU is {format_share(share * 6 / 8)}, and {taken['6ND']}")
+        elif likely == ["6ND"]:
+            parts.append(f"{format_share(share)} is MFU, which fits the {days:g} days ({taken['6ND']}); {taken['8ND']}")
+        else:
+            parts.append(f"{format_share(share)} {'may be either MFU or HFU' if likely else 'fits as neither MFU nor HFU'} in "
+                         f"the {days:g} days: {taken['6ND']}, and {taken['8ND']}")
+    if not parts:
+        return "no published figure is there twice, so none can contradict another; what follows from them is below"
+    return "; ".join(parts)
+
+
 def _against(name: str, what: str, claimed: float | None, computed: float, unit: str) -> Finding:
     if claimed is None:
         return Finding(name, f"{what} = {computed:,.0f}{unit}", computed)

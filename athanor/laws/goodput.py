@@ -15,6 +15,7 @@ from athanor.laws.published import constants
 DAY = 86400.0
 ACCOUNTS = ("checkpoint", "lost", "down", "startup")
 BYTES_PER_PARAMETER = 14  # of a checkpoint in mixed precision: weights in 2, master weights and both moments of Adam in 12
+DETECT_SECONDS, RESTART_SECONDS = 300.0, 600.0  # unless given: from a fault to new processes, from these to the first step
 MOST_FAULTS = 100_000
 LEAST_GOODPUT = 0.01  # below this nobody would start, and a simulation would not end
 
@@ -126,3 +127,17 @@ class Job:
             running = running[faulty]
         spent["checkpoint"] += self.saves * self.save_seconds
         return {**spent, "wall": self.stepping_seconds + sum(spent.values(), np.zeros(trials))}
+
+
+def within(wall_seconds: float, save_seconds: float, faults: float, detect_seconds: float = DETECT_SECONDS,
+           restart_seconds: float = RESTART_SECONDS) -> Job:
+    """The job whose expected wall time is `wall_seconds`: what a budget of the calendar leaves for steps that are kept."""
+    check_positive(wall_seconds=wall_seconds)
+    least, most = 0.0, wall_seconds
+    for _ in range(50):
+        middle = (least + most) / 2
+        is_short = Job(middle, save_seconds, detect_seconds, restart_seconds, faults).wall_seconds <= wall_seconds
+        least, most = (middle, most) if is_short else (least, middle)
+    if not least:
+        raise UserError(f"{wall_seconds / DAY:.3g} days are not enough for one restart")
+    return Job(least, save_seconds, detect_seconds, restart_seconds, faults)

@@ -20,6 +20,7 @@ from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import check_architecture, load_shape, new_shape, shape_class
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.memory import fits, fullest
+from athanor.planner.named import DATASHEET
 
 HIDDEN_SIZES = (64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192)
 LAYERS = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)
@@ -126,11 +127,12 @@ def head_size(hidden_size: int) -> int:
 
 def layouts(parallel: Parallel, cluster: ClusterSpec) -> list[Layout]:
     """All layouts of the cluster that agree with the recipe; what it does not name is sharded data parallelism, tensor
-    parallelism or, where sending was measured, a pipeline. Raises LayoutError when none agrees.
+    parallelism (of a node) or, where sending was measured or is known, a pipeline. Raises LayoutError when none agrees.
     """
-    out, devices, pipelines = [], cluster.devices, cluster.devices if "send" in cluster.collectives else parallel.pp or 1
+    out, devices, is_known = [], cluster.devices, "send" in cluster.collectives or cluster.source == DATASHEET
     replicate, cp, ep = parallel.dp_replicate or 1, parallel.cp or 1, parallel.ep or 1
-    for pp, tp in itertools.product(range(1, pipelines + 1), range(1, devices + 1)):
+    pipelines, tensors = devices if is_known else parallel.pp or 1, max(parallel.tp or 1, min(devices, cluster.per_node))
+    for pp, tp in itertools.product(range(1, pipelines + 1), range(1, tensors + 1)):
         shard, rest = divmod(devices, pp * tp * cp * replicate)
         if rest or (parallel.pp or pp) != pp or (parallel.tp or tp) != tp:
             continue
@@ -239,6 +241,7 @@ def rank_candidates(forecaster: Forecaster, recipe: Recipe, stage: Stage, templa
     model; then the shape nearest to 20 tokens per parameter is taken (Hoffmann et al. 2022).
     """
     out: list[Candidate] = []
+    forecaster.rates(template.precision, template.optimizer)  # or say that nobody knows them
     smallest, refused = math.inf, None
     options = layouts(recipe.parallel, forecaster.cluster)
     longest = max(template.seq_len, *(other.seq_len or 0 for other in recipe.stage))

@@ -12,23 +12,26 @@ import numpy as np
 
 from athanor.cluster.spec import accelerator_names, load_accelerator, read_cluster
 from athanor.cost.calibrate import mappings
-from athanor.cost.case import FULL, NONE, SELECTIVE, Case, case_of
-from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, machine_of
+from athanor.cost.case import FULL, NONE, PLACES, SELECTIVE, Case, case_of
+from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, accelerator, machine_of, usual_kernel
 from athanor.cost.memory import GIB, Footprint
 from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError, UserError, did_you_mean
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
-from athanor.foundation.schedules import DEFAULT_SCHEDULE, find_schedule, stages_of
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, cut, find_schedule, stages_of
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.planner.named import check_network, facts_of
+from athanor.planner.stages import block_seconds, memory_by_block, memory_of, plain, simulated
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 RECOMPUTE = {"none": NONE, "selective": SELECTIVE, "full": FULL}
 PRODUCT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5}
 WORDS: dict[str, tuple[str, ...]] = {"recompute": tuple(RECOMPUTE), "precision": tuple(PRODUCT_BYTES), "program": PROGRAMS,
-                                     "kernel": KERNELS, "pipeline_schedule": ()}
+                                     "kernel": KERNELS, "pipeline_schedule": (), "split": ()}
 LAYOUT_KEYS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(AXES, (1, 10**6)), "micro_batch_size": (1, 10**6), "num_microbatches": (1, 10**6), "seq_len": (1, 10**9),
     "global_batch_tokens": (1, 10**12), "stages_per_rank": (1, 1000), "zero": (0, 3), "sequence_parallel": (0, 1)}
+MOST_STAGES = 1000
 CLUSTER_KEYS: dict[str, tuple[float, float]] = {"devices": (1, 10**6), "per_node": (1, 10**6), "nic_gbps": (0.001, 1e6),
                                                 "memory_gib": (0.001, 1e6)}
 
@@ -83,14 +86,15 @@ def read_cluster_words(text: str) -> Cluster:
             raise UserError(f"{text} is of processors, for which `athanor plan RECIPE` plans; here an accelerator is "
                             "expected: " + ", ".join(sorted(set(accelerator_names().values()))))
         name = load_accelerator(spec.accelerator)["name"]
-        facts = {"devices": spec.devices, "per_node": spec.per_node, "memory_gib": spec.memory_bytes / GIB}
-        for key, value in facts.items():
+        facts = facts_of(spec)
+        for key, value in {**facts, "devices": spec.devices}.items():
             _check(text, f"{key}={value:g}", value, CLUSTER_KEYS[key])
-        return Cluster(name, int(facts.pop("devices")), facts)
+        return Cluster(name, spec.devices, facts)
     name, _, rest = text.strip().partition(" ")
     name = load_accelerator(name)["name"]
     found = read_words(rest, CLUSTER_KEYS, {}, f"cluster '{text}'")
     devices = found.pop("devices", None)
+    check_network(name, found.get("nic_gbps"), found.get("per_node", accelerator(name).get("scale_up_devices", 8)))
     return Cluster(name, None if devices is None else int(devices), found)
 
 
@@ -119,24 +123,40 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
     if found.get("num_microbatches", held) != held:
         raise LayoutError(f"layout: num_microbatches={count}, but global_batch_tokens makes {held} of them")
     count = held
-    loops = int(found.get("stages_per_rank", 0))
+    split = _split(found["split"]) if "split" in found else []
+    loops = int(found.get("stages_per_rank", len(split) // layout.pp if len(split) > layout.pp else 0))
     schedule = found.get("pipeline_schedule", "Interleaved1F1B" if loops > 1 else DEFAULT_SCHEDULE)
     loops = _loops(schedule, loops, layout.pp, shape.num_hidden_layers)
+    if split:
+        cut(layout.pp, schedule, shape.block_costs(seq_len / 2), split)
     precision = found.get("precision", "bf16")
     zero = found.get("zero", 0.0 if layout.dp_shard == 1 else 1.0 if layout.pp > 1 else 3.0)
+    program = found.get("program", "megatron-core")
     filled = {**{axis: getattr(layout, axis) for axis in AXES}, "micro_batch_size": micro, "num_microbatches": count,
               "seq_len": seq_len, "global_batch_tokens": micro * count * seq_len * layout.data_ranks,
               "pipeline_schedule": schedule, "stages_per_rank": loops, "zero": int(zero), "precision": precision,
               "recompute": found.get("recompute", "none"),
               "sequence_parallel": int(found.get("sequence_parallel", layout.tp > 1)),
-              "program": found.get("program", "megatron-core"), "kernel": found.get("kernel", "flash")}
+              "program": program, "kernel": found.get("kernel", usual_kernel(program)),
+              **({"split": split} if split else {})}
     run = {axis: filled[axis] for axis in ("pp", "cp", "tp", "ep", "zero", "seq_len", "micro_batch_size", "num_microbatches")}
     is_scattered = filled["sequence_parallel"] or filled["program"] in SCATTERING
-    run |= {"dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "chunks": loops,
+    run |= {"dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "chunks": loops, "schedule": PLACES[schedule],
             "is_sequence_parallel": filled["sequence_parallel"],
             "is_scattered": float(is_scattered), "recompute": RECOMPUTE[filled["recompute"]],
             "weight_bytes": max(2.0, PRODUCT_BYTES[precision]), "product_bytes": PRODUCT_BYTES[precision]}
     return case_of([shape], run), filled
+
+
+def _split(text: str) -> list[int]:
+    """Blocks of each stage, of "10,12,12,14" or "2x12,14" (two stages of 12). Raises LayoutError for anything else."""
+    out: list[int] = []
+    for part in text.split(","):
+        count, _, blocks = part.rpartition("x")
+        if not (blocks.isdecimal() and (count or "1").isdecimal() and int(count or 1) <= MOST_STAGES):
+            raise LayoutError(f"layout: split={text}; blocks of each stage are expected, such as 10,12,12,14 or 3x10,8")
+        out += [int(blocks)] * int(count or 1)
+    return out
 
 
 def _loops(schedule: str, given: int, pp: int, layers: int) -> int:
@@ -159,13 +179,22 @@ def estimate(shape: DecoderShape, cluster_text: str, layout_text: str, file: Pat
     machine = machine_of([{**cluster.facts, "accelerator": cluster.accelerator, "program": filled["program"],
                            "kernel": filled["kernel"], "product_bytes": PRODUCT_BYTES[filled["precision"]]}])
     time, memory = mappings(file)
-    priced, footprint = price(case, Datasheet(machine, time)), Footprint(machine, memory)
-    ranks = footprint.kinds(case, np.arange(filled["pp"], dtype=np.float64))
-    seconds, devices = float(priced.seconds[0]), float(case.devices[0])
-    mfu = float(priced.accounts["useful"][0]) / seconds
+    rates, footprint = Datasheet(machine, time), Footprint(machine, memory)
+    priced = price(case, rates)
+    ranks, devices = np.arange(filled["pp"], dtype=np.float64), float(case.devices[0])
+    bytes_of, seconds, accounts = memory_of(footprint, case, ranks), float(priced.seconds[0]), plain(priced)
+    peak = footprint.peak(case)
+    if split := filled.get("split"):
+        costs = block_seconds(shape, case, priced)
+        pipeline = cut(filled["pp"], filled["pipeline_schedule"], costs, split)
+        accounts, seconds = simulated(priced, case, pipeline, costs, float(rates.own()[0]))
+        rest, each = memory_by_block(footprint, case, ranks, len(costs))
+        held = [sum(len(pipeline.blocks[stage]) for stage in pipeline.stages_of(rank)) for rank in range(filled["pp"])]
+        bytes_of = rest + each * np.array(held)
+        peak = bytes_of.max()
+    mfu = accounts["useful"] / seconds
     return {"accelerator": cluster.accelerator, "devices": int(devices), "layout": filled, "step_seconds": seconds,
             "tokens_per_second_per_device": filled["global_batch_tokens"] / seconds / devices, "mfu": mfu,
             "hfu": mfu * float(case.computed_flops()[0] / case.model_flops()[0]),
-            "memory_gib": [float(size) / GIB for size in sum(ranks.values(), np.zeros(filled["pp"]))],
-            "out_of_memory_probability": float(footprint.out_of_memory(case)[0]),
-            "accounts": {name: float(values[0]) for name, values in priced.accounts.items()}}
+            "memory_gib": [float(size) / GIB for size in bytes_of],
+            "out_of_memory_probability": float(np.broadcast_to(footprint.odds(peak), 1)[0]), "accounts": accounts}

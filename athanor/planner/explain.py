@@ -11,15 +11,18 @@ from athanor.cost.case import Array
 from athanor.cost.memory import GIB
 from athanor.cost.pipeline import ROUNDING
 from athanor.foundation.errors import LayoutError
+from athanor.foundation.schedules import SCHEDULES
 from athanor.foundation.units import format_share
 from athanor.planner.estimate import RECOMPUTE
 from athanor.planner.finalists import Finalist, refine
 from athanor.planner.search import Grid
 
 # Each choice, and the choices that follow it: they take their best value when it changes.
-CHOICES = {"tp": ("is_sequence_parallel",), "pp": ("chunks",), "chunks": (), "cp": (), "ep": (), "micro_batch_size": (),
-           "zero": ("spread",), "spread": (), "recompute": (), "is_sequence_parallel": ()}
-NAMES = {"chunks": "stages_per_rank", "spread": "sharded over", "is_sequence_parallel": "sequence_parallel"}
+CHOICES = {"tp": ("is_sequence_parallel",), "pp": ("chunks", "schedule"),
+           "chunks": ("schedule",), "schedule": ("chunks",), "cp": (),
+           "ep": (), "micro_batch_size": (), "zero": ("spread",), "spread": (), "recompute": (), "is_sequence_parallel": ()}
+NAMES = {"chunks": "stages_per_rank", "schedule": "pipeline_schedule", "spread": "sharded over",
+         "is_sequence_parallel": "sequence_parallel"}
 WATERFALL = ("account", "seconds", "share", "up_to")
 TRIED = 3  # configurations of a changed choice, where others follow it
 SPREAD = {0: "all data ranks", 1: "near data ranks"}
@@ -92,6 +95,8 @@ def _is_near(zero: Array, shard: Array, dp: Array, cp: Array) -> Array:
 def _word(choice: str, value: float) -> str:
     if choice == "recompute":
         return next(name for name, code in RECOMPUTE.items() if code == value)
+    if choice == "schedule":
+        return tuple(SCHEDULES)[int(value)]
     return SPREAD[int(value)] if choice == "spread" else f"{value:.0f}"
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from athanor.cost.case import Array, Case
 from athanor.cost.memory import GIB
-from athanor.cost.pipeline import best_split, simulate
+from athanor.cost.pipeline import best_split
 from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.layout import Layout
-from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, cut
+from athanor.foundation.schedules import SCHEDULES, cut
 from athanor.ledger.book import Book
 from athanor.planner.estimate import RECOMPUTE
 from athanor.planner.search import Grid, Mask, Task
+from athanor.planner.stages import block_seconds, memory_by_block, memory_of, plain, simulated
 
 FINALISTS = 50
 SPLIT_GAIN = 1.3  # a layout whose equal stages need so many times the memory may still fit with unequal ones
-STEADY = 3  # rounds of pp micro-batches after which each further round takes equally long; a test holds it
 
 
 @dataclass(frozen=True)
@@ -65,36 +64,24 @@ def refine(grid: Grid, index: int) -> Finalist:
     task, row = grid.task, grid.row(index)
     case = task.case({name: np.array([value]) for name, value in row.items()})
     priced = price(case, task.rates)
-    accounts = {name: float(np.broadcast_to(seconds, 1)[0]) for name, seconds in priced.accounts.items()}
     pp, chunks, times = int(row["pp"]), int(row["chunks"]), int(row["num_microbatches"])
-    forward, costs = _times(task, case, accounts)
+    schedule, costs = tuple(SCHEDULES)[int(row["schedule"])], block_seconds(task.shape, case, priced)
     ranks, blocks = np.arange(pp, dtype=np.float64), len(costs)
-    memory, each, schedule, seconds = _memory(task, case, ranks), np.zeros(pp), DEFAULT_SCHEDULE, float(priced.seconds[0])
+    memory, seconds, accounts = memory_of(task.footprint, case, ranks), float(priced.seconds[0]), plain(priced)
     split = _looped(blocks, pp * chunks)
     if chunks == 1 and pp > 1:
-        each = _memory(task, _deeper(case), ranks) - memory  # of one more layer on each rank
-        rest = memory - each * np.ceil(case.layers / pp - 1e-9)
-        each = each * case.layers / blocks
+        rest, each = memory_by_block(task.footprint, case, ranks, blocks)
         split = best_split(costs, np.broadcast_to(each[:, None], (pp, blocks)), task.cap_bytes - rest)
         memory = rest + each * np.array(split)
     if pp > 1:
-        schedule = "Interleaved1F1B" if chunks > 1 else DEFAULT_SCHEDULE
-        pipeline = cut(pp, schedule, costs, split)
-        busy = np.array([sum(costs[block] for block in held) for held in pipeline.blocks])
-        hop = accounts["pipeline"] / times / (2 * chunks)
-        idle, whole = (_step(pipeline, busy, forward, send, times) for send in (0.0, hop))
-        skew = accounts["skew"] / (seconds - accounts["skew"])
-        exact = {"bubble": idle - times * float(busy.sum()) / pp, "pipeline": whole - idle}
-        change = sum(exact.values()) - sum(accounts[name] for name in exact)
-        accounts |= exact | {"skew": accounts["skew"] + skew * change}
-        seconds += change * (1 + skew)
+        accounts, seconds = simulated(priced, case, cut(pp, schedule, costs, split), costs, float(task.rates.own()[0]))
     mfu = accounts["useful"] / seconds
     values = {"seq_len": task.seq_len, "zero": int(row["zero"]), "micro_batch_size": int(row["micro_batch_size"]),
               "num_microbatches": times, "stages_per_rank": chunks, "sequence_parallel": int(row["is_sequence_parallel"]),
               "recompute": next(name for name, code in RECOMPUTE.items() if code == row["recompute"])}
     shard = int(row["shard"] / row["cp"])
     layout = Layout(pp, int(row["dp"]) // shard, shard, int(row["cp"]), int(row["tp"]), int(row["ep"]))
-    odds = 1 / (1 + np.exp(-np.clip(task.footprint.log_odds(np.array([memory.max()])), -60, 60)))
+    odds = task.footprint.odds(np.array([memory.max()]))
     hfu = mfu * float(case.computed_flops()[0] / case.model_flops()[0])
     return Finalist(index, layout, schedule, tuple(split), values, seconds, mfu, hfu, accounts, tuple(memory.tolist()),
                     float(odds[0]))
@@ -105,45 +92,6 @@ def _looped(blocks: int, stages: int) -> list[int]:
     each, more = divmod(blocks, stages)
     first = (stages - more) // 2
     return [each + (first <= stage < first + more) for stage in range(stages)]
-
-
-def _times(task: Task, case: Case, accounts: dict[str, float]) -> tuple[float, list[float]]:
-    """The forward pass's share, and each block's seconds per micro-batch with what is not hidden, the last with the ends."""
-    work = task.rates.work(case)
-    per = case.num_microbatches * case.layers / case.pp
-    forward, backward = work.seconds("block")
-    computing = forward + backward + work.recomputed
-    layer = float((computing + sum(accounts[name] for name in ("tensor", "context", "expert")) / per)[0])
-    relative = np.array(task.shape.block_costs(float(case.mean_context[0])))
-    relative[-1] -= 6 * float((case.hidden * case.vocab * case.heads_of_loss)[0])
-    costs = relative * float(case.layers[0]) / relative.sum() * layer
-    costs[-1] += float(sum(work.seconds("ends"), np.zeros(1))[0])
-    return float((forward / computing)[0]), costs.tolist()
-
-
-def _memory(task: Task, case: Case, ranks: Array) -> Array:
-    return np.broadcast_to(sum(task.footprint.kinds(case, ranks).values(), np.zeros(1)), ranks.shape)
-
-
-def _deeper(case: Case) -> Case:
-    """The same with one more layer on each pipeline rank."""
-    more = (case.layers + case.pp) / case.layers
-    return replace(case, layers=case.layers * more, uses=case.uses * more, moe_layers=case.moe_layers * more,
-                   block_parameters=case.block_parameters * more, expert_parameters=case.expert_parameters * more)
-
-
-def _step(pipeline: Pipeline, busy: Array, forward: float, send: float, times: int) -> float:
-    """Seconds of a step's micro-batches; of many equal rounds of pp only the first few are simulated."""
-    pp = max(pipeline.ranks) + 1
-
-    def run(count: int) -> float:
-        return simulate(pipeline, busy * forward, busy * (1 - forward), 0.0, send, count, is_blocking=True).seconds
-
-    rounds, rest = divmod(times, pp)
-    if rounds <= STEADY + 1 or (rest and pipeline.schedule != DEFAULT_SCHEDULE):
-        return run(times)
-    before, after = (run(count * pp + rest) for count in (STEADY, STEADY + 1))
-    return after + (rounds - STEADY - 1) * (after - before)
 
 
 def finalists(grid: Grid, within: Mask | bool = True, count: int = FINALISTS) -> list[Finalist]:

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from athanor.cluster.spec import ClusterSpec
-from athanor.cost.case import FULL, NONE, SELECTIVE, Array, Case, case_of, mean_context
+from athanor.cost.case import FULL, NONE, PLACES, SELECTIVE, Array, Case, case_of, mean_context
 from athanor.cost.coefficients import load, python_factor
 from athanor.cost.measured import WIDTH_BYTES, Measured
 from athanor.cost.own import COMPUTING, corrected
+from athanor.cost.rates import Rates
 from athanor.cost.step import price
 from athanor.foundation.layout import Layout, keeps_whole
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
 from athanor.ledger.book import Book
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.memory import peak_memory
+from athanor.planner.named import DATASHEET, caveat, datasheet_rates
 
 RECOMPUTE = {"none": NONE, "full": FULL, "selective": SELECTIVE}
 
@@ -59,11 +61,12 @@ class Forecaster:
     """Forecasts on one cluster, corrected by the `factors` of its own finished runs; tables are prepared once per dtype."""
 
     def __init__(self, cluster: ClusterSpec, factors: Mapping[str, float] | None = None) -> None:
-        self.cluster, self.factors, self._rates = cluster, factors or {}, dict[tuple[str, str], Measured]()
+        self.cluster, self.factors, self._rates = cluster, factors or {}, dict[tuple[str, str], Rates]()
 
-    def rates(self, dtype: str, optimizer: str = "adamw") -> Measured:
+    def rates(self, dtype: str, optimizer: str = "adamw") -> Rates:
         if (dtype, optimizer) not in self._rates:
-            self._rates[dtype, optimizer] = Measured(self.cluster, dtype, optimizer)
+            self._rates[dtype, optimizer] = (datasheet_rates(self.cluster, dtype) if self.cluster.source == DATASHEET else
+                                             Measured(self.cluster, dtype, optimizer))
         return self._rates[dtype, optimizer]
 
     def steps(self, shape: DecoderShape, layout: Layout, stages: Sequence[StageChoice]) -> list[Step]:
@@ -110,6 +113,7 @@ class Forecaster:
         book.model_flops = shape.flops(book.tokens, float(mean_context(stage.seq_len, stage.document_tokens)))
         book.model_flops_full = shape.flops_full(book.tokens, stage.seq_len)
         book.memory_bytes = self.memory(shape, layout, stage)
+        book.notes += [caveat(self.cluster)] if self.cluster.source == DATASHEET else []
         return book.close()
 
     def memory(self, shape: DecoderShape, layout: Layout, stage: StageChoice) -> dict[str, list[float]]:
@@ -140,6 +144,7 @@ def case_for(shape: DecoderShape, layout: Layout, stages: Sequence[StageChoice])
     width = WIDTH_BYTES[stages[0].precision]
     return case_of([shape], {
         "pp": layout.pp, "chunks": stages_of(stages[0].schedule) if layout.pp > 1 else 1,
+        "schedule": PLACES[stages[0].schedule],
         "dp": layout.data_ranks, "shard": layout.dp_shard * layout.cp, "cp": layout.cp, "tp": layout.tp, "ep": layout.ep,
         "zero": zero, "is_sequence_parallel": layout.tp > 1, "is_scattered": layout.tp > 1,
         "is_cut_by_cost": 1,

@@ -6,6 +6,7 @@ import functools
 import math
 
 from athanor.cost.measured import LOGITS_BYTES, WIDTH_BYTES
+from athanor.cost.pipeline import kept_microbatches
 from athanor.foundation.layout import Layout, keeps_whole
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, cut, stages_of
 from athanor.models.shapes.decoder import DecoderShape
@@ -36,7 +37,7 @@ def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int,
         slots = 2 * own - (sum(blocks[n] for n in held) / layout.tp / (layout.dp_shard * layout.cp) if optimizer == "muon" else 0)
         gathered = stored * (weights if is_whole else (max(blocks[n] for n in held) + ends) / layout.tp)
         kept, worked = _kept(shape.hidden_size, [products[n] for n in held], layout.tp, recompute)
-        flight = _in_flight(layout.pp, rank, schedule, num_microbatches)
+        flight = float(kept_microbatches(schedule, layout.pp, stages_of(schedule), num_microbatches, rank))
         fused = sum(p.inputs * p.outputs for n in held for p in products[n] if p.cut == "outputs") / layout.tp
         between = 6.0 * hidden if layout.pp > 1 else 0.0  # what a stage got, and what it handed on
         at_end = is_last * hidden * (2.5 + 2 / layout.tp)
@@ -90,15 +91,6 @@ def _kept(hidden: int, blocks: list[list[Product]], tp: int, recompute: str) -> 
     every = int(recompute.removeprefix("every-")) if recompute.startswith("every-") else 1
     again = [number for place, number in enumerate(each) if place % every == 0]
     return sum(each) - sum(again) + len(again) * hidden / tp, max(again) + 2 * hidden + widest
-
-
-def _in_flight(pp: int, rank: int, schedule: str, num_microbatches: int) -> float:
-    """Micro-batches whose activations a pipeline rank keeps at a time."""
-    if pp == 1 or schedule in ("GPipe", "LoopedBFS"):
-        return num_microbatches if pp > 1 else 1
-    chunks = stages_of(schedule)
-    most = pp - rank if chunks == 1 else (2 * (pp - rank - 1) + (chunks - 1) * pp + 1) / chunks
-    return min(num_microbatches, max(1, most))
 
 
 def fits(memory: dict[str, list[float]], available_bytes: float, share: float = 0.8) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from athanor.cluster.spec import ClusterSpec, with_devices
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.toml import toml_value
-from athanor.foundation.units import format_count
-from athanor.laws import scaling
+from athanor.foundation.units import format_count, format_share
+from athanor.laws import goodput, scaling
 from athanor.ledger.book import Book, total
 from athanor.planner.chain import ACCOUNT, chain_seconds
 from athanor.planner.choose import Candidate, Text, block_parameters, rank_candidates
 from athanor.planner.forecast import Forecaster, StageChoice, Step
+from athanor.planner.named import DATASHEET, caveat
 from athanor.planner.stage import FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
 
 
@@ -59,8 +60,16 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     forecaster, text = Forecaster(cluster, factors), describe_text(recipe, scan)
     shares = budget_shares(recipe.stage)
     main = max(recipe.stage, key=lambda stage: shares[stage.name])
-    ranked = rank_candidates(forecaster, recipe, main, open_stage(main, text, cluster, recipe.parallel), text,
-                             budget_part(recipe, cluster, shares[main.name], main))
+
+    def ranking() -> list[Candidate]:
+        return rank_candidates(forecaster, recipe, main, open_stage(main, text, cluster, recipe.parallel), text,
+                               budget_part(recipe, cluster, shares[main.name], main))
+
+    ranked, job = ranking(), None
+    if recipe.budget.days is not None:
+        job = _expected(forecaster, ranked[0], recipe.budget.days)
+        shares = {name: share * job.goodput for name, share in shares.items()}
+        ranked = ranking()
     best, spare = ranked[0], 0.0
     filled: dict[str, FilledStage] = {}
     for stage in sorted(recipe.stage, key=lambda stage: stage is main):  # the main stage takes what the others leave
@@ -73,9 +82,37 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     reasons |= {f"stage.{name}.{key}": why for name, stage in filled.items() for key, why in stage.reasons.items()}
     books = {name: forecaster.stage(best.shape, best.layout, choice) for name, choice in choices.items()}
     chain = _chain(recipe, cluster, scan, text, best, filled[main.name])
+    notes = _notes(best, text, choices[main.name], cluster)
+    if job is not None:
+        stepping = sum(each.choice.steps * each.step.seconds for each in filled.values())
+        _add_faults(books[main.name], replace(job, stepping_seconds=stepping, interval=0.0))
+        notes.append(_said_of_faults(job, recipe.budget.days or 0.0, cluster.devices))
     return Plan(plan_values(recipe, best, choices, text), reasons, _scan_table(scan, text), books,
                 {name: stage.step for name, stage in filled.items()}, chain, whole_forecast(books, chain, cluster),
-                [_row(candidate) for candidate in ranked[1:6]], _notes(best, text, choices[main.name]), dict(factors or {}))
+                [_row(candidate) for candidate in ranked[1:6]],
+                notes, dict(factors or {}))
+
+
+def _expected(forecaster: Forecaster, best: Candidate, days: float) -> goodput.Job:
+    """What faults leave of so many days of the calendar on this shape and layout."""
+    save = forecaster.save_seconds(best.shape, best.layout)
+    return goodput.within(days * goodput.DAY, save, goodput.faults_per_second(best.layout.world_size))
+
+
+def _add_faults(book: Book, job: goodput.Job) -> None:
+    """What faults are expected to take; saves stand in the book already."""
+    for name, seconds in job.expect().items():
+        if name != "checkpoint":
+            book.add(name, seconds * book.devices, "planned")
+            book.wall_seconds += seconds
+    book.device_seconds = book.wall_seconds * book.devices
+    book.close()
+
+
+def _said_of_faults(job: goodput.Job, days: float, devices: int) -> str:
+    return (f"{job.faults * goodput.DAY:.2g} faults a day are expected on {devices:,} devices (the rate of Llama 3 405B's run): "
+            f"of {days:g} days, {job.stepping_seconds / goodput.DAY:.3g} are steps that are kept, a goodput of "
+            f"{format_share(job.goodput)}")
 
 
 def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice], text: Text) -> dict[str, Any]:
@@ -125,7 +162,8 @@ def _chain(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], text: Tex
                             evaluation_tokens=text.evaluation_tokens, models=len(recipe.stage), tasks=recipe.evaluate.tasks,
                             step_forward_tokens_per_second=speed, num_hidden_layers=best.shape.num_hidden_layers,
                             limit=recipe.evaluate.limit)
-    return seconds if recipe.cluster.file == "auto" else {**seconds, "check": 0.0}  # a given cluster.toml is not measured again
+    is_measured = recipe.cluster.file == "auto" and cluster.source != DATASHEET
+    return seconds if is_measured else {**seconds, "check": 0.0}  # a given cluster.toml is not measured again
 
 
 def _scan_table(scan: dict[str, Any], text: Text) -> dict[str, Any]:
@@ -154,9 +192,9 @@ def _why_layout(best: Candidate, cluster: ClusterSpec) -> str:
     return f"{best.layout} is the fastest layout of {cluster.devices} devices that fits memory and divides the shape"
 
 
-def _notes(best: Candidate, text: Text, choice: StageChoice) -> list[str]:
+def _notes(best: Candidate, text: Text, choice: StageChoice, cluster: ClusterSpec) -> list[str]:
     tokens = choice.steps * choice.global_batch_tokens(best.layout)
     epochs = tokens / text.unique_tokens
     unique = format_count(text.unique_tokens)
     notes = [f"the main stage reads {format_count(tokens)} of about {unique} tokens ({epochs:.2g} epochs)"]
-    return notes
+    return [*notes, caveat(cluster)] if cluster.source == DATASHEET else notes

@@ -40,6 +40,8 @@ def budget_part(recipe: Recipe, cluster: ClusterSpec, share: float, stage: Stage
     budget, price = recipe.budget, recipe.cluster.price_per_device_hour or cluster.price_per_device_hour
     if budget.minutes is not None:
         return Part("seconds", budget.minutes * 60 * share)
+    if budget.days is not None:  # `share` is without what faults take
+        return Part("seconds", budget.days * goodput.DAY * share)
     if budget.money is not None:
         if price is None:
             raise UserError("budget.money needs cluster.price_per_device_hour")
@@ -52,7 +54,7 @@ def budget_part(recipe: Recipe, cluster: ClusterSpec, share: float, stage: Stage
         return Part("tokens", stage.tokens)
     if stage.steps is not None:
         return Part("steps", stage.steps)
-    raise UserError(f"there is no budget: give budget.minutes, pd, tokens or money, or stage.{stage.name}.steps")
+    raise UserError(f"there is no budget: give budget.minutes, days, pd, tokens or money, or stage.{stage.name}.steps")
 
 
 def budget_shares(stages: list[Stage]) -> dict[str, float]:

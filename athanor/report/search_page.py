@@ -30,7 +30,7 @@ def write_search(found: dict[str, Any], path: Path) -> None:
 
 def _words(layout: dict[str, Any]) -> str:
     """A layout's degrees and choices, those left out that are 1, 0 or none."""
-    hidden = ("split", "pipeline_schedule")
+    hidden = ("split", "pipeline_schedule") if layout["pipeline_schedule"] in ("1F1B", "Interleaved1F1B") else ("split",)
     return " ".join(f"{key}={value}" for key, value in layout.items() if key not in hidden and value not in (0, 1, "none"))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from athanor.cost.pipeline import BACKWARD, FORWARD, FORWARD_HELD, INPUT, WEIGHT, best_split, bubble_share, order, simulate
+from athanor.cost.pipeline import kept_microbatches as kept_most
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.schedules import SCHEDULES, Pipeline, cut
 
@@ -184,6 +185,15 @@ def test_in_flight_is_what_a_rank_holds_when_it_holds_most(schedule: str, pp: in
             kept[stage] += {"F": 1, "B": -1, "W": -1}.get(kind, 0)
             most = max(most, sum(kept[s] * blocks[s] for s in stages))
         assert sum(in_flight[s] * blocks[s] for s in stages) == most
+
+
+def test_kept_microbatches_are_the_simulations_for_equal_stages() -> None:
+    for schedule, pp, loops, m in GRID:
+        pipeline = uniform(schedule, pp, loops)
+        in_flight = simulate(pipeline, 1, 1, 1, 0, m).in_flight
+        for rank in range(pp if pp > 1 else 0):
+            kept = float(kept_most(schedule, pp, loops, m, rank))
+            assert kept == sum(in_flight[s] for s in pipeline.stages_of(rank)) / loops, (schedule, pp, loops, m, rank)
 
 
 def test_what_a_schedule_does_not_take_is_refused() -> None:

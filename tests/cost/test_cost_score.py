@@ -20,7 +20,7 @@ from athanor.cost.calibrate import FILE, coefficients, own_factor, tables
 from athanor.cost.case import Array, Case
 from athanor.cost.datasheet import Datasheet, Machine
 from athanor.cost.memory import Footprint
-from athanor.cost.runs import Run, read_runs
+from athanor.cost.runs import MEASURED, NAMES, NUMBERS, WORDS, Run, read_runs
 from athanor.cost.score import Fitting, predict, ranking, score
 from athanor.cost.step import price
 from athanor.foundation.errors import UserError
@@ -226,6 +226,13 @@ def test_calibrating_writes_a_file_that_is_read_back(tmp_path: Path, some: Rows)
 def test_wrong_cells_are_named(tmp_path: Path, some: Rows, change: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         read_runs(write(tmp_path / "wrong.csv", [some[0] | change]))
+
+
+def test_every_column_that_is_read_stands_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
+    table = text.split("### Columns of a table of runs")[1].split("\n### ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(name.strip(" `") for row in rows for name in row.split(",")) == sorted({*NAMES, *WORDS, *NUMBERS, *MEASURED})
 
 
 def test_missing_columns_and_files_are_named(tmp_path: Path, some: Rows) -> None:

@@ -11,7 +11,7 @@ import athanor
 
 PACKAGE = Path(athanor.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOM_LINES = {"data": 4500, "planner": 2000, "cost": 2000, "models": 4000, "foundation": 1800, "report": 1300}
+ROOM_LINES = {"data": 4500, "planner": 2000, "cost": 2100, "models": 4000, "foundation": 1800, "report": 1300}
 OTHER_ROOM_LINES = 1000
 
 

@@ -12,7 +12,7 @@ from athanor.cli.plan import command
 from athanor.cluster.spec import load_accelerator
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.units import PD_FLOP
-from athanor.laws.claims import Claims, Finding, compare
+from athanor.laws.claims import Claims, Finding, compare, verdict
 from athanor.models.shapes.find import find_shape
 
 A100 = 312e12
@@ -99,16 +99,39 @@ def test_m32_uses_a_tenth_of_itself() -> None:
     assert found(model="yuan2-m32", params=3.7e9)["active_parameters"].agrees is True
 
 
+YUAN = {"params": 245.7e9, "tokens": 180e9, "devices": 2128, "peak_flops": A100, "days": 15}
+
+
+@pytest.mark.parametrize(("figures", "words"), [
+    (YUAN | {"efficiency": 0.45, "pd": 4095}, ["4,095 PD is 8ND (6ND would be 3,071)", "45.0 % is HFU with recomputation",
+                                                "MFU is 33.8 %", "fits the 15 days"]),
+    (YUAN | {"efficiency": 0.338, "pd": 3071}, ["3,071 PD is 6ND (8ND would be 4,095)", "33.8 % is MFU"]),
+    (YUAN | {"efficiency": 0.9, "pd": 5000}, ["5,000 PD is neither 6ND nor 8ND (6ND would be 3,071 and 8ND would be 4,095)",
+                                              "fits as neither MFU nor HFU"]),
+    ({"params": 175e9, "tokens": 300e9, "pd": 3640}, ["3,640 PD is 6ND"]),
+    ({"pd": 248842}, ["no published figure is there twice"]),
+    ({"model": "llama-3-8b", "params": 9e9}, ["9e+09 parameters are not the model's 8,030,261,248"])])
+def test_the_verdict_says_which_figures_agree_and_how(figures: dict[str, Any], words: list[str]) -> None:
+    """Yuan 1.0 (arXiv:2110.04725): 4,095 PD counts recomputation, and so does its 45 %."""
+    shape = find_shape(figures.pop("model")) if "model" in figures else None
+    claims = Claims(shape=shape, **figures)
+    said = verdict(claims, compare(claims))
+    assert all(word in said for word in words), said
+
+
 def test_the_command_prints_sentences_or_one_document(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["claims", "--params", "245.7e9", "--tokens", "180e9", "--devices", "2128", "--accelerator", "A100-80",
                  "--days", "15", "--efficiency", "0.45", "--pd", "4095"]
     result = CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False)
-    findings = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
+    printed = json.loads(result.stdout)
+    findings = {finding["name"]: finding for finding in printed["findings"]}
+    assert printed["verdict"].startswith("4,095 PD is 8ND")
     assert {name: findings[name]["agrees"] for name in ("pd_6ND", "pd_8ND", "days_6ND", "days_8ND")} == {
         "pd_6ND": False, "pd_8ND": True, "days_6ND": False, "days_8ND": True}
     assert findings["pd_6ND"]["difference"] == pytest.approx(1 / 3, rel=1e-3)
     assert load_accelerator("A100-80")["peak_bf16_flops"]["value"] == A100
-    assert CliRunner().invoke(command, arguments).stdout == ""
+    said = CliRunner().invoke(command, arguments)
+    assert said.stdout == "" and said.stderr.startswith("4,095 PD is 8ND")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from athanor.cli.plan_goodput import command
 from athanor.foundation.errors import UserError
-from athanor.laws.goodput import DAY, Job, best_interval, faults_per_second, saving_seconds, young_interval
+from athanor.laws.goodput import DAY, Job, best_interval, faults_per_second, saving_seconds, within, young_interval
 from athanor.ledger.accounts import NAMES
 
 
@@ -109,3 +109,17 @@ def test_verb_goodput_prints_interval_accounts_and_finish() -> None:
                            ([*arguments, "--failures-per-1000-device-days", "-3"], "= -3; it must be a number above 0")):
         error = CliRunner().invoke(command, wrong).exception
         assert isinstance(error, UserError) and message in str(error), wrong
+
+
+def test_a_budget_of_the_calendar_leaves_what_the_expectation_says() -> None:
+    for days in (0.5, 10.0, 54.0):
+        job = within(days * DAY, 30.0, faults_per_second(16384))
+        assert job.wall_seconds == pytest.approx(days * DAY, rel=2e-3) and job.wall_seconds <= days * DAY
+        assert Job(1.01 * job.stepping_seconds, 30.0, 300.0, 600.0, job.faults).wall_seconds > days * DAY
+    found = CliRunner().invoke(command, ["--devices", "16384", "--days", "54", "--checkpoint-seconds", "30", "--json"])
+    printed = json.loads(found.stdout)
+    assert printed["wall_seconds"] == pytest.approx(54 * DAY, rel=2e-3)
+    assert printed["stepping_device_seconds"] == pytest.approx(16384 * 54 * DAY * printed["goodput"], rel=2e-3)
+    for arguments in ([], ["--days", "3", "--days-of-steps", "2"]):
+        with pytest.raises(UserError, match="either --days-of-steps, or --days"):
+            CliRunner().invoke(command, ["--devices", "8", "--checkpoint-seconds", "30", *arguments], catch_exceptions=False)

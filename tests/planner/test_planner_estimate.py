@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from click.testing import CliRunner
 
 from athanor.cli.plan_estimate import command
 from athanor.cluster.spec import ClusterSpec
-from athanor.foundation.errors import UserError
+from athanor.cost.calibrate import coefficients
+from athanor.cost.runs import NUMBERS, WORDS, Run
+from athanor.cost.score import predict
+from athanor.foundation.errors import LayoutError, UserError
 from athanor.models.shapes.find import find_shape
 from athanor.planner.estimate import estimate
 
@@ -103,3 +107,70 @@ def test_a_cluster_file_must_be_of_an_accelerator_with_memory(tmp_path: Path, ch
     replace(fine, **change).write(tmp_path / "cluster.toml")
     with pytest.raises(UserError, match=words):
         asked("gpt2", str(tmp_path / "cluster.toml"), "dp_shard=-1")
+
+
+def test_a_split_is_priced_with_its_own_stages() -> None:
+    """GPipe's step is (m - 1) x the costliest stage + the sum of all, and a stage's blocks all cost the same but the head."""
+    shape, cluster = find_shape("llama-3-8b"), "H100-80 devices=4"
+    words = "pp=4 seq_len=4096 num_microbatches=16 pipeline_schedule=GPipe program=megatron "
+    even, more, less = (estimate(shape, cluster, words + split) for split in ("split=8,8,8,8", "split=7,8,8,9", "split=4x8"))
+    plain = estimate(shape, cluster, words)
+    assert even["step_seconds"] == less["step_seconds"] == pytest.approx(plain["step_seconds"], rel=0.01)
+    assert even["memory_gib"] == pytest.approx(plain["memory_gib"])
+    times = [one["accounts"][name] for one in (even, more) for name in ("bubble", "pipeline")]
+    stepping = sum(even["accounts"][name] for name in ("useful", "kernel"))
+    block = stepping / 16 / (8 + 0.25 * 1.3)  # of a micro-batch, an average rank's blocks and its quarter of the head
+    assert (times[2] + times[3]) - (times[0] + times[1]) == pytest.approx(15 * block, rel=0.1)
+    assert more["memory_gib"][0] < even["memory_gib"][0] and more["memory_gib"][3] > even["memory_gib"][3]
+    assert more["memory_gib"][1] == pytest.approx(even["memory_gib"][1]) and more["layout"]["split"] == [7, 8, 8, 9]
+    loops = estimate(shape, cluster, "pp=4 split=8x4 pipeline_schedule=Interleaved1F1B")
+    assert loops["layout"]["stages_per_rank"] == 2
+    folded = estimate(shape, cluster, "pp=4 pipeline_schedule=ZBVZeroBubble")["memory_gib"]
+    assert folded[0] == max(folded), "both ends of the model lie on the first rank of a V"
+    for split, said in (("8,8,8", "has 3 stages; 1F1B on pp = 4 needs 4"), ("8,8,8,9", r"places 33 blocks.*32 once"),
+                        ("8,a", "blocks of each stage are expected"), ("0,16,8,8", "at least one per stage"),
+                        ("-1,17,8,8", "blocks of each stage are expected")):
+        with pytest.raises(LayoutError, match=said):
+            estimate(shape, cluster, f"pp=4 split={split}")
+
+
+@pytest.mark.parametrize(("model", "framework", "program", "words"), [
+    ("llama-3-8b", "torchtitan", "fsdp", {"zero_stage": "3"}),
+    ("llama-3-8b", "Megatron-Core", "megatron-core", {"tp": "2", "zero_stage": "1"}),
+    ("mixtral-8x7b", "Megatron-Core", "megatron-core", {"tp": "2", "ep": "8", "zero_stage": "1", "pp": "4"})])
+def test_score_and_estimate_agree_on_a_row_without_a_year(model: str, framework: str, program: str,
+                                                          words: dict[str, str]) -> None:
+    layout = {"tp": "1", "pp": "1", "ep": "1"} | words
+    texts = {"model": model, "gpu": "H100-80", "framework": framework, "precision": "bf16", "recompute": "none"} | layout
+    sizes = {"n_gpus": 64, "seq": 4096, "global_batch_seqs": 512, "micro_batch": 1, **{key: int(n) for key, n in layout.items()}}
+    run = Run("X-1", "", "ok", {name: texts.get(name, "") for name in WORDS},
+              {name: float(sizes.get(name, math.nan)) for name in NUMBERS}, math.nan, math.nan)
+    shard = 64 // int(layout["tp"]) // int(layout["pp"])
+    asked = (f"tp={layout['tp']} pp={layout['pp']} ep={layout['ep']} dp_shard={shard} seq_len=4096 zero={layout['zero_stage']} "
+             f"global_batch_tokens={512 * 4096} program={program}")
+    found = estimate(find_shape(model), "H100-80 devices=64", asked)
+    assert predict([run]).seconds[0] == pytest.approx(found["step_seconds"], rel=1e-9)
+    assert predict([run]).memory_bytes[0] <= max(found["memory_gib"]) * 2**30 * (1 + 1e-9)
+
+
+def test_fp32_is_priced_at_its_own_peak() -> None:
+    """H100 (datasheet, SXM): 67 TFLOP/s in fp32, 989 in bf16; products dominate a step of long rows."""
+    shape, words = find_shape("llama-3-8b"), "seq_len=8192 micro_batch_size=2 precision="
+    half, single = (estimate(shape, "H100-80 devices=1", words + precision) for precision in ("bf16", "fp32"))
+    assert 10 < single["step_seconds"] / half["step_seconds"] < 989 / 67
+    assert single["accounts"]["useful"] / half["accounts"]["useful"] == pytest.approx(989 / 67, rel=1e-3)
+    with pytest.raises(UserError, match="'Gaudi2': its peak in fp32 is unknown"):
+        estimate(shape, "Gaudi2 devices=1", "precision=fp32")
+
+
+def test_hybrid_sharding_gathers_inside_a_group_and_reduces_across() -> None:
+    """Over 25 Gbit/s a device, 8 x 8: parameters gathered inside a node take NVLink alone, and a step's reduction of a node's
+    shards moves 1/8 of the gradients by each device."""
+    shape, cluster = find_shape("llama-3-8b"), "H100-80 devices=64 nic_gbps=25"
+    words = "seq_len=4096 num_microbatches=4 zero=3 program=fsdp "
+    everywhere, hybrid, inside = (estimate(shape, one, words + layout)["accounts"]["data_parallel"] for one, layout in (
+        (cluster, "dp_shard=64"), (cluster, "dp_replicate=8 dp_shard=8"), ("H100-80 devices=8", "dp_shard=8")))
+    assert inside < hybrid < everywhere / 3
+    across = 2 * (8.03e9 * 2 / 8) * 7 / 8 / (25e9 / 8)  # seconds of a ring of 8 at the whole rate of the link
+    c = coefficients("time").mapping()  # what of it is not hidden, and of the link's rate is reached
+    assert hybrid - inside == pytest.approx(across * c["data_parallel"] * c["data_parallel.fsdp"] / c["network"], rel=0.02)

@@ -18,6 +18,7 @@ from athanor.cost.measured import Measured, Table
 from athanor.foundation.errors import UserError
 from athanor.foundation.layout import Layout
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.find import new_shape
 from athanor.planner.forecast import Forecaster, StageChoice
 from athanor.planner.memory import fullest, peak_memory
 
@@ -53,6 +54,17 @@ def test_collectives_cost_latency_when_small(machine: ClusterSpec) -> None:
     curves = Measured(machine, "fp32").collective
     assert curves("all_reduce", 8) == curves("all_reduce", 4096)
     assert curves("all_gather", 2**26) == pytest.approx(2**26 / 1e9, rel=0.05)
+
+
+def test_a_layer_without_a_gate_is_priced_without_one(machine: ClusterSpec) -> None:
+    """GELU is a pass forward and a pass backward; SwiGLU multiplies, computes SiLU again and splits: five passes more, and two
+    joined matrices to copy, forward and backward."""
+    sizes = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "max_position_embeddings": 256}
+    plain, gated = (Forecaster(machine).step(new_shape(name, **sizes, **more), Layout(), STAGE).parts["elementwise"]
+                    for name, more in (("gpt2", {}), ("llama", {"num_key_value_heads": 4, "head_dim": 32})))
+    elements = 5 * 2048 * 352 + 4 * 128 * 352
+    assert gated - plain == pytest.approx(load()["step"]["pass_factor"] * PASS_SECONDS * 4 * 2 * elements, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2), Layout(tp=2), Layout()])

@@ -16,13 +16,14 @@ from athanor.cli.plan import command
 from athanor.cost.pipeline import simulate
 from athanor.foundation.errors import AthanorError, LayoutError, UserError
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
-from athanor.foundation.schedules import check_pipeline, cut
+from athanor.foundation.schedules import SCHEDULES, check_pipeline, cut
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import find_shape
 from athanor.planner import answers, explain
 from athanor.planner.estimate import RECOMPUTE, estimate, read_cluster_words
-from athanor.planner.finalists import Finalist, _step, finalists, refine
+from athanor.planner.finalists import Finalist, finalists, refine
 from athanor.planner.search import MICRO_BATCHES, Task, sweep
+from athanor.planner.stages import step_seconds
 
 SMALL = DecoderShape(vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=12, num_attention_heads=16,
                      num_key_value_heads=4, max_position_embeddings=2048)
@@ -120,14 +121,16 @@ def test_the_cap_is_where_the_probability_is_what_was_asked_for() -> None:
 
 @pytest.mark.parametrize(("schedule", "pp", "loops", "times", "split"), [
     ("1F1B", 4, 1, 64, None), ("1F1B", 3, 1, 31, None), ("1F1B", 5, 1, 47, [3, 2, 2, 2, 3]), ("Interleaved1F1B", 4, 3, 48, None),
-    ("Interleaved1F1B", 3, 2, 36, [1, 2, 3, 2, 2, 2]), ("Interleaved1F1B", 6, 2, 35, None)])
+    ("Interleaved1F1B", 3, 2, 36, [1, 2, 3, 2, 2, 2]), ("Interleaved1F1B", 6, 2, 35, None),
+    ("GPipe", 4, 1, 50, None), ("ZBVZeroBubble", 3, 2, 31, [1, 2, 3, 2, 2, 2]),
+    ("DualPipeV", 4, 2, 45, [1, 1, 2, 2, 2, 1, 1, 2]), ("InterleavedZeroBubble", 3, 2, 36, None), ("LoopedBFS", 3, 2, 40, None)])
 @pytest.mark.parametrize("send", [0.0, 0.2])
 def test_rounds_that_repeat_are_as_long_as_those_simulated(schedule: str, pp: int, loops: int, times: int,
                                                            split: list[int] | None, send: float) -> None:
     pipeline = cut(pp, schedule, [1.0] * 12, split or [12 // (pp * loops)] * (pp * loops))
     busy = np.array([len(held) for held in pipeline.blocks]) + np.eye(len(pipeline.blocks))[-1] * 0.7
-    whole = simulate(pipeline, busy / 3, busy * 2 / 3, 0.0, send, times, is_blocking=True).seconds
-    assert _step(pipeline, busy, 1 / 3, send, times) == pytest.approx(whole, rel=1e-9)
+    whole = simulate(pipeline, busy / 3, busy / 3, busy / 3, send, times, is_blocking=True).seconds
+    assert step_seconds(pipeline, busy, (1 / 3, 1 / 3), send, times) == pytest.approx(whole, rel=1e-9)
 
 
 def test_simulation_replaces_the_closed_form_and_stays_near_it() -> None:
@@ -136,6 +139,51 @@ def test_simulation_replaces_the_closed_form_and_stays_near_it() -> None:
         assert refine(grid, index).seconds == pytest.approx(grid.seconds[index], rel=0.01)
     for index in grid.best(30, ~grid.is_even):
         assert grid.seconds[index] * 0.98 < refine(grid, index).seconds < grid.seconds[index] * 1.3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_of_the_grid_is_priced_as_it_is_simulated(schedule: str) -> None:
+    grid = sweep(task(LARGE, 1024, 2048, 4096, "H100-80", recompute=("none", "full"), schedules=(schedule,)))
+    rel = 0.04 if SCHEDULES[schedule].placement == "v" else 0.005  # a V's turn is no hop, and its last rank has no head
+    several = grid.is_even & (grid.columns["pp"] > 1)
+    chosen = grid.best(25, several)
+    assert len(chosen) == 25
+    for index in chosen:
+        final = refine(grid, index)
+        assert final.schedule == schedule and final.seconds == pytest.approx(grid.seconds[index], rel=rel)
+
+
+def test_the_grid_of_all_schedules_is_what_each_takes() -> None:
+    one = task(SMALL, 8, 32, recompute=("none", "selective"), schedules=tuple(SCHEDULES))
+    columns = sweep(one).columns
+    rows = zip(*(columns[name].astype(int).tolist() for name in ("pp", "chunks", "num_microbatches", "schedule")),
+               columns["recompute"].tolist(), strict=True)
+    found, expected = {row for row in rows if row[0] > 1}, set()
+    names = {code: name for name, code in RECOMPUTE.items()}
+    for pp, chunks, times, recompute in {(row[0], row[1], row[2], row[4]) for row in found}:
+        for place, schedule in enumerate(SCHEDULES):
+            try:
+                cut(pp, schedule, [1.0] * 12, [12 - pp * chunks + 1] + [1] * (pp * chunks - 1))
+                check_pipeline(Layout(pp=pp), schedule, stages=pp * chunks, num_microbatches=times, is_compiled=False,
+                               recompute=names[recompute])
+                expected.add((pp, chunks, times, place, recompute))
+            except LayoutError:
+                continue
+    assert found == expected and {row[3] for row in found} == set(range(len(SCHEDULES)))
+
+
+def test_schedules_rank_as_they_do_in_theory() -> None:
+    """Same bubble of GPipe and 1F1B with more memory of GPipe; LoopedBFS as Interleaved1F1B; splitting the backward pass waits
+    less, for which each rank keeps as much as the first of 1F1B does (Qi et al. 2024), and a V's first holds the head as well."""
+    words = "pp=4 seq_len=1024 num_microbatches=16 micro_batch_size=1 pipeline_schedule="
+    found = {name: estimate(SMALL, "A100-80 devices=4", words + name) for name in SCHEDULES if name != "DualPipeV"}
+    bubbles = {name: one["accounts"]["bubble"] for name, one in found.items()}
+    assert bubbles["GPipe"] == pytest.approx(bubbles["1F1B"]) and bubbles["LoopedBFS"] == bubbles["Interleaved1F1B"]
+    assert bubbles["ZBVZeroBubble"] < bubbles["InterleavedZeroBubble"] < bubbles["Interleaved1F1B"] < bubbles["1F1B"]
+    memory = {name: one["memory_gib"] for name, one in found.items()}
+    assert memory["GPipe"][0] > memory["1F1B"][0] == memory["InterleavedZeroBubble"][0]
+    assert memory["GPipe"][2] > memory["ZBVZeroBubble"][2] == memory["InterleavedZeroBubble"][2] > memory["1F1B"][2]
+    assert memory["ZBVZeroBubble"][0] > memory["InterleavedZeroBubble"][0]
 
 
 def equal_stages(grid: Any, index: int) -> Any:
@@ -272,7 +320,8 @@ def test_the_command_prints_one_document_and_writes_a_page(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("change", "words"), [
     (["--devices", "0"], "devices"), (["--global-batch-tokens", "2097153"], "nearest is 2097152"),
-    (["--recompute", "ful"], "full"), (["--precision", "bf61"], "bf16"), (["--program", "megatron_core"], "megatron-core"),
+    (["--recompute", "ful"], "full"), (["--precision", "bf61"], "bf16"), (["--schedule", "1f1b"], "did you mean '1F1B'"),
+    (["--program", "megatron_core"], "megatron-core"),
     (["--cluster", "H100-8"], "H100"), (["--model", "llama-3-9b"], "llama-3-8b"), (["--most-oom", "1.5"], "between 0 and 1"),
     (["--tokens", "-1"], "above 0"), (["--model", "llama-3-405b", "--devices", "8"], "it fits on"),
     (["--devices", "61"], "devices have one"), (["--cluster", "A100-80"], "on how many A100-80"),

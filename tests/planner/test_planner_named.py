@@ -1,0 +1,98 @@
+"""Plans for accelerators that are not here: by datasheet, said so, and refused where something is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from athanor.cli.main import program
+from athanor.cluster.spec import read_cluster
+from athanor.foundation.errors import AthanorError, UserError
+from athanor.foundation.recipe import Recipe, load_recipe
+from athanor.laws.goodput import faults_per_second
+from athanor.models.shapes.find import find_shape
+from athanor.planner.estimate import estimate, read_cluster_words
+from athanor.planner.named import named_cluster
+from athanor.planner.plan import make_plan
+
+LLAMA = Path(__file__).parents[2] / "recipes" / "llama3-8b.toml"
+LONG = {"bytes": 10**15, "documents": 1}  # no row sees the end of a document
+
+
+def test_a_plan_by_datasheet_forecasts_what_estimate_says_of_its_layout() -> None:
+    recipe = load_recipe(LLAMA, ["cluster.devices=256", "parallel.dp_replicate=1", "parallel.dp_shard=-1",
+                                 "stage.pretrain.global_batch_tokens=4194304"])
+    plan = make_plan(recipe, named_cluster(recipe.cluster), LONG)
+    words = "dp_shard=256 micro_batch_size=1 seq_len=8192 global_batch_tokens=4194304 zero=3 program=fsdp"
+    alone = estimate(find_shape("llama-3-8b"), "H100-80 devices=256 per_node=8 nic_gbps=400", words)
+    assert plan.values["stage"][0]["micro_batch_size"] == 1
+    assert plan.steps["pretrain"].seconds == pytest.approx(alone["step_seconds"], rel=1e-3)
+    assert "datasheet's of H100-80" in plan.notes[-1] and plan.notes[-1] in plan.forecast.notes
+
+
+def test_the_command_plans_and_says_what_it_rests_on(toy: Callable[..., Recipe], tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    toy()
+    (tmp_path / "text.md").write_text("words and words " * 5000)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", "toy.toml", "cluster.accelerator=H100-80", "cluster.devices=8", "model.hidden_size=1024",
+                 "model.num_hidden_layers=16", "data.source.words.path=."]
+    found = json.loads(CliRunner().invoke(program, [*arguments, "--json"], catch_exceptions=False).stdout)
+    assert "nothing was measured" in found["notes"][-1] and found["chain_seconds"]["check"] == 0
+    assert found["stage"][0]["precision"] == "bf16" and not (tmp_path / "runs" / "toy" / "cluster.toml").exists()
+    assert "nothing was measured" in json.loads((tmp_path / "runs" / "toy" / "forecast.json").read_text())["notes"][0]
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["cluster.accelerator=H100-8"], "did you mean 'H100-80'"), ([], "on how many H100-80"),
+    (["cluster.devices=8", "cluster.nic_gbps=3200"], "of one device: nic_gbps=400"),
+    (["cluster.devices=8", "stage.pretrain.precision=fp64"], "the peak of H100-80 in fp64 is unknown"),
+    (["cluster.devices=8", "parallel.tp=3"], "tp = 3")])
+def test_what_is_missing_or_wrong_is_said(toy: Callable[..., Recipe], overrides: list[str], words: str) -> None:
+    recipe = toy(*(overrides if "accelerator" in "".join(overrides) else ["cluster.accelerator=H100-80", *overrides]))
+    with pytest.raises(AthanorError, match=words):
+        make_plan(recipe, named_cluster(recipe.cluster), LONG)
+
+
+def test_bandwidth_is_of_one_device_everywhere(tmp_path: Path) -> None:
+    recipe = load_recipe(LLAMA, [])
+    spec = named_cluster(recipe.cluster)
+    assert spec.network_bytes_per_second == 400e9 / 8
+    spec.write(tmp_path / "cluster.toml")
+    assert read_cluster(tmp_path / "cluster.toml") == spec
+    facts = read_cluster_words(str(tmp_path / "cluster.toml")).facts
+    assert facts["nic_gbps"] == read_cluster_words("H100-80 nic_gbps=400").facts["nic_gbps"] == recipe.cluster.nic_gbps == 400
+    for text in ("H100-80 nic_gbps=3200", "H100-80 per_node=4 nic_gbps=1600"):
+        with pytest.raises(UserError, match="of one device: nic_gbps=400"):
+            read_cluster_words(text)
+
+
+def test_a_chain_is_not_run_for_a_machine_that_is_not_here(toy: Callable[..., Recipe], tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    toy()
+    (tmp_path / "text.md").write_text("words " * 5000)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is another machine"):
+        CliRunner().invoke(program, ["run", "toy.toml", "cluster.accelerator=H100-80", "cluster.devices=8"],
+                           catch_exceptions=False)
+
+
+def test_a_budget_in_days_buys_what_faults_leave() -> None:
+    for devices in (64, 2048):
+        recipe = load_recipe(LLAMA, [f"cluster.devices={devices}", "parallel.dp_replicate=1", "parallel.dp_shard=-1",
+                                     "budget.days=20"])
+        recipe.stage[0].tokens = None
+        plan = make_plan(recipe, named_cluster(recipe.cluster), LONG)
+        steps, seconds = plan.values["stage"][0]["steps"], plan.steps["pretrain"].seconds
+        save = plan.books["pretrain"].accounts["checkpoint"] / devices
+        faults = faults_per_second(devices)
+        interval = plan.values["stage"][0]["checkpoint_every"] * seconds
+        first_order = 1 - faults * (interval / 2 + 900) - save / (20 * 86400)  # a fault loses half an interval and a restart
+        assert 0.95 < first_order < 0.99 and steps * seconds / (20 * 86400) == pytest.approx(first_order, abs=2e-3)
+        around = sum(plan.books["pretrain"].accounts[name] for name in ("checkpoint", "lost", "down", "startup")) / devices
+        assert steps * seconds + around == pytest.approx(20 * 86400, rel=2e-3)
+        assert "faults a day are expected" in plan.notes[-1]
