@@ -33,6 +33,7 @@ PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distri
 
 
 GRACE_SECONDS = 0.5  # how long after a failure we listen for other ranks
+SERVER_LOST = 255  # what multiprocessing says of a process whose fork server has died
 SEARCH_SECONDS = 5.0  # the same while all that is known are broken connections, which another rank has caused
 
 
@@ -166,6 +167,8 @@ def _death(rank: int, process: Any, log: str) -> RankError:
     code = process.exitcode
     if code is not None and code < 0:
         return RankError(rank, f"was killed by signal {-code} ({signal.Signals(-code).name})", log, number=-code)
+    if code == SERVER_LOST:
+        return RankError(rank, "ended together with the fork server that starts all ranks", log)
     return RankError(rank, f"ended with exit code {code} before it returned a result", log)
 
 

@@ -7,8 +7,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ Row = dict[str, Any]
 def supervised(recipe_file: Path) -> Callable[..., dict[str, Any]]:
     """Train on two ranks that an agent owns."""
 
-    def run(folder: Path, target: str = "athanor.train.loop:train_stage", **arguments: Any) -> dict[str, Any]:
+    def run(folder: Path, target: str = "athanor.train.loop:train_stage", overrides: Sequence[str] = (),
+            **arguments: Any) -> dict[str, Any]:
         start_server("athanor.train.loop")
-        recipe = load_recipe(recipe_file, list(CHOICES))
+        recipe = load_recipe(recipe_file, [*CHOICES, *overrides])
         return Agent(RunFolder(folder).stage("pretrain"), 2, 1).run(
             target, {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain", "launched": 0.0, **arguments})
 
@@ -87,7 +88,8 @@ def assert_only_uncheckpointed_steps_are_lost(stage: StageFolder) -> None:
             saved = row["step"]
         elif row["kind"] == "restart":
             assert row["step"] >= saved
-    assert len(read_jsonl(stage.metrics)) <= STEPS + (EVERY + 1) * len(events(stage, "fault"))
+    steps = {row["step"] for row in read_jsonl(stage.metrics)}
+    assert len(read_jsonl(stage.metrics)) <= len(steps) + (EVERY + 1) * len(events(stage, "fault"))
 
 
 def assert_every_second_is_told(stage: StageFolder, wall_seconds: float) -> None:
@@ -97,7 +99,7 @@ def assert_every_second_is_told(stage: StageFolder, wall_seconds: float) -> None
     assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"]
 
 
-@pytest.mark.parametrize("who", ["one", "all"])
+@pytest.mark.parametrize("who", ["one", pytest.param("all", marks=pytest.mark.slow)])
 def test_killed_ranks_are_named_and_started_again(supervised: Any, run_folder: Path, wanted: str, tmp_path: Path,
                                                   who: str) -> None:
     seed = random.SystemRandom().randrange(10**6)
@@ -125,6 +127,7 @@ def test_killed_ranks_are_named_and_started_again(supervised: Any, run_folder: P
     assert accounts["down"] > 0 and accounts["lost"] > 0 and accounts["startup"] > 0
 
 
+@pytest.mark.slow
 def test_an_exception_once_is_told_and_forgiven(supervised: Any, run_folder: Path, wanted: str, tmp_path: Path) -> None:
     marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
     marks.mkdir()
@@ -149,6 +152,7 @@ def test_the_same_exception_at_the_same_step_is_held_with_its_traceback(supervis
     assert hash_folder(stage.model) == wanted
 
 
+@pytest.mark.slow
 def test_faults_without_progress_are_tried_ever_more_slowly_and_not_for_ever(
         supervised: Any, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
@@ -200,3 +204,50 @@ def test_an_attempt_that_never_began_is_startup() -> None:
     assert attempt([start], []) == {"startup": 3.0, "checkpoint": 0, "lost": 7.0}
     assert attempt([start, saved], [{"time": 104.0}]) == {"startup": 0.0, "checkpoint": 1.5, "lost": 4.5}
     assert isinstance(Held("x"), AthanorError)
+
+
+@pytest.mark.parametrize("kills", [pytest.param(12, marks=pytest.mark.slow),
+                                   pytest.param(200, marks=[pytest.mark.drill, pytest.mark.timeout(1800)])])
+def test_many_kills_at_random_moments(supervised: Any, run_folder: Path, data_folder: Path, tmp_path: Path, kills: int,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, both, or the process that starts them, also while they start and save."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance, stage, pids = random.Random(seed), RunFolder(run_folder).stage("pretrain"), tmp_path / "pids"
+    monkeypatch.setattr(agent_module, "MOST_FAULTS", 10**6)
+    monkeypatch.setattr(agent_module, "LONGEST_WAIT_SECONDS", 0.0)
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    (calm / "data").symlink_to(data_folder)
+    longer = (f"stage.pretrain.steps={60 * kills}",)
+    supervised(calm, overrides=longer)
+
+    victims: list[list[int]] = []  # ranks, none when it was the server
+
+    def kill() -> None:
+        before: list[int] = []
+        for _ in range(kills):
+            deadline = time.monotonic() + 60
+            while len(found := [int(file.read_text()) for file in sorted(pids.glob("[01]"))]) < 2 or set(found) & set(before):
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            before = found
+            server = int(Path(f"/proc/{found[0]}/stat").read_text().split()[3])
+            time.sleep(chance.uniform(0.0, 3.0))
+            victims.append(chance.choice([*([0], [1], [0, 1]) * 4, []]))
+            for pid in [found[rank] for rank in victims[-1]] or [server]:
+                with suppress(ProcessLookupError):  # the other one's death was quicker
+                    os.kill(pid, signal.SIGKILL)
+        (pids / "hurry").touch()
+
+    begin = time.monotonic()
+    with when(stage, 0, 0.0, kill):
+        supervised(run_folder, "jobs_ranks:train_in_sight", overrides=longer, pids=str(pids), pause=0.02)
+    seconds = time.monotonic() - begin
+    assert len(events(stage, "fault")) == kills and not events(stage, "damaged")
+    for fault, ranks in zip(events(stage, "fault"), victims, strict=True):
+        assert fault["signal"] == 9 and fault["rank"] in ranks if ranks else "with the fork server" in fault["sentence"]
+    print([len(ranks) for ranks in victims], [fault["sentence"][:40] for fault in events(stage, "fault")])
+    assert hash_folder(stage.model) == hash_folder(RunFolder(calm).stage("pretrain").model)
+    assert_only_uncheckpointed_steps_are_lost(stage)
+    assert_every_second_is_told(stage, seconds)

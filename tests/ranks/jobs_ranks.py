@@ -11,14 +11,17 @@ from typing import Any
 
 
 def train_in_sight(channel: Callable[..., None], pids: str, pause: float = 0.0, **arguments: Any) -> dict[str, Any]:
-    """Train, with this rank's process number in a file of the folder `pids`, and a pause in every step."""
+    """Train, with this rank's process number in a file of the folder `pids`, and a pause in every step.
+
+    There is no pause any more when the folder has a file `hurry`.
+    """
     from athanor.foundation.intervals import interval
     from athanor.foundation.run_folder import write_atomic
     from athanor.train import loop
 
     def rest() -> None:
         with interval("input"):
-            time.sleep(pause)
+            time.sleep(0.0 if Path(pids, "hurry").exists() else pause)
 
     write_atomic(Path(pids, os.environ["RANK"]), str(os.getpid()))
     _before_step(loop, rest)
