@@ -22,6 +22,7 @@ from athanor.foundation.run_folder import RunFolder, StageFolder, hash_folder, r
 from athanor.jobs import agent as agent_module
 from athanor.jobs.agent import Agent, Held, Stopped
 from athanor.ledger.book import read_book
+from athanor.train.settings import layout_of
 
 STEPS, EVERY = 24, 6
 CHOICES = ("stage.pretrain.precision=fp32", f"stage.pretrain.steps={STEPS}", f"stage.pretrain.checkpoint_every={EVERY}",
@@ -31,13 +32,13 @@ Row = dict[str, Any]
 
 @pytest.fixture
 def supervised(recipe_file: Path) -> Callable[..., dict[str, Any]]:
-    """Train on two ranks that an agent owns."""
+    """Train on ranks that an agent owns, two unless `overrides` lay them out otherwise."""
 
     def run(folder: Path, target: str = "athanor.train.loop:train_stage", overrides: Sequence[str] = (),
             **arguments: Any) -> dict[str, Any]:
         start_server("athanor.train.loop")
         recipe = load_recipe(recipe_file, [*CHOICES, *overrides])
-        return Agent(RunFolder(folder).stage("pretrain"), 2, 1).run(
+        return Agent(RunFolder(folder).stage("pretrain"), layout_of(recipe).world_size, 1).run(
             target, {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain", "launched": 0.0, **arguments})
 
     return run
@@ -125,6 +126,25 @@ def test_killed_ranks_are_named_and_started_again(supervised: Any, run_folder: P
     assert_every_second_is_told(stage, seconds)
     accounts = read_book(stage.actual).accounts
     assert accounts["down"] > 0 and accounts["lost"] > 0 and accounts["startup"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [("parallel.dp_shard=1", "parallel.tp=2"),
+                                    ("parallel.pp=2", "stage.pretrain.micro_batch_size=1")], ids=["tp 2", "dp_shard 2 x pp 2"])
+def test_a_killed_rank_of_any_layout_is_named(supervised: Any, run_folder: Path, data_folder: Path, tmp_path: Path,
+                                              layout: tuple[str, ...]) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance, stage, pids, calm = random.Random(seed), RunFolder(run_folder).stage("pretrain"), tmp_path / "pids", tmp_path / "calm"
+    victim, step = chance.randrange(4 if "parallel.pp=2" in layout else 2), chance.randrange(1, STEPS - 4)
+    calm.mkdir()
+    (calm / "data").symlink_to(data_folder)
+    supervised(calm, overrides=layout)
+    with when(stage, step, chance.uniform(0, 0.05), lambda: os.kill(int((pids / str(victim)).read_text()), signal.SIGKILL)):
+        supervised(run_folder, "jobs_ranks:train_in_sight", overrides=layout, pids=str(pids), pause=0.02)
+    (fault,) = events(stage, "fault")
+    assert f"rank {victim} was killed by signal 9" in fault["sentence"] and fault["rank"] == victim
+    assert hash_folder(stage.model) == hash_folder(RunFolder(calm).stage("pretrain").model)
 
 
 @pytest.mark.slow
