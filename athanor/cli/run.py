@@ -21,8 +21,6 @@ from athanor.foundation.run_folder import RunFolder, hash_value, runs_root, writ
 from athanor.ledger.book import Book, read_book, total
 
 QUESTION_TOKENS = 40  # at most, of the question that the served model is asked first
-
-
 STEP_ACCOUNTS = {"check": "check", "plan": "check", "data": "data", "evaluate": "evaluation", "registry": "publish",
                  "serve": "publish", "report": "publish"}
 

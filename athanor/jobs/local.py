@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.events import EXIT_DONE, EXIT_HOLD, EXIT_REQUEUE
-from athanor.foundation.run_folder import RunFolder, disk_errors, read_jsonl
+from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, read_jsonl
 from athanor.jobs.agent import Stopped
 from athanor.jobs.queue import CANCELLED, DONE, HELD, LOST, RUNNING, STOPPED, Job, Queue
 
@@ -127,7 +127,7 @@ def log_of(job: Job, rank: int | None) -> Path:
     if rank is None:
         return job.log
     stage = progress(job)["stage"]
-    logs = sorted((Path(job.run) / stage / "logs").glob("rank-*.log")) if stage else []
+    logs: list[Path] = sorted((Path(job.run) / stage / "logs").glob("rank-*.log")) if stage else []
     found = [path for path in logs if path.stem == f"rank-{rank}"]
     if not found:
         known = ", ".join(path.stem.removeprefix("rank-") for path in logs)
@@ -135,7 +135,7 @@ def log_of(job: Job, rank: int | None) -> Path:
     return found[0]
 
 
-def _newest_stage(run: Path) -> Any:
+def _newest_stage(run: Path) -> StageFolder | None:
     files = sorted(run.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime)
     return RunFolder(run).stage(files[-1].parent.name) if files else None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor.foundation.errors import UserError, did_you_mean
-from athanor.foundation.run_folder import RunFolder, disk_errors
+from athanor.foundation.run_folder import disk_errors
 
 FILE = "jobs.sqlite"
 SCHEMA = 1  # PRAGMA user_version
@@ -55,7 +55,7 @@ class Job:
     @property
     def log(self) -> Path:
         """What its agent says; the agent holds a lock on it as long as it lives."""
-        return RunFolder(Path(self.run)).logs / f"{self.id}.log"
+        return Path(self.run) / "logs" / f"{self.id}.log"
 
 
 COLUMNS = tuple(field.name for field in fields(Job))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from athanor.foundation.errors import AthanorError, UserError
+from athanor.foundation.errors import AthanorError, DiskError, UserError
 from athanor.foundation.events import EXIT_HOLD, EXIT_REQUEUE
 from athanor.foundation.launch import start_server
 from athanor.foundation.recipe import load_recipe
@@ -212,6 +212,16 @@ def test_what_ranks_refuse_is_not_tried_again(supervised: Any, run_folder: Path)
     with pytest.raises(UserError, match="was trained with another configuration"):
         supervised(run_folder)
     assert not stage.events.exists() and not (stage.root / "ledger.jsonl").exists()
+
+
+def test_what_a_stage_gives_up_on_is_held_and_its_seconds_are_told(supervised: Any, run_folder: Path, tmp_path: Path) -> None:
+    marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
+    marks.mkdir()
+    with pytest.raises(DiskError, match="the disk is full"):
+        supervised(run_folder, "jobs_ranks:train_and_fail", marks=str(marks), times=9, step=2, rank=1, kind="full disk")
+    (held,) = events(stage, "held")
+    assert held["sentence"] == "after step 2: rank 1 could not save: the disk is full" and not events(stage, "fault")
+    assert read_jsonl(stage.root / "ledger.jsonl")[-1]["accounts"]["startup"] > 0
 
 
 def test_an_attempt_that_never_began_is_startup() -> None:
