@@ -47,6 +47,8 @@ def _command(command: click.Command, name: str) -> list[str]:
         for sub in dict.fromkeys([*command.commands, *command.list_commands(context)]):
             child = command.get_command(context, sub)
             assert child is not None, sub
+            if child.hidden:
+                continue
             out += _command(child, f"{name} {sub}")
     return out
 

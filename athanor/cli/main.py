@@ -17,6 +17,7 @@ VERBS = {
     "data": "Build, inspect and trace training data.",
     "rehearse": "Run some ranks of a stage without accelerators: memory, messages, FLOPs.",
     "train": "Train one stage of a recipe (pretraining or alignment).",
+    "jobs": "Train in the background: submit, list, show, logs, cancel, resume.",
     "evaluate": "Score a model, with confidence intervals.",
     "models": "List, show, verify, import and export registered models.",
     "serve": "Serve a model over an OpenAI-compatible API, with a chat page.",

@@ -15,22 +15,13 @@ import click
 
 from athanor.cli.chain import Chain, hash_output, locked
 from athanor.cli.preflight import devices_of, plan_inputs, refuse_early
-from athanor.foundation.errors import AthanorError, UserError
-from athanor.foundation.events import EXIT_REQUEUE
+from athanor.foundation.errors import UserError
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, hash_value, runs_root, write_atomic
 from athanor.ledger.book import Book, read_book, total
 
 QUESTION_TOKENS = 40  # at most, of the question that the served model is asked first
-
-
-class Stopped(AthanorError):
-    """Somebody asked us to end; what was done is saved."""
-
-    exit_code = EXIT_REQUEUE
-
-
 STEP_ACCOUNTS = {"check": "check", "plan": "check", "data": "data", "evaluate": "evaluation", "registry": "publish",
                  "serve": "publish", "report": "publish"}
 
@@ -61,7 +52,7 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
     refuse_early(recipe)
     write_atomic(run.recipe, recipe.annotated())
     chain = Chain(run, devices_of(recipe), started)
-    start_server()
+    start_server("athanor.train.loop")
     _check(chain, recipe, run)
     planned = _plan(chain, recipe, run, sources)
     data_inputs = {"data": hash_value([planned.data.model_dump(), planned.seed]), "sources": _fingerprint(recipe)}
@@ -185,8 +176,6 @@ def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> C
         from athanor.cli.train import train
 
         result = train(recipe, run, stage.name, is_fresh=is_fresh)
-        if result["is_asked_to_stop"]:
-            raise Stopped(f"stopped after step {result['step']} of {stage.name}, as asked; the same command goes on from there")
         loss = result["loss"][-1] if result["loss"] else None
         return {"steps": result["steps"], "loss": loss, "tokens_per_second": result["tokens_per_second"]}
 

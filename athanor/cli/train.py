@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,11 @@ from athanor.cli.board import Board
 from athanor.cli.chain import locked
 from athanor.cli.live import View, format_loss
 from athanor.foundation.errors import UserError
-from athanor.foundation.events import EXIT_REQUEUE
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_count
+from athanor.jobs.agent import Agent, Stopped
 
 
 @click.command()
@@ -50,9 +47,6 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Pa
         if data is not None and is_first:
             borrow(data, run)
         result = train(wanted, run, stage, is_fresh=is_fresh)
-    if result["is_asked_to_stop"]:
-        say(f"stopped after step {result['step']} of {result['steps']}, as asked; run the same command to go on")
-        raise SystemExit(EXIT_REQUEUE)
     if as_json and result["rank"] == 0:
         click.echo(json.dumps(result))
     elif result["rank"] == 0:
@@ -74,7 +68,8 @@ def borrow(data: Path, run: RunFolder) -> None:
 def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False) -> dict[str, Any]:
     """Train a stage on this machine's ranks, or as the rank that another launcher made this process.
 
-    Returns what the rank function `train_stage` returns, and "rank": whose words these are.
+    Ranks that fail are started again. Returns what the rank function `train_stage` returns, and "rank": whose words these are.
+    Raises Stopped when asked to stop (SIGTERM) before the last step, Held when trying again cannot help.
     """
     from athanor.foundation.launch import launched_from_outside, start_server
 
@@ -94,56 +89,30 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
 
             result = {**train_stage(lambda **message: show(message), **arguments), "rank": int(os.environ["RANK"])}
             return learned(result, recipe, run, stage)
-        start_server()
+        start_server("athanor.train.loop")
         from athanor.train.stage import resolve
 
         resolve(run, recipe, stage, machine["world_size"])  # what cannot be trained starts no rank
-        return learned(_train_on_ranks(arguments, run.stage(stage).logs, machine, show), recipe, run, stage)
+        agent = Agent(run.stage(stage), machine["world_size"], machine["threads"], on_message=show)
+        return learned({**agent.run("athanor.train.loop:train_stage", arguments), "rank": 0}, recipe, run, stage)
 
 
 def learned(result: dict[str, Any], recipe: Recipe, run: RunFolder, stage: str) -> dict[str, Any]:
-    """The result of training; what it says about its forecast is kept for the next ones on this machine."""
+    """The result of training; what it says about its forecast is kept for the next ones on this machine. Raises Stopped."""
     from athanor.cluster.spec import read_cluster
     from athanor.cost.own import record
     from athanor.ledger.book import read_book
 
+    if result["is_asked_to_stop"]:
+        raise Stopped(f"stopped after step {result['step']} of {result['steps']} of {stage}, as asked; run the same command to "
+                      "go on")
     file = run.cluster if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
     folder = run.stage(stage)
-    if result["rank"] == 0 and not result["is_asked_to_stop"] and file.exists() and folder.forecast.exists():
+    if result["rank"] == 0 and file.exists() and folder.forecast.exists():
         used = read_plan(run.plan).get("own_runs", {}) if run.plan.exists() else {}
         record(runs_root(), read_cluster(file), read_book(folder.forecast), read_book(folder.actual), used,
                f"{recipe.name}/{stage}")
     return result
-
-
-def _train_on_ranks(arguments: dict[str, Any], logs: Path, machine: dict[str, Any],
-                    show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Start the ranks here. When we are asked to end (SIGTERM), they finish their step, save and return.
-
-    A rank that is still starting ignores the wish, so it is passed on again when a step is done.
-    """
-    from athanor.foundation.launch import run_ranks
-
-    is_asked = False
-
-    def pass_on(*_: object) -> None:
-        nonlocal is_asked
-        is_asked = True
-        for process in multiprocessing.active_children():
-            process.terminate()
-
-    def on_message(message: dict[str, Any]) -> None:
-        show(message)
-        if is_asked:
-            pass_on()
-
-    previous = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        results = run_ranks("athanor.train.loop:train_stage", arguments, machine["world_size"], log_folder=logs,
-                            on_message=on_message, threads=machine["threads"])
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    return {**results[0], "is_asked_to_stop": is_asked or results[0]["is_asked_to_stop"], "rank": 0}
 
 
 def describe_machine(recipe: Recipe, run: RunFolder, stage: str) -> dict[str, Any]:

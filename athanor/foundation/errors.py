@@ -47,11 +47,17 @@ class OutOfMemory(AthanorError):
 
 
 class RankError(AthanorError):
-    """A rank ended badly. `rank`, `reason` and the path of its `log` say which, why, and where to read on."""
+    """A rank ended badly. `rank`, `reason` and the path of its `log` say which, why, and where to read on.
 
-    def __init__(self, rank: int, reason: str, log: str | None = None) -> None:
-        self.rank, self.reason, self.log = rank, reason, log
-        super().__init__(f"rank {rank} {reason}" + (f"; its log is {log}" if log else ""))
+    `number`: of the signal that killed it, if one did; `place`: type of the exception that ended it and where it was raised,
+    the same whenever it happens again, and `trace`, its traceback. `who` ended this way, where it was not this rank alone.
+    """
+
+    def __init__(self, rank: int, reason: str, log: str | None = None, *, number: int | None = None, place: str | None = None,
+                 trace: str | None = None, who: str | None = None) -> None:
+        self.rank, self.reason, self.log, self.who = rank, reason, log, who or f"rank {rank}"
+        self.number, self.place, self.trace = number, place, trace
+        super().__init__(f"{self.who} {reason}" + (f"; its log is {log}" if log else ""))
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

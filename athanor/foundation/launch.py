@@ -33,6 +33,7 @@ PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distri
 
 
 GRACE_SECONDS = 0.5  # how long after a failure we listen for other ranks
+SERVER_LOST = 255  # what multiprocessing says of a process whose fork server has died
 SEARCH_SECONDS = 5.0  # the same while all that is known are broken connections, which another rank has caused
 
 
@@ -41,12 +42,13 @@ def launched_from_outside() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def start_server() -> None:
-    """Begin importing torch in the fork server, so that the first ranks find it ready; returns at once.
+def start_server(*modules: str) -> None:
+    """Begin importing torch (and `modules`) in the fork server, so that the first ranks find it ready; returns at once.
 
     It ignores SIGTERM and Ctrl-C, which go to whole process groups: ranks must outlive them to save, and it ends with us.
     Ranks ignore SIGTERM too, until they can do something about it.
     """
+    PRELOAD.extend(module for module in modules if module not in PRELOAD)
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     is_main = threading.current_thread() is threading.main_thread()  # no other may say what signals do
     numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
@@ -105,7 +107,7 @@ def _collect(processes: list[Any], pipes: list[Any], log_folder: Path,
              on_message: Callable[[dict[str, Any]], None], timeout: float | None) -> list[Any]:
     """Read every rank's pipe until all have returned a result; after a failure, wait a moment for the one that caused it."""
     results: dict[int, Any] = {}
-    failures: dict[int, AthanorError] = {}
+    failures: dict[int, AthanorError] = {}  # in the order in which we learned of them
     ranks = {pipe: rank for rank, pipe in enumerate(pipes)}
     deadline = time.monotonic() + timeout if timeout else math.inf
     while ranks:
@@ -121,40 +123,53 @@ def _collect(processes: list[Any], pipes: list[Any], log_folder: Path,
             except EOFError:
                 del ranks[pipe]
                 if rank not in results and rank not in failures:
-                    failures[rank] = RankError(rank, _death(processes[rank]), log)
+                    failures[rank] = _death(rank, processes[rank], log)
                 continue
             if kind == "message":
                 on_message(content)
             elif kind == "result":
                 results[rank] = content
+            elif kind == "refused":
+                failures[rank] = content
             else:
-                failures[rank] = content if kind == "refused" else RankError(rank, f"failed: {content}", log)
+                sentence, place, trace = content
+                failures[rank] = RankError(rank, f"failed: {sentence}", log, place=place, trace=trace)
         if failures:
-            grace = SEARCH_SECONDS if all(map(_is_consequence, failures.values())) else GRACE_SECONDS
+            grace = SEARCH_SECONDS if all(map(is_consequence, failures.values())) else GRACE_SECONDS
             deadline = min(deadline, time.monotonic() + grace)
     if failures:
-        raise _cause(failures)
+        raise _cause(failures, len(processes))
     if ranks:
         raise RankError(min(ranks.values()), f"did not finish within {timeout:.0f} s", str(log_folder))
     return [results[rank] for rank in range(len(processes))]
 
 
-def _cause(failures: dict[int, AthanorError]) -> AthanorError:
+def _cause(failures: dict[int, AthanorError], world_size: int) -> AthanorError:
     """A rank that was killed or refused explains the others' broken connections, and not the other way round."""
-    causes = [error for error in failures.values() if not _is_consequence(error)]
-    return (causes or list(failures.values()))[0]
+    causes = [error for error in failures.values() if not is_consequence(error)]
+    first = (causes or list(failures.values()))[0]
+    if not isinstance(first, RankError) or first.number is None:
+        return first
+    killed = sorted(rank for rank, error in failures.items() if isinstance(error, RankError) and error.number == first.number)
+    if len(killed) == 1:
+        return first
+    who = f"all {world_size} ranks" if len(killed) == world_size else f"ranks {', '.join(map(str, killed))}"
+    return RankError(killed[0], first.reason.replace("was", "were", 1), first.log, number=first.number, who=who)
 
 
-def _is_consequence(error: AthanorError) -> bool:
+def is_consequence(error: AthanorError) -> bool:
+    """Whether a rank ended only because its connection to another one broke."""
     return any(word in str(error) for word in ("Connection", "connection", "gloo", "NCCL", "Broken pipe"))
 
 
-def _death(process: Any) -> str:
+def _death(rank: int, process: Any, log: str) -> RankError:
     process.join(timeout=10)
     code = process.exitcode
     if code is not None and code < 0:
-        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
-    return f"ended with exit code {code} before it returned a result"
+        return RankError(rank, f"was killed by signal {-code} ({signal.Signals(-code).name})", log, number=-code)
+    if code == SERVER_LOST:
+        return RankError(rank, "ended together with the fork server that starts all ranks", log)
+    return RankError(rank, f"ended with exit code {code} before it returned a result", log)
 
 
 def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, str], log: str, threads: int,
@@ -178,8 +193,16 @@ def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, st
         while error.__cause__ is not None:  # what torch's pipeline wraps, for one
             error = error.__cause__
         is_ours = isinstance(error, AthanorError)
-        _send(pipe, "refused" if is_ours else "failed", error if is_ours else f"{type(error).__name__}: {error}")
+        _send(pipe, "refused" if is_ours else "failed", error if is_ours else _told(error))
         sys.exit(1)
+
+
+def _told(error: BaseException) -> tuple[str, str, str]:
+    """An exception as others need it: a sentence, its type and where it was raised, its traceback."""
+    name = type(error).__name__
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f"{name} at {last[0].filename}:{last[0].lineno}" if last else name
+    return f"{name}: {error}", place, "".join(traceback.format_exception(error))
 
 
 def _send(pipe: Connection, kind: str, content: Any) -> None:

@@ -7,7 +7,7 @@ wall_seconds, device_seconds, tokens, model_flops, model_flops_full, accounts (w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,17 @@ def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail_seconds: 
     """
     append_jsonl(ledger_file, {"attempt": attempt, "resumed_step": resumed_step, "wall_seconds": tail_seconds,
                                "device_seconds": tail_seconds * devices})
+
+
+def note(ledger_file: Path, accounts: Mapping[str, float], *, until: float, attempt: int, step: int, devices: int) -> None:
+    """Add a line for what the ranks did not write themselves: seconds of all `devices` by account, outside of steps.
+
+    `until`: when they ended, in seconds since 1970.
+    """
+    wall = sum(accounts.values())
+    append_jsonl(ledger_file, {"attempt": attempt, "time": until, "first_step": step, "last_step": step, "wall_seconds": wall,
+                               "device_seconds": wall * devices, "tokens": 0, "model_flops": 0, "model_flops_full": 0,
+                               "accounts": {name: seconds * devices for name, seconds in accounts.items()}})
 
 
 def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, peak_flops: float | None) -> Book:

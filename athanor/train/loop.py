@@ -214,13 +214,14 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
 
         found = checkpoint.find_intact(folder.checkpoints, on_damage)
     found, progress.attempt = mesh.share((found, progress.attempt))
+    begin = time.perf_counter()
     if found is not None:
         meta = checkpoint.load(found, trainee.stages, trainee.optimizer)
         progress.step, progress.samples, progress.tokens = meta.step, meta.samples, meta.tokens
     if mesh.rank == 0:
         name, ranks = job.settings.stage, job.layout.world_size
         log_event(folder.events, "start", f"{name} starts on {ranks} rank{'s' if ranks > 1 else ''}: {job.layout}",
-                  attempt=progress.attempt, step=progress.step)
+                  attempt=progress.attempt, step=progress.step, load_seconds=time.perf_counter() - begin)
         if progress.attempt > 0:
             roll_back(folder.root / "ledger.jsonl", progress.step, progress.attempt, tail_seconds, job.layout.world_size)
             log_event(folder.events, "restart", f"goes on from step {progress.step}", attempt=progress.attempt,
@@ -341,7 +342,8 @@ def save(run: Run) -> None:
         run.log("unsaved", f"{error}; the run goes on without this checkpoint")
         return
     progress.failed_saves = 0
-    run.log("checkpoint", f"checkpoint {path.name} is complete, the loop waited {time.perf_counter() - begin:.2f} s")
+    seconds = time.perf_counter() - begin
+    run.log("checkpoint", f"checkpoint {path.name} is complete, the loop waited {seconds:.2f} s", seconds=seconds)
 
 
 def publish(run: Run) -> None:

@@ -70,3 +70,9 @@ def test_model_speed_runs() -> None:
 def test_metering_runs() -> None:
     for found in run("metering.py", "--json"):
         assert all(seconds > 0 for taken in found["seconds"].values() for seconds in taken)
+
+
+@pytest.mark.slow
+def test_restart_runs() -> None:
+    for found in run("restart.py", "--json"):
+        assert found["detect"] < 5 and 0 < found["after_detection"] < 30

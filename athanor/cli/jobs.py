@@ -1,0 +1,152 @@
+"""`athanor jobs`: work that goes on by itself, on this machine: submit, list, show, logs, cancel, resume."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from athanor.foundation.progress import console, say
+from athanor.foundation.run_folder import runs_root
+from athanor.foundation.units import format_seconds
+from athanor.jobs import local
+from athanor.jobs.queue import Job, Queue
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
+
+
+@click.group(help=__doc__)
+def command() -> None:
+    pass
+
+
+@command.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--stage", help="Train this stage alone; the whole chain is walked when left out.")
+@click.option("--run", type=click.Path(path_type=Path), help="The run folder of a stage; runs/<name> when left out.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Ask it to save and stop after so long.")
+@json_option
+def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Path | None, minutes: float | None,
+           as_json: bool) -> None:
+    """Start RECIPE in the background, as `athanor run` or `athanor train --stage` would.
+
+    A run folder that has some of the work already goes on from there.
+    """
+    from athanor.foundation.recipe import load_recipe
+
+    wanted = load_recipe(recipe, list(overrides))
+    if stage is not None:
+        wanted.get_stage(stage)
+    elif run is not None:
+        raise click.UsageError("--run goes with --stage; a whole chain is walked in runs/<name>")
+    job = local.submit(_queue(), name=wanted.name, recipe=recipe, overrides=list(overrides), stage=stage,
+                       run=run or runs_root() / wanted.name, minutes=minutes)
+    _tell(job, as_json, f"{job.id} has started in {job.run}; `athanor jobs show {job.id}` says how far it is")
+
+
+@command.command("list")
+@json_option
+def list_jobs(as_json: bool) -> None:
+    """All jobs, newest first."""
+    found = local.jobs(_queue())
+    if as_json:
+        click.echo(json.dumps({"jobs": [_described(job) for job in found]}))
+        return
+    from rich.table import Table
+
+    table = Table("job", "state", "stage", "took", "", box=None, padding=(0, 2, 0, 0))
+    for job in found:
+        took = format_seconds((job.ended or time.time()) - job.submitted)
+        table.add_row(job.id, job.state, job.stage or "all", took, job.sentence)
+    console.print(table) if found else say(f"nothing was submitted to {runs_root()} yet")
+
+
+@command.command()
+@click.argument("job")
+@json_option
+def show(job: str, as_json: bool) -> None:
+    """One JOB: its state, how far it is, and what went wrong on the way."""
+    found = local.find(_queue(), job)
+    progress = local.progress(found)
+    if as_json:
+        click.echo(json.dumps({**_described(found), **{key: progress[key] for key in progress if key != "stage"},
+                               "at_stage": progress["stage"]}))
+        return
+    where = f"at step {progress['step']} of stage {progress['stage']}" if progress["stage"] else "before its first stage"
+    say(f"{found.id} is {found.state}, {where}, in {found.run}" + (f": {found.sentence}" if found.sentence else ""))
+    for sentence in progress["faults"]:
+        say(f"  {sentence}")
+
+
+@command.command()
+@click.argument("job")
+@click.option("--rank", type=click.IntRange(min=0), help="What this rank wrote; the agent's words when left out.")
+@json_option
+def logs(job: str, rank: int | None, as_json: bool) -> None:
+    """What the agent of JOB said, or one of its ranks."""
+    found = local.find(_queue(), job)
+    file = local.log_of(found, rank)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    click.echo(json.dumps({"job": found.id, "file": str(file), "lines": text.splitlines()}) if as_json else text, nl=as_json)
+
+
+@command.command()
+@click.argument("job")
+@json_option
+def cancel(job: str, as_json: bool) -> None:
+    """Ask JOB to finish its step, save and end; it can go on later."""
+    found = local.cancel(_queue(), job)
+    _tell(found, as_json, f"{found.id} was asked to stop; it finishes its step and saves")
+
+
+@command.command()
+@click.argument("job")
+@json_option
+def resume(job: str, as_json: bool) -> None:
+    """Go on with a JOB that was stopped, cancelled, held or lost, from its newest checkpoint."""
+    found = local.resume(_queue(), job)
+    _tell(found, as_json, f"{found.id} goes on in {found.run}")
+
+
+@command.command(hidden=True)
+@click.argument("job")
+@click.option("--lock", type=int, required=True, help="The descriptor that holds the lock on the job's log.")
+@json_option
+def agent(job: str, lock: int, as_json: bool) -> None:
+    """Do the work of JOB in this process (what the other verbs start)."""
+    os.set_inheritable(lock, False)  # ranks must not keep the lock of an agent that was killed
+    queue = _queue()
+    found = queue.get(job)
+    arguments = [found.recipe, *found.overrides]
+    if found.stage is not None:
+        arguments += ["--stage", found.stage, "--run", found.run]
+    verb: click.Command = importlib.import_module(f"athanor.cli.{'train' if found.stage else 'run'}").command
+    code = local.work(queue, found, lambda: verb.main(arguments, standalone_mode=False))
+    if as_json:
+        click.echo(json.dumps(_described(queue.get(job))))
+    sys.exit(code)
+
+
+def _queue() -> Queue:
+    return Queue(runs_root())
+
+
+def _described(job: Job) -> dict[str, Any]:
+    return {"id": job.id, **asdict(job), "log": str(job.log)}
+
+
+def _tell(job: Job, as_json: bool, sentence: str) -> None:
+    if as_json:
+        click.echo(json.dumps(_described(job)))
+    say(sentence)

@@ -1,0 +1,175 @@
+"""The agent of a training stage: owns its ranks on this machine, and starts them again where they are when some of them fail.
+
+It says in one sentence of events.jsonl what happened, and writes into ledger.jsonl what the ranks no longer could: the time
+since their last line is `lost`, the time until new ranks are started is `down`. The ranks go on from the newest intact
+checkpoint by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from athanor.foundation.errors import AthanorError, RankError, UserError
+from athanor.foundation.events import EXIT_HOLD, EXIT_REQUEUE, log_event
+from athanor.foundation.launch import is_consequence, run_ranks
+from athanor.foundation.progress import say
+from athanor.foundation.run_folder import StageFolder, read_jsonl
+from athanor.ledger.attempts import note
+
+MOST_FAULTS = 5  # in a row, without a step further than the ranks had come before
+FIRST_WAIT_SECONDS = 1.0  # before the second restart in a row; then twice as long each time
+LONGEST_WAIT_SECONDS = 60.0
+
+
+class Stopped(AthanorError):
+    """Somebody asked us to end; what was done is saved, and the same command goes on from there."""
+
+    exit_code = EXIT_REQUEUE
+
+
+class Held(AthanorError):
+    """Trying again unchanged cannot help; somebody must look."""
+
+    exit_code = EXIT_HOLD
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One life of the ranks: its number, when it was launched and when it failed (seconds since 1970), the step it reached.
+
+    `step` is None when the ranks had not even begun; the lines of events, metrics and ledger are those of this life.
+    """
+
+    number: int
+    launched: float
+    failed: float
+    step: int | None
+    events: list[dict[str, Any]]
+    ledger: list[dict[str, Any]]
+
+    def accounts(self) -> dict[str, float]:
+        """Seconds since the last line of the ledger, by account: work that nobody kept, and starting and saving in between."""
+        since = max([line["time"] for line in self.ledger if "time" in line], default=self.launched)
+        begun = next((row["time"] for row in self.events if row.get("kind") == "start"), self.failed)
+        startup = max(0.0, min(begun, self.failed) - since)
+        saving = sum(row.get("seconds", 0.0) for row in self.events if row.get("kind") == "checkpoint" and row["time"] > since)
+        return {"startup": startup, "checkpoint": saving, "lost": max(0.0, self.failed - since - startup - saving)}
+
+
+@dataclass
+class Agent:
+    """`Agent(stage folder, ranks).run("package.module:rank_function", arguments)`. `on_message` gets what ranks send."""
+
+    folder: StageFolder
+    world_size: int
+    threads: int | None = None
+    on_message: Callable[[dict[str, Any]], None] = lambda message: None
+    is_asked_to_stop: bool = False
+    faults_in_a_row: int = 0
+    furthest_step: int = -1
+    seen: set[tuple[str, int | None]] = field(default_factory=set)  # exceptions, and at which step
+
+    def run(self, target: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Rank 0's result of a rank function with the arguments of `train_stage`, restarted until it is done.
+
+        On SIGTERM the ranks finish their step and save; "is_asked_to_stop" in the result says so. Raises Stopped when they
+        failed after that, Held with the traceback in events.jsonl when trying again cannot help; what a rank refuses with an
+        AthanorError is raised as it is, for that is never tried again.
+        """
+        with self._listening():
+            while True:
+                launched = time.time()
+                try:
+                    results = run_ranks(target, {**arguments, "launched": time.perf_counter()}, self.world_size,
+                                        log_folder=self.folder.logs, on_message=self._hear, threads=self.threads)
+                    is_asked = self.is_asked_to_stop or results[0]["is_asked_to_stop"]
+                    return {**results[0], "is_asked_to_stop": is_asked}
+                except UserError:
+                    raise  # about a folder that may be another's
+                except AthanorError as error:
+                    attempt = self._attempt(launched)
+                    self._settle(attempt, error)
+                if attempt.step is not None:
+                    arguments = {**arguments, "is_fresh": False}  # begun anew once is enough
+                self._wait()
+                self._note(attempt, {"down": max(0.0, time.time() - attempt.failed)}, time.time())
+
+    def _settle(self, attempt: Attempt, error: AthanorError) -> None:
+        """Tell a fault and what it cost. Raises what ends the stage, if it is not to be tried again."""
+        self._note(attempt, attempt.accounts(), attempt.failed)
+        when = "before the first step" if not attempt.step else f"after step {attempt.step}"
+        details: dict[str, Any] = {"attempt": attempt.number, "step": attempt.step}
+        if not isinstance(error, RankError):
+            log_event(self.folder.events, "held", f"{when}: {error}", **details)
+            raise error
+        told = f"{when}, {error.who} {error.reason}"
+        log_event(self.folder.events, "fault", told, rank=error.rank, signal=error.number, exception=error.place, **details)
+        if self.is_asked_to_stop:
+            raise Stopped(f"{told}; it was asked to stop, and goes on from the newest checkpoint when started again")
+        reason = self._why_not_again(error, attempt.step)
+        if reason is not None:
+            log_event(self.folder.events, "held", f"{told}; {reason}", rank=error.rank, traceback=error.trace, **details)
+            raise Held(f"{told}; {reason}; its log is {error.log}")
+        say(f"{told}; its log is {error.log}; the ranks start again")
+
+    def _why_not_again(self, error: RankError, step: int | None) -> str | None:
+        """Why trying again cannot help: a fault that repeats itself, or too many without a step further; None when it may."""
+        fault = None if error.place is None or is_consequence(error) else (error.place, step)
+        if fault in self.seen:
+            return "the same exception at the same step as before, so it is not tried again"
+        if fault is not None:
+            self.seen.add(fault)
+        has_progressed = step is not None and step > self.furthest_step
+        self.faults_in_a_row = 1 if has_progressed else self.faults_in_a_row + 1
+        self.furthest_step = max(self.furthest_step, step or 0)
+        if self.faults_in_a_row == MOST_FAULTS:
+            return f"the {MOST_FAULTS}th fault in a row without a step further, so it is not tried again"
+        return None
+
+    def _wait(self) -> None:
+        """Wait before the next restart: not at all after progress, else longer each time. Raises Stopped when asked to stop."""
+        seconds = 0.0 if self.faults_in_a_row == 1 else FIRST_WAIT_SECONDS * 2 ** (self.faults_in_a_row - 2)
+        until = time.monotonic() + min(seconds, LONGEST_WAIT_SECONDS)
+        while time.monotonic() < until and not self.is_asked_to_stop:
+            time.sleep(0.05)
+        if self.is_asked_to_stop:
+            raise Stopped("stopped between two tries, as asked; it goes on from the newest checkpoint when started again")
+
+    def _attempt(self, launched: float) -> Attempt:
+        """What the life of the ranks that has just ended left in the stage's folder."""
+        failed = time.time()
+        before = [row for row in read_jsonl(self.folder.events) if row["time"] < launched]
+        events, ledger, metrics = ([row for row in read_jsonl(file) if row.get("time", 0.0) >= launched] for file in
+                                   (self.folder.events, self.folder.root / "ledger.jsonl", self.folder.metrics))
+        number = sum(row["kind"] == "start" for row in before)
+        steps = [row["step"] for row in [*events, *metrics] if isinstance(row.get("step"), int)]
+        return Attempt(number, launched, failed, max(steps, default=None), events, ledger)
+
+    def _note(self, attempt: Attempt, accounts: dict[str, float], until: float) -> None:
+        note(self.folder.root / "ledger.jsonl", accounts, until=until, attempt=attempt.number, step=attempt.step or 0,
+             devices=self.world_size)
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        self.on_message(message)
+        if self.is_asked_to_stop:
+            self._ask()
+
+    def _ask(self, *_: object) -> None:
+        """Ask the ranks to stop. One that is still starting ignores the wish, so it is passed on again when a step is done."""
+        self.is_asked_to_stop = True
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        previous = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,171 @@
+"""Jobs on this machine: a detached agent for each, which holds a lock on its log as long as it lives."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from athanor.foundation.errors import AthanorError, UserError
+from athanor.foundation.events import EXIT_DONE, EXIT_HOLD, EXIT_REQUEUE
+from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, read_jsonl
+from athanor.jobs.agent import Stopped
+from athanor.jobs.queue import CANCELLED, DONE, HELD, LOST, RUNNING, STOPPED, Job, Queue
+
+STARTING_SECONDS = 10.0  # that a new job may be without an agent
+EXIT_CODES = {DONE: EXIT_DONE, STOPPED: EXIT_REQUEUE, HELD: EXIT_HOLD}
+
+
+def submit(queue: Queue, **fields: Any) -> Job:
+    """List a new job (the arguments of `Queue.add`) and start its agent. Raises UserError when another has its run folder."""
+    run = str(Path(fields["run"]).resolve())
+    for job in jobs(queue):
+        if job.state == RUNNING and job.run == run:
+            raise UserError(f"{job.id} is working in {run}; wait for it, cancel it, or give the run another name")
+    return start(queue, queue.add(**fields))
+
+
+def resume(queue: Queue, reference: str) -> Job:
+    """Start the agent of a job anew that has ended before its work was done."""
+    job = find(queue, reference)
+    if job.state in (RUNNING, DONE):
+        raise UserError(f"{job.id} is {job.state}" + ("; nothing is left to do" if job.state == DONE else " already"))
+    return start(queue, job)
+
+
+def start(queue: Queue, job: Job) -> Job:
+    """Start `athanor jobs agent`, detached from this terminal; it inherits the lock, so that there is no gap without one."""
+    with disk_errors(job.log):
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        log = job.log.open("ab")
+    with log, job.log.open("rb") as lock:
+        _lock(job, lock)
+        job = queue.update(job, state=RUNNING, process=None, exit_code=None, sentence="", ended=None, is_cancelled=False)
+        process = subprocess.Popen([sys.executable, "-m", "athanor", "jobs", "agent", job.id, "--lock", str(lock.fileno())],
+                                   cwd=job.folder, env={**os.environ, "ATHANOR_RUNS": str(queue.root.resolve())},
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()],
+                                   start_new_session=True)
+    return queue.update(job, only_running=True, process=process.pid)
+
+
+def jobs(queue: Queue) -> list[Job]:
+    """All jobs as they are now, the newest first: one whose agent was killed is lost."""
+    return [_seen(queue, job) for job in queue.all()]
+
+
+def find(queue: Queue, reference: str) -> Job:
+    """One job as it is now. Raises UserError with the nearest when there is none of that id."""
+    return _seen(queue, queue.get(reference))
+
+
+def cancel(queue: Queue, reference: str) -> Job:
+    """Ask a job to finish its step, save and end; returns at once. Raises UserError when it has ended already."""
+    job = find(queue, reference)
+    if job.state != RUNNING:
+        raise UserError(f"{job.id} has ended already: {job.state}" + (f" ({job.sentence})" if job.sentence else ""))
+    if job.process is None:
+        raise UserError(f"{job.id} is being started; try again in a moment")
+    asked = queue.update(job, only_running=True, is_cancelled=True)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(job.process, signal.SIGTERM)
+    return asked
+
+
+def work(queue: Queue, job: Job, command: Callable[[], object]) -> int:
+    """Do a job's work in this process, its agent, and note how it ended. Returns 0, 85 (go on later) or 86 (hold), never more.
+
+    SIGTERM and the end of the job's time limit ask it to stop.
+    """
+    def ask(*_: object) -> None:
+        raise Stopped("stopped between two stages, as asked")
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    if job.minutes is not None:
+        signal.setitimer(signal.ITIMER_REAL, 60 * job.minutes)
+    state, sentence = HELD, "its agent failed; see its log"
+    try:
+        command()
+        state, sentence = DONE, ""
+    except Stopped as error:
+        state, sentence = STOPPED, str(error)
+    except AthanorError as error:
+        sentence = str(error)
+    except Exception:  # no other exit code may reach who started us
+        traceback.print_exc()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    is_cancelled = state == STOPPED and queue.get(job.id).is_cancelled
+    queue.update(job, state=CANCELLED if is_cancelled else state, exit_code=EXIT_CODES[state], sentence=sentence,
+                 ended=time.time())
+    if sentence:
+        print(f"athanor: {sentence}", file=sys.stderr)
+    return EXIT_CODES[state]
+
+
+def progress(job: Job) -> dict[str, Any]:
+    """How far a job is, from its run folder: {"stage", "step", "faults": sentences, "restarts"} of the stage it is in."""
+    folder = RunFolder(Path(job.run)).stage(job.stage) if job.stage else _newest_stage(Path(job.run))
+    if folder is None:
+        return {"stage": None, "step": 0, "faults": [], "restarts": 0}
+    events = read_jsonl(folder.events)
+    return {"stage": folder.root.name, "step": max((row["step"] for row in read_jsonl(folder.metrics)), default=0),
+            "faults": [row["sentence"] for row in events if row["kind"] in ("fault", "held")],
+            "restarts": sum(row["kind"] == "restart" for row in events)}
+
+
+def log_of(job: Job, rank: int | None) -> Path:
+    """The log of a job's agent, or of one of the ranks it started last. Raises UserError when there is none."""
+    if rank is None:
+        return job.log
+    stage = progress(job)["stage"]
+    logs: list[Path] = sorted((Path(job.run) / stage / "logs").glob("rank-*.log")) if stage else []
+    found = [path for path in logs if path.stem == f"rank-{rank}"]
+    if not found:
+        known = ", ".join(path.stem.removeprefix("rank-") for path in logs)
+        raise UserError(f"{job.id} has no log of rank {rank}; " + (f"there are {known}" if known else "no rank was started yet"))
+    return found[0]
+
+
+def _newest_stage(run: Path) -> StageFolder | None:
+    files = sorted(run.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime)
+    return RunFolder(run).stage(files[-1].parent.name) if files else None
+
+
+def _seen(queue: Queue, job: Job) -> Job:
+    if job.state != RUNNING or _is_alive(job):
+        return job
+    why = "it was cancelled while it started" if job.is_cancelled else "its agent was killed"
+    return queue.update(job, only_running=True, state=CANCELLED if job.is_cancelled else LOST, ended=time.time(),
+                        sentence=f"{why}; `athanor jobs resume {job.id}` goes on from the newest checkpoint")
+
+
+def _lock(job: Job, lock: BinaryIO) -> None:
+    """Take the lock on a job's log, which a reader may hold for a moment. Raises UserError when an agent holds it."""
+    for _ in range(20):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+    raise UserError(f"{job.id} is running already")
+
+
+def _is_alive(job: Job) -> bool:
+    if job.process is None and time.time() - job.submitted < STARTING_SECONDS:
+        return True
+    try:
+        with job.log.open("rb") as log:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

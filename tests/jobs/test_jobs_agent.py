@@ -1,0 +1,283 @@
+"""Ranks that are killed or fail are started again where they are, and the stage ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from athanor.foundation.errors import AthanorError, DiskError, UserError
+from athanor.foundation.events import EXIT_HOLD, EXIT_REQUEUE
+from athanor.foundation.launch import start_server
+from athanor.foundation.recipe import load_recipe
+from athanor.foundation.run_folder import RunFolder, StageFolder, hash_folder, read_jsonl
+from athanor.jobs import agent as agent_module
+from athanor.jobs.agent import Agent, Held, Stopped
+from athanor.ledger.book import read_book
+from athanor.train.settings import layout_of
+
+STEPS, EVERY = 24, 6
+CHOICES = ("stage.pretrain.precision=fp32", f"stage.pretrain.steps={STEPS}", f"stage.pretrain.checkpoint_every={EVERY}",
+           "stage.pretrain.evaluate_every=1000", "parallel.dp_shard=2")
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def supervised(recipe_file: Path) -> Callable[..., dict[str, Any]]:
+    """Train on ranks that an agent owns, two unless `overrides` lay them out otherwise."""
+
+    def run(folder: Path, target: str = "athanor.train.loop:train_stage", overrides: Sequence[str] = (),
+            **arguments: Any) -> dict[str, Any]:
+        start_server("athanor.train.loop")
+        recipe = load_recipe(recipe_file, [*CHOICES, *overrides])
+        return Agent(RunFolder(folder).stage("pretrain"), layout_of(recipe).world_size, 1).run(
+            target, {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain", "launched": 0.0, **arguments})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calm")
+
+
+@pytest.fixture
+def wanted(calm: Path, supervised: Any, data_folder: Path) -> str:
+    """The model of the same run without any disturbance, as a hash."""
+    if not (calm / "data").exists():
+        (calm / "data").symlink_to(data_folder)
+    supervised(calm)
+    return hash_folder(RunFolder(calm).stage("pretrain").model)
+
+
+@contextmanager
+def when(stage: StageFolder, step: int, later: float, act: Callable[[], None]) -> Iterator[None]:
+    """Do something `later` seconds after a step is done."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 40
+        while max((row["step"] for row in read_jsonl(stage.metrics)), default=0) < step and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(later)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def events(stage: StageFolder, *kinds: str) -> list[Row]:
+    return [row for row in read_jsonl(stage.events) if row["kind"] in kinds]
+
+
+def assert_only_uncheckpointed_steps_are_lost(stage: StageFolder) -> None:
+    """After each fault the ranks go on from the newest checkpoint that was told before, or a later one."""
+    saved = 0
+    for row in events(stage, "checkpoint", "fault", "restart"):
+        if row["kind"] == "checkpoint":
+            saved = row["step"]
+        elif row["kind"] == "restart":
+            assert row["step"] >= saved
+    steps = {row["step"] for row in read_jsonl(stage.metrics)}
+    assert len(read_jsonl(stage.metrics)) <= len(steps) + (EVERY + 1) * len(events(stage, "fault"))
+
+
+def assert_every_second_is_told(stage: StageFolder, wall_seconds: float) -> None:
+    book = read_book(stage.actual)
+    assert book.wall_seconds <= wall_seconds and book.wall_seconds == pytest.approx(wall_seconds, rel=0.1, abs=0.3)
+    assert abs(book.accounts["unattributed"]) <= 0.05 * book.device_seconds + 0.1, book.accounts
+    assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"]
+
+
+@pytest.mark.parametrize("who", ["one", pytest.param("all", marks=pytest.mark.slow)])
+def test_killed_ranks_are_named_and_started_again(supervised: Any, run_folder: Path, wanted: str, tmp_path: Path,
+                                                  who: str) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    stage = RunFolder(run_folder).stage("pretrain")
+    pids, ranks = tmp_path / "pids", [chance.randrange(2)] if who == "one" else [0, 1]
+
+    def kill() -> None:
+        for rank in ranks:
+            os.kill(int((pids / str(rank)).read_text()), signal.SIGKILL)
+
+    begin = time.monotonic()
+    with when(stage, chance.randrange(1, STEPS - 4), chance.uniform(0, 0.05), kill):
+        supervised(run_folder, "jobs_ranks:train_in_sight", pids=str(pids), pause=0.02)
+    seconds = time.monotonic() - begin
+    (fault,) = events(stage, "fault")
+    named = f"rank {ranks[0]} was" if who == "one" else "all 2 ranks were"
+    assert f"{named} killed by signal 9 (SIGKILL)" in fault["sentence"] and fault["signal"] == 9
+    assert fault["rank"] == ranks[0] and fault["exception"] is None and f"after step {fault['step']}," in fault["sentence"]
+    assert hash_folder(stage.model) == wanted
+    assert_only_uncheckpointed_steps_are_lost(stage)
+    assert_every_second_is_told(stage, seconds)
+    accounts = read_book(stage.actual).accounts
+    assert accounts["down"] > 0 and accounts["lost"] > 0 and accounts["startup"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [("parallel.dp_shard=1", "parallel.tp=2"),
+                                    ("parallel.pp=2", "stage.pretrain.micro_batch_size=1")], ids=["tp 2", "dp_shard 2 x pp 2"])
+def test_a_killed_rank_of_any_layout_is_named(supervised: Any, run_folder: Path, data_folder: Path, tmp_path: Path,
+                                              layout: tuple[str, ...]) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance, stage, pids, calm = random.Random(seed), RunFolder(run_folder).stage("pretrain"), tmp_path / "pids", tmp_path / "calm"
+    victim, step = chance.randrange(4 if "parallel.pp=2" in layout else 2), chance.randrange(1, STEPS - 4)
+    calm.mkdir()
+    (calm / "data").symlink_to(data_folder)
+    supervised(calm, overrides=layout)
+    with when(stage, step, chance.uniform(0, 0.05), lambda: os.kill(int((pids / str(victim)).read_text()), signal.SIGKILL)):
+        supervised(run_folder, "jobs_ranks:train_in_sight", overrides=layout, pids=str(pids), pause=0.02)
+    (fault,) = events(stage, "fault")
+    assert f"rank {victim} was killed by signal 9" in fault["sentence"] and fault["rank"] == victim
+    assert hash_folder(stage.model) == hash_folder(RunFolder(calm).stage("pretrain").model)
+
+
+@pytest.mark.slow
+def test_an_exception_once_is_told_and_forgiven(supervised: Any, run_folder: Path, wanted: str, tmp_path: Path) -> None:
+    marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
+    marks.mkdir()
+    supervised(run_folder, "jobs_ranks:train_and_fail", marks=str(marks), times=1, step=9, rank=1, kind="exception")
+    (fault,) = events(stage, "fault")
+    assert fault["sentence"].startswith("after step 9, rank 1 failed: ZeroDivisionError: the 1th of its kind")
+    assert fault["rank"] == 1 and fault["step"] == 9 and fault["exception"].startswith("ZeroDivisionError at ")
+    assert hash_folder(stage.model) == wanted
+    assert_only_uncheckpointed_steps_are_lost(stage)
+
+
+def test_the_same_exception_at_the_same_step_is_held_with_its_traceback(supervised: Any, run_folder: Path, tmp_path: Path,
+                                                                        wanted: str) -> None:
+    marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
+    marks.mkdir()
+    with pytest.raises(Held, match=r"rank 0 failed: ZeroDivisionError: .* at the same step as before") as caught:
+        supervised(run_folder, "jobs_ranks:train_and_fail", marks=str(marks), times=9, step=7, rank=0, kind="exception")
+    assert caught.value.exit_code == EXIT_HOLD and len(events(stage, "fault")) == 2
+    (held,) = events(stage, "held")
+    assert "in fail" in held["traceback"] and "raise ZeroDivisionError" in held["traceback"] and held["step"] == 7
+    supervised(run_folder)  # mended
+    assert hash_folder(stage.model) == wanted
+
+
+@pytest.mark.slow
+def test_faults_without_progress_are_tried_ever_more_slowly_and_not_for_ever(
+        supervised: Any, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
+    marks.mkdir()
+    monkeypatch.setattr(agent_module, "FIRST_WAIT_SECONDS", 0.2)
+    with pytest.raises(Held, match=r"rank 1 was killed by signal 9 .* the 5th fault in a row without a step further"):
+        supervised(run_folder, "jobs_ranks:train_and_fail", marks=str(marks), times=9, step=2, rank=1, kind="killed")
+    down = [line["wall_seconds"] for line in read_jsonl(stage.root / "ledger.jsonl") if "down" in line.get("accounts", {})]
+    assert len(down) == 4 and down[0] < 0.2 and all(a >= b for a, b in zip(down[1:], (0.2, 0.4, 0.8), strict=True))
+
+
+def test_asked_to_stop_it_saves_also_right_after_a_fault(supervised: Any, run_folder: Path, tmp_path: Path, wanted: str) -> None:
+    stage, pids = RunFolder(run_folder).stage("pretrain"), tmp_path / "pids"
+    in_sight: Row = {"target": "jobs_ranks:train_in_sight", "pids": str(pids), "pause": 0.02}
+    with when(stage, 4, 0.0, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        stopped = supervised(run_folder, **in_sight)
+    assert stopped["is_asked_to_stop"] and (stage.checkpoints / f"step-{stopped['step']:08d}" / "COMPLETE").is_file()
+
+    def stop_and_kill() -> None:
+        os.kill(int((pids / "0").read_text()), signal.SIGSTOP)  # it cannot finish its step
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        os.kill(int((pids / "0").read_text()), signal.SIGKILL)
+
+    with (when(stage, stopped["step"] + 2, 0.0, stop_and_kill),
+          pytest.raises(Stopped, match=r"rank 0 was killed .* asked to stop") as caught):
+        supervised(run_folder, **in_sight)
+    assert caught.value.exit_code == EXIT_REQUEUE
+    supervised(run_folder)
+    assert hash_folder(stage.model) == wanted
+
+
+def test_what_ranks_refuse_is_not_tried_again(supervised: Any, run_folder: Path) -> None:
+    stage = RunFolder(run_folder).stage("pretrain")
+    stage.root.mkdir()
+    stage.config.write_text("[identity]\nsteps = 7")
+    with pytest.raises(UserError, match="was trained with another configuration"):
+        supervised(run_folder)
+    assert not stage.events.exists() and not (stage.root / "ledger.jsonl").exists()
+
+
+def test_what_a_stage_gives_up_on_is_held_and_its_seconds_are_told(supervised: Any, run_folder: Path, tmp_path: Path) -> None:
+    marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
+    marks.mkdir()
+    with pytest.raises(DiskError, match="the disk is full"):
+        supervised(run_folder, "jobs_ranks:train_and_fail", marks=str(marks), times=9, step=2, rank=1, kind="full disk")
+    (held,) = events(stage, "held")
+    assert held["sentence"] == "after step 2: rank 1 could not save: the disk is full" and not events(stage, "fault")
+    assert read_jsonl(stage.root / "ledger.jsonl")[-1]["accounts"]["startup"] > 0
+
+
+def test_an_attempt_that_never_began_is_startup() -> None:
+    def attempt(events: list[Row], ledger: list[Row]) -> dict[str, float]:
+        return agent_module.Attempt(0, 100.0, 110.0, None, events, ledger).accounts()
+
+    assert attempt([], []) == {"startup": 10.0, "checkpoint": 0, "lost": 0.0}
+    start = {"kind": "start", "time": 103.0}
+    saved = {"kind": "checkpoint", "time": 106.0, "seconds": 1.5}
+    assert attempt([start], []) == {"startup": 3.0, "checkpoint": 0, "lost": 7.0}
+    assert attempt([start, saved], [{"time": 104.0}]) == {"startup": 0.0, "checkpoint": 1.5, "lost": 4.5}
+    assert isinstance(Held("x"), AthanorError)
+
+
+@pytest.mark.parametrize("kills", [pytest.param(12, marks=pytest.mark.slow),
+                                   pytest.param(200, marks=[pytest.mark.drill, pytest.mark.timeout(1800)])])
+def test_many_kills_at_random_moments(supervised: Any, run_folder: Path, data_folder: Path, tmp_path: Path, kills: int,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, both, or the process that starts them, also while they start and save."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance, stage, pids = random.Random(seed), RunFolder(run_folder).stage("pretrain"), tmp_path / "pids"
+    monkeypatch.setattr(agent_module, "MOST_FAULTS", 10**6)
+    monkeypatch.setattr(agent_module, "LONGEST_WAIT_SECONDS", 0.0)
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    (calm / "data").symlink_to(data_folder)
+    longer = (f"stage.pretrain.steps={60 * kills}",)
+    supervised(calm, overrides=longer)
+
+    victims: list[list[int]] = []  # ranks, none when it was the server
+
+    def kill() -> None:
+        before: list[int] = []
+        for _ in range(kills):
+            deadline = time.monotonic() + 60
+            while len(found := [int(file.read_text()) for file in sorted(pids.glob("[01]"))]) < 2 or set(found) & set(before):
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            before = found
+            server = int(Path(f"/proc/{found[0]}/stat").read_text().split()[3])
+            time.sleep(chance.uniform(0.0, 3.0))
+            victims.append(chance.choice([*([0], [1], [0, 1]) * 4, []]))
+            for pid in [found[rank] for rank in victims[-1]] or [server]:
+                with suppress(ProcessLookupError):  # the other one's death was quicker
+                    os.kill(pid, signal.SIGKILL)
+        (pids / "hurry").touch()
+
+    begin = time.monotonic()
+    with when(stage, 0, 0.0, kill):
+        supervised(run_folder, "jobs_ranks:train_in_sight", overrides=longer, pids=str(pids), pause=0.02)
+    seconds = time.monotonic() - begin
+    assert len(events(stage, "fault")) == kills and not events(stage, "damaged")
+    for fault, ranks in zip(events(stage, "fault"), victims, strict=True):
+        assert fault["signal"] == 9 and fault["rank"] in ranks if ranks else "with the fork server" in fault["sentence"]
+    print([len(ranks) for ranks in victims], [fault["sentence"][:40] for fault in events(stage, "fault")])
+    assert hash_folder(stage.model) == hash_folder(RunFolder(calm).stage("pretrain").model)
+    assert_only_uncheckpointed_steps_are_lost(stage)
+    assert_every_second_is_told(stage, seconds)

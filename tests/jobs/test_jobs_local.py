@@ -1,0 +1,95 @@
+"""A job as a user has it: in the background, with its ranks and its agent killed, cancelled, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from athanor.foundation.run_folder import RunFolder, hash_folder, read_jsonl
+
+OVERRIDES = ["stage.pretrain.steps=200", "stage.pretrain.checkpoint_every=10", "stage.pretrain.precision=fp32",
+             "stage.pretrain.evaluate_every=1000", "parallel.dp_shard=2", "name=run"]
+
+
+def ranks_of(agent: int) -> list[int]:
+    """The processes that an agent's fork server has started, in the order of ranks."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = file.read_text().rpartition(")")
+        except OSError:
+            continue
+        parents[int(name.split()[0])] = int(rest.split()[1])
+    return sorted(child for child, parent in parents.items() if parents.get(parent) == agent)
+
+
+def until(condition: Callable[[], Any], seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.slow
+def test_a_job_outlives_its_ranks_its_agent_and_a_change_of_mind(recipe_file: Path, data_folder: Path, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    environment = {**os.environ, "ATHANOR_RUNS": str(tmp_path)}
+
+    def athanor(*arguments: object) -> Any:
+        done = subprocess.run([sys.executable, "-m", "athanor", *map(str, arguments), "--json"], env=environment, text=True,
+                              capture_output=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def step() -> int:
+        return max((row["step"] for row in read_jsonl(stage.metrics)), default=0)
+
+    for name in ("run", "calm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").symlink_to(data_folder)
+    stage = RunFolder(tmp_path / "run").stage("pretrain")
+    job = athanor("jobs", "submit", recipe_file, "--stage", "pretrain", *OVERRIDES)
+
+    until(lambda: step() >= 12)
+    time.sleep(chance.uniform(0, 0.2))
+    victim = chance.randrange(2)
+    os.kill(ranks_of(job["process"])[victim], signal.SIGKILL)
+    until(lambda: athanor("jobs", "show", job["id"])["restarts"] == 1)
+    shown = athanor("jobs", "show", job["id"])
+    assert shown["state"] == "running" and f"rank {victim} was killed by signal 9" in shown["faults"][0]
+
+    begun = step()
+    until(lambda: step() > begun + 5)
+    ranks = ranks_of(job["process"])
+    os.kill(job["process"], signal.SIGKILL)
+    until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 5)
+    assert [row["state"] for row in athanor("jobs", "list")["jobs"]] == ["lost"]
+
+    athanor("jobs", "resume", job["id"])
+    begun = step()
+    until(lambda: step() > begun + 5)
+    athanor("jobs", "cancel", job["id"])
+    cancelled = until(lambda: (found := athanor("jobs", "show", job["id"]))["state"] != "running" and found)
+    assert cancelled["state"] == "cancelled" and cancelled["exit_code"] == 85
+    assert (stage.checkpoints / f"step-{cancelled['step']:08d}" / "COMPLETE").is_file(), "it saved"
+
+    again = athanor("jobs", "submit", recipe_file, "--stage", "pretrain", *OVERRIDES)
+    done = until(lambda: (found := athanor("jobs", "show", again["id"]))["state"] != "running" and found)
+    assert done["state"] == "done" and done["exit_code"] == 0 and done["step"] == 200
+    assert any("the model is in" in line for line in athanor("jobs", "logs", again["id"])["lines"])
+
+    athanor("train", recipe_file, "--stage", "pretrain", *OVERRIDES[:-1], "name=calm")
+    assert hash_folder(stage.model) == hash_folder(RunFolder(tmp_path / "calm").stage("pretrain").model)

@@ -1,0 +1,70 @@
+"""What the ranks of the agent's tests do: train, where somebody can find them, and fail when told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def train_in_sight(channel: Callable[..., None], pids: str, pause: float = 0.0, **arguments: Any) -> dict[str, Any]:
+    """Train, with this rank's process number in a file of the folder `pids`, and a pause in every step.
+
+    There is no pause any more when the folder has a file `hurry`.
+    """
+    from athanor.foundation.intervals import interval
+    from athanor.foundation.run_folder import write_atomic
+    from athanor.train import loop
+
+    def rest() -> None:
+        with interval("input"):
+            time.sleep(0.0 if Path(pids, "hurry").exists() else pause)
+
+    write_atomic(Path(pids, os.environ["RANK"]), str(os.getpid()))
+    _before_step(loop, rest)
+    return loop.train_stage(channel, **arguments)
+
+
+def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: int, rank: int, kind: str,
+                   **arguments: Any) -> dict[str, Any]:
+    """Train; in the step after `step` this rank fails, the first `times` times: by an exception, or as `kind` says."""
+    from athanor.foundation.errors import DiskError
+    from athanor.train import loop
+
+    done = 0
+
+    def fail() -> None:
+        nonlocal done
+        is_here = int(os.environ["RANK"]) == rank and _first_step(arguments) + done == step
+        done += 1
+        before = len(list(Path(marks).iterdir()))
+        if is_here and before < times:
+            Path(marks, str(before)).touch()
+            if kind == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "full disk":
+                raise DiskError("rank 1 could not save: the disk is full")
+            raise ZeroDivisionError(f"the {before + 1}th of its kind, at {id(object()):x}")
+
+    _before_step(loop, fail)
+    return loop.train_stage(channel, **arguments)
+
+
+def _first_step(arguments: dict[str, Any]) -> int:
+    from athanor.foundation.run_folder import RunFolder, read_jsonl
+
+    events = read_jsonl(RunFolder(Path(arguments["run_folder"])).stage(arguments["stage"]).events)
+    return int(next(row["step"] for row in reversed(events) if row["kind"] == "start"))
+
+
+def _before_step(loop: Any, work: Callable[[], None]) -> None:
+    inner = loop.run_step
+
+    def run_step(*given: Any) -> Any:
+        work()
+        return inner(*given)
+
+    loop.run_step = run_step
