@@ -59,7 +59,11 @@ def new_shape(architecture: str, **sizes: Any) -> DecoderShape:
                              + (f"it is one of {', '.join(having)}" if having else did_you_mean(key, known)))
         if not fits(value, known[key]):
             raise ModelError(f"model.{key} = {value!r} is not of type {known[key]}")
-    return shape(**{**{key: 0 for key in AS_USUAL if key in known}, **sizes})
+    made = shape(**{**{key: 0 for key in AS_USUAL if key in known}, **sizes})
+    for key, value in sizes.items():
+        if shape.KEYS.get(key, key) is None and value not in (0, getattr(made, key)):
+            raise ModelError(f"model.{key} = {value}, but other sizes of '{architecture}' make it {getattr(made, key)}; leave it out")
+    return made
 
 
 def read_config(source: Path) -> dict[str, Any]:
