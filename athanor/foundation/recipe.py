@@ -282,8 +282,8 @@ def _check_meaning(recipe: Recipe, file: str) -> None:
         raise RecipeError(f"{file}: 'parallel.dp_shard' is 0: it must be -1 (the rest) or at least 1")
     for key in recipe.model.sizes:
         if key in Model.model_fields or key in OF_TOKENIZERS:
-            where = "follows from the tokenizer; leave it out" if key in OF_TOKENIZERS else f"has a key of its own; set model.{key}"
-            raise RecipeError(f"{file}: 'model.sizes.{key}' {where}")
+            why = "follows from the tokenizer; leave it out" if key in OF_TOKENIZERS else f"has a key of its own; set model.{key}"
+            raise RecipeError(f"{file}: 'model.sizes.{key}' {why}")
     names = [stage.name for stage in recipe.stage]
     for index, stage in enumerate(recipe.stage):
         if stage.name in names[:index]:

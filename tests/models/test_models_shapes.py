@@ -234,7 +234,7 @@ def test_configurations_that_cannot_be_counted_are_refused(config: dict[str, Any
     ("deepseek_v3", "kv_lora_rank", -3, "kv_lora_rank = -3; it must be at least"),
     ("deepseek_v3", "routed_scaling_factor", -2.0, "routed_scaling_factor = -2.0; it must be above 0"),
     ("deepseek_v3", "routed_scaling_factor", math.inf, "routed_scaling_factor = inf"),
-    ("deepseek_v3", "head_dim", 64, "other sizes of 'deepseek_v3' make it 192; leave it out"),
+    ("deepseek_v3", "head_dim", 64, "other sizes make it 192; leave it out"),
     ("deepseek_v3", "kv_lora_rnk", 3, "did you mean 'kv_lora_rank'"), ("llama", "rope_scaling", 1, "is no size"),
     ("qwen3_moe", "mlp_only_layers", 1, "is not of type tuple")])
 def test_a_new_shape_refuses_a_size_of_another_kind(architecture: str, key: str, value: Any, words: str) -> None:

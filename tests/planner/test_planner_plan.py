@@ -40,7 +40,7 @@ def test_plan_fills_every_open_value_and_the_recipe_wins(machine: ClusterSpec, t
     assert filled.origin("model.hidden_size") == "plan"
     assert filled.model.head_dim == 64 and filled.origin("model.head_dim") == "override"
     assert filled.get_stage("pretrain").weight_decay == 0.05
-    left_open = {"share", "tokens", "data_shards", "start_from", "batch_ramp", "z_loss"}
+    left_open = {"share", "tokens", "data_shards", "start_from", "batch_ramp", "z_loss", "expert_bias_rate"}
     for stage in filled.stage:
         assert not {key for key, value in stage if value is None} - left_open
     assert {key for key, value in filled.model if value is None} == {"num_experts", "num_experts_per_tok"}, "a dense model"
@@ -137,7 +137,7 @@ def test_shapes_are_those_of_the_architecture(machine: ClusterSpec, toy: Toy) ->
     sizes = ["model.architecture=mixtral", "model.num_experts=4", "model.hidden_size=64", "model.num_hidden_layers=2"]
     mixture = make_plan(toy(*sizes), machine, SCAN).values["model"]
     assert mixture["num_experts"] == 4 and mixture["num_experts_per_tok"] == 2 and mixture["rope_theta"] == 1e6
-    with pytest.raises(ModelError, match=r"model\.num_experts is no size of the architecture 'gpt2'; it is one of mixtral"):
+    with pytest.raises(ModelError, match=r"num_experts is no size of the architecture 'gpt2'; it is one of deepseek_v3, mixtral"):
         make_plan(toy("model.architecture=gpt2", "model.num_experts=4"), machine, SCAN)
 
 

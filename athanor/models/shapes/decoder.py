@@ -86,6 +86,10 @@ class DecoderShape(Counted):
         """Numbers that each block keeps of the last token of a sequence, beside its key and value."""
         return 0
 
+    def kept_beside(self, layer: int, tp: int) -> float:
+        """Numbers of a token that a block keeps for its backward pass, beside what its products read and make."""
+        return 0.0
+
     @property
     def key_value_size(self) -> int:
         """Width of all key heads together (and of all value heads)."""

@@ -62,7 +62,7 @@ def new_shape(architecture: str, **sizes: Any) -> DecoderShape:
     made = shape(**{**{key: 0 for key in AS_USUAL if key in known}, **sizes})
     for key, value in sizes.items():
         if shape.KEYS.get(key, key) is None and value not in (0, getattr(made, key)):
-            raise ModelError(f"model.{key} = {value}, but other sizes of '{architecture}' make it {getattr(made, key)}; leave it out")
+            raise ModelError(f"model.{key} = {value}, but other sizes make it {getattr(made, key)}; leave it out")
     return made
 
 
