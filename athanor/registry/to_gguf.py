@@ -193,7 +193,7 @@ def _write_tokenizer(writer: Any, folder: Path, shape: DecoderShape) -> list[str
     _check_tokenizer(folder, content, ids, shape.vocab_size)
     pre, notes = pre_tokenizer(content)
     if (content.get("normalizer") or {}).get("type", "NFC") != "NFC":  # which changes few texts
-        notes.append("llama.cpp does not normalise texts as this tokenizer does, so there some become other tokens than in training")
+        notes.append("llama.cpp does not normalise texts as this tokenizer does, so some become other tokens there")
     added = {token["content"]: token for token in content.get("added_tokens") or []}
     by_id = {index: token for token, index in ids.items()}
     kinds = [gguf.TokenType.UNUSED if i not in by_id else gguf.TokenType.NORMAL if by_id[i] not in added else
