@@ -67,6 +67,7 @@ COLUMNS = {
     "collectives": ("bytes", "s"),
 }
 WORDS = {"dtype", "form", "operation"}
+MAY_BE_0 = {"s in collectives"}  # of the columns of `steps`
 
 
 def to_toml(spec: ClusterSpec) -> str:
@@ -176,6 +177,8 @@ def _check_rows(name: str, columns: tuple[str, ...], rows: Any, file: str) -> No
                     raise UserError(f"{file}: row {number} of '{name}': {column} is {value!r}, a text is expected")
             else:
                 _check_number(f"{name}[{number}].{column}", value, file)
+                if name == "steps" and not value and column not in MAY_BE_0:
+                    raise UserError(f"{file}: 'steps[{number}].{column}' is 0, a number above 0 is expected")
 
 
 def accelerator_names() -> dict[str, str]:

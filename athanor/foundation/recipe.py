@@ -23,6 +23,7 @@ Precision = Literal["fp64", "fp32", "bf16", "fp8"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of what becomes a file or a folder
 TAKEN = {"data", "logs", "recipe.toml", "cluster.toml", "plan.toml", "forecast.json", "actual.json", "scores.json",
          "report.html", "chain.jsonl", "feedback.jsonl"}  # by the run folder
+OF_TOKENIZERS = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}  # no sizes that a recipe sets
 
 
 class Section(BaseModel):
@@ -281,6 +282,10 @@ def _check_meaning(recipe: Recipe, file: str) -> None:
         raise RecipeError(f"{file}: budget.money needs cluster.price_per_device_hour")
     if recipe.parallel.dp_shard == 0:
         raise RecipeError(f"{file}: 'parallel.dp_shard' is 0: it must be -1 (the rest) or at least 1")
+    for key in recipe.model.sizes:
+        if key in Model.model_fields or key in OF_TOKENIZERS:
+            why = "follows from the tokenizer; leave it out" if key in OF_TOKENIZERS else f"has a key of its own; set model.{key}"
+            raise RecipeError(f"{file}: 'model.sizes.{key}' {why}")
     names = [stage.name for stage in recipe.stage]
     for index, stage in enumerate(recipe.stage):
         if stage.name in names[:index]:
@@ -309,6 +314,9 @@ def _validate(raw: dict[str, Any], file: str) -> Recipe:
 def _sentence(problem: Any, raw: dict[str, Any]) -> str:
     """One pydantic problem as a sentence with key, value and what is allowed."""
     location = [part for part in problem["loc"] if isinstance(part, (str, int))]
+    if location[:2] == ["model", "sizes"] and len(location) > 2:  # behind the key stands which of its types does not fit
+        value = raw["model"]["sizes"][location[2]]
+        return f"'model.sizes.{location[2]}' is {value!r}: it must be a finite number, true or false"
     key = _dotted(location, raw)
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":

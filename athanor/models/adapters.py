@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # what would need more than a sum of products, and the values that need none
 PLAIN: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None),
                                      "modules_to_save": (None, []), "alpha_pattern": (None, {}), "lora_bias": (False, None),
-                                     "layer_replication": (None, []), "target_parameters": (None, [])}
+                                     "layer_replication": (None, []), "target_parameters": (None, []),
+                                     # others, such as pissa, take what the adapter begins with from the base's weights
+                                     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
 
 
 @torch.no_grad()
@@ -60,7 +63,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ModelError(f"{folder / CONFIG}: {key} = {config[key]!r} is not supported, only {values[0]!r} is; merge it "
                              "where it was trained: PeftModel.from_pretrained(…).merge_and_unload().save_pretrained('NEW')")
     alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= sys.float_info.max:
         raise ModelError(f"{folder / CONFIG}: lora_alpha = {alpha!r} is not a number above 0")
     return config
 
@@ -85,11 +88,13 @@ def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _product(name: str, down: Tensor, up: Tensor, config: dict[str, Any], shape: tuple[int, ...], folder: Path) -> Tensor:
     """What is added to a tensor of this shape on disk."""
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down):
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down) or not len(down):
         raise ModelError(f"{folder / WEIGHTS}: the parts of '{name}' are {list(down.shape)} and {list(up.shape)}, which do not "
                          "multiply")
     rank = len(down)
     change = up @ down * (config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    if not change.isfinite().all():
+        raise ModelError(f"{folder / WEIGHTS}: what '{name}' is changed by is not finite")
     change = change.t() if config.get("fan_in_fan_out") else change
     if tuple(change.shape) != tuple(shape):
         raise ModelError(f"{folder / WEIGHTS}: '{name}' is changed by {list(change.shape)}, but the model has "

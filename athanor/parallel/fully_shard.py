@@ -40,13 +40,17 @@ def apply(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, dtype: torc
                                   cast_forward_inputs=False)
     where = [(module, experts) for name, module in model.named_modules() if experts and name.endswith(".experts")]
     where += [(module, axis) for module in (*blocks, model)]
+    # what no gradient moves stays whole and is not cast: a router's biases move by less than bf16 can tell apart
+    still = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     for module, on in where:
-        fully_shard(module, mesh=on, mp_policy=policy, reshard_after_forward=not keeps_whole and module is not model)
+        fully_shard(module, mesh=on, mp_policy=policy, reshard_after_forward=not keeps_whole and module is not model,
+                    ignored_params=still)
     table = placements(model)
     for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor), "every parameter lies in the model"
-        on = parameter.device_mesh
-        table[name] = table[name].then(Cut((on.mesh_dim_names or ("",))[0], on.size(), on.get_local_rank(), 0))
+        assert isinstance(parameter, DTensor) or parameter in still, "every parameter lies in the model"
+        on = parameter.device_mesh if isinstance(parameter, DTensor) else axis
+        dim = 0 if isinstance(parameter, DTensor) else None
+        table[name] = table[name].then(Cut((on.mesh_dim_names or ("",))[0], on.size(), on.get_local_rank(), dim))
     group = mesh.group("dp_replicate")
     replicas = None if group is None else Replicas(group, mesh.label("dp_replicate"))
     for number, (unit, on) in enumerate(where):

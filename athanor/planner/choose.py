@@ -100,6 +100,7 @@ def shapes(recipe: Recipe, vocab_size: int, max_position: int) -> Iterator[Decod
     heads, width = model.num_attention_heads, model.hidden_size
     if heads and width and not model.head_dim and width % heads:
         raise UserError(f"model.num_attention_heads = {heads} does not divide model.hidden_size = {width}")
+    kind = shape_class(model.architecture)
     is_free = model.hidden_size is None and model.num_hidden_layers is None
     for hidden, layers in itertools.product([model.hidden_size] if model.hidden_size else HIDDEN_SIZES,
                                             [model.num_hidden_layers] if model.num_hidden_layers else LAYERS):
@@ -113,10 +114,12 @@ def shapes(recipe: Recipe, vocab_size: int, max_position: int) -> Iterator[Decod
             raise UserError(f"model.num_key_value_heads = {keys} does not divide the {heads} query heads")
         open_sizes = {
             "max_position_embeddings": max_position, "tie_word_embeddings": hidden < 2048,
-            "intermediate_size": round(hidden * shape_class(model.architecture).GROWTH / 32) * 32}
+            "intermediate_size": round(hidden * kind.GROWTH / 32) * 32}
+        if kind.KEYS.get("head_dim", "") is not None:  # else other sizes say what it is
+            open_sizes["head_dim"] = head_dim
         yield new_shape(model.architecture, vocab_size=vocab_size, **{
             **open_sizes, **model.given(), "hidden_size": hidden,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": head_dim})
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys})
 
 
 def head_size(hidden_size: int) -> int:

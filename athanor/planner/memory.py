@@ -36,7 +36,7 @@ def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int,
         own = weights / (layout.dp_shard * layout.cp)
         slots = 2 * own - (sum(blocks[n] for n in held) / layout.tp / (layout.dp_shard * layout.cp) if optimizer == "muon" else 0)
         gathered = stored * (weights if is_whole else (max(blocks[n] for n in held) + ends) / layout.tp)
-        kept, worked = _kept(shape.hidden_size, [products[n] for n in held], layout.tp, recompute)
+        kept, worked = _kept(shape, held, products, layout.tp, recompute)
         flight = float(kept_microbatches(schedule, layout.pp, stages_of(schedule), num_microbatches, rank))
         fused = sum(p.inputs * p.outputs for n in held for p in products[n] if p.cut == "outputs") / layout.tp
         between = 6.0 * hidden if layout.pp > 1 else 0.0  # what a stage got, and what it handed on
@@ -73,21 +73,21 @@ def _held(shape: DecoderShape, pp: int, schedule: str, seq_len: int) -> list[lis
     return [[n for stage in pipeline.stages_of(rank) for n in pipeline.blocks[stage]] for rank in range(pp)]
 
 
-def _kept(hidden: int, blocks: list[list[Product]], tp: int, recompute: str) -> tuple[float, float]:
-    """Numbers of a token that these blocks keep for the backward pass, and those of a block that is computed again and of the
+def _kept(shape: DecoderShape, held: list[int], products: list[list[Product]], tp: int, recompute: str) -> tuple[float, float]:
+    """Numbers of a token that the held blocks keep for the backward pass, and those of a block that is computed again and of the
     widest gradient in it.
 
     The residual stream twice, what products read (whole, where it is gathered) and what they make.
     """
-    each = []
-    for products in blocks:
-        numbers = 2.0 * hidden / tp
-        for p in products:
+    each, hidden, blocks = [], shape.hidden_size, [products[n] for n in held]
+    for n, block in zip(held, blocks, strict=True):
+        numbers = 2.0 * hidden / tp + shape.kept_beside(n, tp)
+        for p in block:
             numbers += p.times * (p.inputs / tp if p.cut == "inputs" else p.inputs + p.outputs / (tp if p.cut else 1))
         each.append(numbers)
     if recompute in ("none", "selective"):
         return sum(each), 0.0
-    widest = max(p.times * p.outputs / (tp if p.cut else 1) for p in blocks[0])
+    widest = max(p.times * p.outputs / (tp if p.cut else 1) for block in blocks for p in block)
     every = int(recompute.removeprefix("every-")) if recompute.startswith("every-") else 1
     again = [number for place, number in enumerate(each) if place % every == 0]
     return sum(each) - sum(again) + len(again) * hidden / tp, max(again) + 2 * hidden + widest

@@ -119,7 +119,8 @@ def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice]
     """The recipe's tables with every open value filled."""
     shape, layout = best.shape, best.layout
     model: dict[str, Any] = {"architecture": recipe.model.architecture}
-    model |= {key: getattr(shape, key) for key in type(recipe.model).model_fields if hasattr(shape, key)}
+    sizes = {key: getattr(shape, key, 0) for key in type(recipe.model).model_fields}
+    model |= {key: value for key, value in sizes.items() if value or value is False}  # 0: it has none, such as experts
     model |= {"sizes": recipe.model.sizes} if recipe.model.sizes else {}
     stages = []
     for stage in recipe.stage:

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from athanor.foundation.errors import ModelError, UserError
-from athanor.foundation.run_folder import disk_errors, read_json
+from athanor.foundation.run_folder import disk_errors
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import load_shape
 from athanor.models.shapes.rope import RopeScaling
 from athanor.registry.model_folder import Entry, read_tensors
-from athanor.registry.tokens import special_id, template_source, token_ids
+from athanor.registry.tokens import read_object, special_id, template_source, token_ids
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> gguf.MODEL_ARCH
 TYPES = {"f16": "F16", "q8_0": "Q8_0"}
@@ -132,8 +132,8 @@ def _type(shape: list[int], kind: str) -> str:
 def _converted(name: str, values: np.ndarray, kind: str) -> np.ndarray:
     import gguf
 
-    largest = 65504.0 * (127 if kind == "Q8_0" else 1)  # a scale in Q8_0 is F16 too
-    if kind != "F32" and not np.abs(values).max(initial=0.0) <= largest:
+    largest = {"F32": float(np.finfo(np.float32).max), "F16": 65504.0, "Q8_0": 127 * 65504.0}[kind]  # of F16, as are scales
+    if not np.abs(values).max(initial=0.0) <= largest:
         raise ModelError(f"{name} holds values beyond {largest:g}, or none at all, which {kind} cannot hold")
     return np.asarray(gguf.quantize(values, gguf.GGMLQuantizationType[kind]))
 
@@ -187,10 +187,13 @@ def _write_tokenizer(writer: Any, folder: Path, shape: DecoderShape) -> list[str
     """The tokenizer's tables; returns a sentence when llama.cpp cuts text otherwise."""
     import gguf
 
-    content, ids = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}, token_ids(folder)
+    content, ids = read_object(folder, "tokenizer.json"), token_ids(folder)
     if (content.get("model") or {}).get("type") != "BPE" or "ByteLevel" not in json.dumps(content.get("decoder")):
         raise ModelError(f"{folder} cannot be written as GGUF: its tokenizer is not byte-level BPE in a tokenizer.json")
+    _check_tokenizer(folder, content, ids, shape.vocab_size)
     pre, notes = pre_tokenizer(content)
+    if (content.get("normalizer") or {}).get("type", "NFC") != "NFC":  # which changes few texts
+        notes.append("llama.cpp does not normalise texts as this tokenizer does, so some become other tokens there")
     added = {token["content"]: token for token in content.get("added_tokens") or []}
     by_id = {index: token for token, index in ids.items()}
     kinds = [gguf.TokenType.UNUSED if i not in by_id else gguf.TokenType.NORMAL if by_id[i] not in added else
@@ -211,6 +214,18 @@ def _write_tokenizer(writer: Any, folder: Path, shape: DecoderShape) -> list[str
     if template is not None:
         writer.add_chat_template(template)
     return notes
+
+
+def _check_tokenizer(folder: Path, content: dict[str, Any], ids: dict[str, int], vocab_size: int) -> None:
+    import tokenizers
+
+    try:
+        tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises no narrower one
+        raise ModelError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from None
+    if max(ids.values(), default=vocab_size) >= vocab_size or len(set(ids.values())) < len(ids):
+        raise ModelError(f"{folder} cannot be written as GGUF: its {len(ids)} tokens have {len(set(ids.values()))} ids up to "
+                         f"{max(ids.values(), default=0)}, and vocab_size is {vocab_size}")
 
 
 def pre_tokenizer(content: dict[str, Any]) -> tuple[str, list[str]]:

@@ -52,7 +52,10 @@ def special_id(folder: Path, key: str, ids: dict[str, int]) -> int | None:
 def template_source(folder: Path) -> str | None:
     """The chat template, from its own file or tokenizer_config.json."""
     file = folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else read_object(folder, FILES[2]).get("chat_template")
+    try:
+        source = file.read_text(encoding="utf-8") if file.is_file() else read_object(folder, FILES[2]).get("chat_template")
+    except UnicodeDecodeError:
+        raise ModelError(f"{file} is not a text in UTF-8") from None
     return source if isinstance(source, str) else None
 
 

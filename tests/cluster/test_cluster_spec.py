@@ -45,6 +45,8 @@ def test_cluster_file_round_trip(tmp_path: Path) -> None:
     ({"peak_flops": {"fp32": float("nan")}}, ["peak_flops.fp32"]),
     ({"collectives": {"all_reduce": [[1.0]]}}, ["collectives.all_reduce", "bytes"]),
     ({"device_type": "gpu"}, ["device_type", "cpu"]),
+    ({"steps": [["fp32", 4096, 64, 160, 4, 2, 1024, 256, 1, 0.0, 0.0]]}, ["steps[1].s", "above 0"]),
+    ({"steps": [["fp32", 4096, 64, 160, 4, 2, 1024, 0, 1, 0.1, 0.0]]}, ["steps[1].seq_len", "above 0"]),
 ])
 def test_wrong_cluster_file_is_one_sentence(change: dict[str, object], words: list[str]) -> None:
     raw = tomllib.loads(to_toml(small_spec()))

@@ -48,6 +48,11 @@ def test_precedence_is_override_recipe_plan_default() -> None:
     ("data.source.stdlib.name=../x", ["data.source", "name", "pattern"]),
     (f"name={'a' * 101}", ["name", "pattern"]),
     ("stage.chat.name=plan.toml", ["cannot be called 'plan.toml'"]),
+    ("model.sizes.kv_lora_rank=wide", ["'model.sizes.kv_lora_rank' is 'wide': it must be a finite number, true or false"]),
+    ("model.sizes.kv_lora_rank=nan", ["'model.sizes.kv_lora_rank' is nan: it must be a finite number"]),
+    ("model.sizes.hidden_size=32", ["'model.sizes.hidden_size' has a key of its own; set model.hidden_size"]),
+    ("model.sizes.architecture=1", ["set model.architecture"]),
+    ("model.sizes.vocab_size=300", ["'model.sizes.vocab_size' follows from the tokenizer"]),
 ])
 def test_bad_values_get_one_sentence(override: str, words: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:

@@ -81,6 +81,11 @@ def test_what_is_no_plain_adapter_of_the_model_is_refused(tmp_path: Path) -> Non
     refuses("use_dora = True is not supported", {"use_dora": True})
     refuses("peft_type = 'IA3'", {"peft_type": "IA3"})
     refuses("lora_alpha = 0", {"lora_alpha": 0})
+    refuses("lora_alpha = 1000", {"lora_alpha": 10**400})
+    refuses("q_proj' is changed by is not finite", {"lora_alpha": 1e300})
+    refuses("init_lora_weights = 'pissa_niter_4' is not supported", {"init_lora_weights": "pissa_niter_4"})
+    refuses(r"are \[0, 32\] and \[32, 0\], which do not multiply", tensors={
+        key: part[:0].contiguous() if "lora_A" in key else part[:, :0].contiguous() for key, part in weights.items()})
     refuses("holds 'nothing'", tensors={})
     first = min(weights)
     refuses("which is no pair", tensors={key: part for key, part in weights.items() if key != first})

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from athanor.foundation.errors import ModelError
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.models.shapes.find import counted, find_shape, known_shapes, load_shape
+from athanor.models.shapes.find import counted, find_shape, known_shapes, load_shape, new_shape
 from athanor.models.shapes.products import Attended
 
 # of the published safetensors files, or where the sum of them is printed: model cards, papers
@@ -226,6 +226,20 @@ def test_training_refuses_what_is_only_counted(config: dict[str, Any], words: st
 def test_configurations_that_cannot_be_counted_are_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         load_shape(config, for_training=False)
+
+
+@pytest.mark.parametrize(("architecture", "key", "value", "words"), [
+    ("deepseek_v3", "kv_lora_rank", 2.5, "model.kv_lora_rank = 2.5 is not of type int"),
+    ("deepseek_v3", "kv_lora_rank", True, "is not of type int"), ("deepseek_v3", "norm_topk_prob", 1, "is not of type bool"),
+    ("deepseek_v3", "kv_lora_rank", -3, "kv_lora_rank = -3; it must be at least"),
+    ("deepseek_v3", "routed_scaling_factor", -2.0, "routed_scaling_factor = -2.0; it must be above 0"),
+    ("deepseek_v3", "routed_scaling_factor", math.inf, "routed_scaling_factor = inf"),
+    ("deepseek_v3", "head_dim", 64, "other sizes make it 192; leave it out"),
+    ("deepseek_v3", "kv_lora_rnk", 3, "did you mean 'kv_lora_rank'"), ("llama", "rope_scaling", 1, "is no size"),
+    ("qwen3_moe", "mlp_only_layers", 1, "is not of type tuple")])
+def test_a_new_shape_refuses_a_size_of_another_kind(architecture: str, key: str, value: Any, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        new_shape(architecture, **{**SMALL, key: value})
 
 
 def test_every_known_name_belongs_to_a_counted_architecture() -> None:

@@ -19,6 +19,7 @@ from athanor.foundation.recipe import Recipe
 from athanor.foundation.units import PD_FLOP
 from athanor.laws import scaling
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.find import new_shape
 from athanor.planner.plan import Plan, make_plan
 from athanor.planner.stage import budget_shares, vocabulary_for
 
@@ -136,8 +137,22 @@ def test_shapes_are_those_of_the_architecture(machine: ClusterSpec, toy: Toy) ->
     sizes = ["model.architecture=mixtral", "model.num_experts=4", "model.hidden_size=64", "model.num_hidden_layers=2"]
     mixture = make_plan(toy(*sizes), machine, SCAN).values["model"]
     assert mixture["num_experts"] == 4 and mixture["num_experts_per_tok"] == 2 and mixture["rope_theta"] == 1e6
-    with pytest.raises(ModelError, match=r"model\.num_experts is no size of the architecture 'gpt2'; it is one of .*mixtral"):
+    with pytest.raises(ModelError, match=r"num_experts is no size of the architecture 'gpt2'; it is one of deepseek_v3, mixtral"):
         make_plan(toy("model.architecture=gpt2", "model.num_experts=4"), machine, SCAN)
+
+
+@pytest.mark.parametrize(("architecture", "sizes", "without"), [
+    ("yuan", [], {"num_experts", "num_experts_per_tok"}), ("yuan", ["num_experts=4"], set()), ("gemma", [], {"num_experts"}),
+    ("deepseek_v3", ["num_experts=4", "num_experts_per_tok=2", "sizes.kv_lora_rank=10", "sizes.qk_nope_head_dim=6",
+                     "sizes.qk_rope_head_dim=4", "sizes.v_head_dim=8"], set())])
+def test_a_plan_describes_the_model_that_it_is_for(machine: ClusterSpec, toy: Toy, architecture: str, sizes: list[str],
+                                                   without: set[str]) -> None:
+    recipe = toy(f"model.architecture={architecture}", *(f"model.{size}" for size in sizes))
+    plan = make_plan(recipe, machine, SCAN)
+    model = recipe.with_plan(tomllib.loads(plan.to_toml())).model
+    assert not without & model.given().keys()
+    made = new_shape(architecture, vocab_size=plan.values["data"]["vocab_size"], **model.given())
+    assert made.head_dim == (10 if architecture == "deepseek_v3" else plan.values["model"]["head_dim"])
 
 
 def test_what_cannot_be_laid_out_is_refused(machine: ClusterSpec, toy: Toy) -> None:

@@ -118,3 +118,35 @@ def train_sharded(channel: Channel, **arguments: Any) -> dict[str, Any]:
 
     loop.keeps_masters = lambda job: False
     return loop.train_stage(channel, **arguments)
+
+
+def biases_in_bf16(channel: Callable[..., None], biases: list[float], sizes: dict[str, Any]) -> dict[str, Any]:
+    """What a router computes with where weights are cast to bf16, and what part of its biases this rank holds."""
+    import torch
+    import torch.distributed as dist
+
+    from athanor.foundation.layout import Layout
+    from athanor.foundation.placement import placements
+    from athanor.models.context import Packed
+    from athanor.models.initialize import initialize
+    from athanor.models.shapes.deepseek_v3 import Shape
+    from athanor.models.zoo import deepseek_v3
+    from athanor.parallel.apply import Choices, parallelize
+    from athanor.parallel.mesh import make_mesh
+
+    mesh = make_mesh(Layout(dp_shard=2), "cpu", is_mixed=True)
+    model = deepseek_v3.build(Shape(**sizes))
+    handle = parallelize(model, mesh, deepseek_v3.TENSOR_DIMS, Choices(precision="bf16"))
+    assert handle is not None
+    initialize(model, 0)
+    router, found = model.blocks["0"].mlp.gate, {}
+    with torch.no_grad():
+        router.e_score_correction_bias.copy_(torch.tensor(biases))
+    router.register_forward_pre_hook(lambda module, _: found.update(
+        weight=str(module.weight.dtype), biases=module.e_score_correction_bias.tolist()))
+    handle.begin(is_last_micro_batch=True)
+    ids = torch.arange(8)
+    model(ids, Packed.of([8]), ids, torch.ones(8)).weighted_sum.backward()
+    found["writes"] = placements(model)["model.layers.0.mlp.gate.e_score_correction_bias"].is_first_copy()
+    dist.destroy_process_group()
+    return found

@@ -177,6 +177,14 @@ def test_the_tokenizers_kind_is_told_by_how_it_cuts(tmp_path: Path, pre: str) ->
     assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == pre
 
 
+def test_a_normalizer_that_llama_cpp_leaves_out_is_told(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "Lowercase"}}))
+    (note,) = write_gguf(folder, tmp_path / "m.gguf", "m", "f16")
+    assert "does not normalise texts as this tokenizer does" in note
+
+
 def test_factors_of_scaled_positions_are_those_of_transformers(tmp_path: Path) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -227,6 +235,12 @@ def _drop(folder: Path, name: str) -> None:
     save_file(held, folder / "model.safetensors")
 
 
+def _retoken(folder: Path, **changes: Any) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"] |= changes
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 def _configure(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -242,7 +256,13 @@ def _configure(folder: Path, **changes: Any) -> None:
     (lambda folder: (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}'),
      "its tokenizer is not byte-level BPE"),
     (lambda folder: _configure(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}),
-     "only its usual numbers can")])
+     "only its usual numbers can"),
+    (lambda folder: _spoil(folder, "model.norm.weight", np.inf), "output_norm.weight holds values beyond"),
+    (lambda folder: _retoken(folder, merges=None), "tokenizer.json is not a tokenizer"),
+    (lambda folder: _retoken(folder, merges=[["a", "b", "c"]]), "tokenizer.json is not a tokenizer"),
+    (lambda folder: (folder / "tokenizer.json").write_text("[]"), "its tokenizer is not byte-level BPE"),
+    (lambda folder: make(folder, vocab_size=290), "tokens have .* ids up to .*, and vocab_size is 290"),
+    (lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja is not a text in UTF-8")])
 def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(tmp_path: Path, damage: Any, words: str) -> None:
     folder = make(tmp_path / "m")
     damage(folder)

@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from athanor.models.huggingface import load_model
 
 Train = Callable[..., dict[str, Any]]
+DEEPSEEK = ["model.num_key_value_heads=4", "model.num_experts=4", "model.num_experts_per_tok=2", *(
+    f"model.sizes.{size}" for size in ("moe_intermediate_size=24", "kv_lora_rank=10", "qk_nope_head_dim=6", "qk_rope_head_dim=4",
+                                       "v_head_dim=8", "first_k_dense_replace=1"))]
 
 
 @pytest.mark.parametrize(("name", "sizes"), [
@@ -22,9 +25,7 @@ Train = Callable[..., dict[str, Any]]
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ("yuan", ["model.num_key_value_heads=4", "model.num_experts=32", "model.head_dim=8"]),
         ("mistral", []), ("qwen2", ["model.tie_word_embeddings=false"]), ("qwen3", ["model.head_dim=6"]),
-        ("deepseek_v3", ["model.num_key_value_heads=4", "model.num_experts=4", "model.num_experts_per_tok=2", *(
-            f"model.sizes.{size}" for size in ("moe_intermediate_size=24", "kv_lora_rank=10", "qk_nope_head_dim=6",
-                                               "qk_rope_head_dim=4", "v_head_dim=8", "first_k_dense_replace=1"))]),
+        ("deepseek_v3", DEEPSEEK),
         ("qwen3_moe", ["model.num_experts=4", "model.num_experts_per_tok=2"])))])
 def test_a_recipe_trains_it_and_goes_on(train: Train, run_folder: Path, name: str, sizes: list[str]) -> None:
     overrides = [f"model.architecture={name}", *sizes, "stage.pretrain.steps=4"]
@@ -42,7 +43,7 @@ def test_a_recipe_trains_it_and_goes_on(train: Train, run_folder: Path, name: st
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "sizes"), [
     ("gpt2", ["model.num_key_value_heads=4"]), ("qwen3", ["model.head_dim=6"]),
-    ("yuan", ["model.num_key_value_heads=4", "model.num_experts=4"])])
+    ("yuan", ["model.num_key_value_heads=4", "model.num_experts=4"]), ("deepseek_v3", DEEPSEEK)])
 def test_the_folder_of_eight_ranks_is_that_of_one(train: Train, run_folder: Path, data_folder: Path, tmp_path: Path, name: str,
                                                   sizes: list[str]) -> None:
     other = tmp_path / "eight"

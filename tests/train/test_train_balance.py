@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 import torch
 
+from athanor.foundation.launch import run_ranks
 from athanor.models.context import Packed
 from athanor.models.experts import SigmoidRouter
 from athanor.models.shapes.deepseek_v3 import Shape
@@ -24,6 +28,7 @@ def router_and_balancer(rate: float) -> tuple[SigmoidRouter, Balancer]:
         torch.nn.init.normal_(parameter.data, std=0.3) if parameter.ndim > 1 else torch.nn.init.zeros_(parameter.data)
     stages = Stages.alone(model)
     router = model.blocks["0"].mlp.gate
+    router.load.copy_(torch.arange(8) * 10**6)  # what lay in the memory that was taken
     return router, Balancer(stages, stages.placed(), rate)
 
 
@@ -58,3 +63,14 @@ def test_loads_become_equal() -> None:
         balancer.step(torch.tensor(True))
     after = loads(router, x)
     assert before.max() > 1.5 * 128 and after.max() < 1.1 * 128 and after.sum() == before.sum()
+
+
+def test_a_step_of_a_bias_counts_where_weights_are_cast_to_bf16(tmp_path: Path) -> None:
+    """There 0.499 and 0.4995 are the same number."""
+    biases = [0.5005, 0.5, 0.4995, 0.499] * 2
+    sizes = {field.name: getattr(SHAPE, field.name) for field in fields(SHAPE)}
+    first, second = run_ranks("train_ranks:biases_in_bf16", {"biases": biases, "sizes": sizes}, 2, log_folder=tmp_path, threads=1,
+                              timeout=120)
+    assert first["weight"] == second["weight"] == "torch.bfloat16"
+    assert first["biases"] == second["biases"] == pytest.approx(biases, rel=1e-6)
+    assert first["writes"] and not second["writes"]

@@ -13,6 +13,7 @@ from athanor.foundation.launch import run_ranks
 from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder
 from athanor.ledger.book import Book
+from athanor.planner.memory import fullest, peak_memory
 from athanor.train.memory import changed, remedies
 from athanor.train.observe import Observed
 from athanor.train.rehearse import chosen_ranks, rehearsal_job, rehearse
@@ -145,6 +146,23 @@ def test_remedies_save_about_what_they_say(make_job: Callable[..., Any], rehears
     (remedy,) = [each for each in remedies(before.memory_bytes, job) if each.changes[0].startswith(wanted)]
     after = rehearsed(*overrides, *remedy.changes)[0]
     assert remedy.saves_bytes == pytest.approx(before.peak_bytes - after.peak_bytes, rel=within)
+
+
+@pytest.mark.parametrize(("architecture", "layout", "sizes"), [
+    ("gemma", "dp_shard=2", []), ("yuan", "tp=2", []), ("yuan", "dp_shard=2", ["num_experts=32"]),
+    ("deepseek_v3", "dp_shard=2", ["num_experts=8", "num_experts_per_tok=2", *(f"sizes.{size}" for size in (
+        "moe_intermediate_size=96", "kv_lora_rank=64", "qk_nope_head_dim=32", "qk_rope_head_dim=16", "v_head_dim=32",
+        "first_k_dense_replace=1"))])])
+def test_the_planner_forecasts_the_memory_of_every_kind_of_block(make_job: Callable[..., Any], rehearsed: Rehearse,
+                                                                 architecture: str, layout: str, sizes: list[str]) -> None:
+    model = [f"architecture={architecture}", "hidden_size=128", "intermediate_size=352", "max_position_embeddings=256",
+             "tie_word_embeddings=true", *sizes]
+    stage = ["seq_len=256", "micro_batch_size=8", "global_batch_tokens=4096", "precision=fp32"]
+    overrides = [*(f"model.{size}" for size in model), *(f"stage.pretrain.{one}" for one in stage), f"parallel.{layout}",
+                 "data.vocab_size=4096"]
+    job = make_job(*overrides)
+    forecast = peak_memory(job.shape, job.layout, rows=8, seq_len=256, dtype="fp32", num_microbatches=2 // job.layout.dp_shard)
+    assert fullest(forecast) == pytest.approx(max(seen.peak_bytes for seen in rehearsed(*overrides)), rel=0.1)
 
 
 def test_remedies_are_legal_and_cheapest_first(make_job: Callable[..., Any]) -> None:

@@ -60,6 +60,25 @@ def test_killed_and_run_again_ends_with_the_same_bits(train: Train, run_folder: 
     assert book["tokens"] == read_jsonl(RunFolder(run_folder).stage("pretrain").metrics)[-1]["tokens"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_biases_that_no_gradient_moves_go_on_with_the_same_bits(train: Train, run_folder: Path, tmp_path: Path,
+                                                                data_folder: Path, precision: str) -> None:
+    sizes = ("moe_intermediate_size=24", "kv_lora_rank=10", "qk_nope_head_dim=6", "qk_rope_head_dim=4", "v_head_dim=8",
+             "first_k_dense_replace=1")
+    model = ("architecture=deepseek_v3", "num_key_value_heads=4", "num_experts=4", "num_experts_per_tok=2",
+             *(f"sizes.{size}" for size in sizes))
+    overrides = [*TWO, *(f"model.{size}" for size in model), f"stage.pretrain.precision={precision}"]
+    other = tmp_path / "undisturbed"
+    other.mkdir()
+    (other / "data").symlink_to(data_folder)
+    wanted = train(other, *overrides)
+    with pytest.raises(RankError, match="rank 1 was killed by signal 9"):
+        train(run_folder, *overrides, target=SIGNALLED, at_step=5, number=signal.SIGKILL, rank=1)
+    assert_bitwise(train(run_folder, *overrides), run_folder, {**wanted, "weights": weights(other)})
+    assert any(tensor.abs().max() > 0.0015 for name, tensor in weights(run_folder).items() if name.endswith("correction_bias"))
+
+
 def test_asked_to_stop_it_saves_and_goes_on_later(train: Train, run_folder: Path, wanted: dict[str, Any]) -> None:
     stopped = train(run_folder, *TWO, target=SIGNALLED, at_step=3, number=signal.SIGTERM, rank=1)
     assert stopped["is_asked_to_stop"] and 3 <= stopped["step"] <= 4

@@ -168,7 +168,7 @@ def test_a_stage_that_cannot_begin_says_why(recipe_file: Path, run_folder: Path,
         resolve(run, load_recipe(recipe_file, ["parallel.recompute=selektive"]), "pretrain", 1)
     with pytest.raises(LayoutError, match="pipeline_schedule '1F2B' is unknown"):
         resolve(run, load_recipe(recipe_file, ["parallel.pipeline_schedule=1F2B"]), "pretrain", 1)
-    with pytest.raises(ModelError, match="num_experts is no size of the architecture 'llama'; it is one of mixtral"):
+    with pytest.raises(ModelError, match="num_experts is no size of the architecture 'llama'; it is one of deepseek_v3, mixtral"):
         resolve(run, load_recipe(recipe_file, ["model.num_experts=4"]), "pretrain", 1)
     with pytest.raises(LayoutError, match="pp = 3 is more than the 2 blocks of the model"):
         resolve(run, load_recipe(recipe_file, ["parallel.pp=3"]), "pretrain", 3)

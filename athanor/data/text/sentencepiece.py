@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def read(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
                 pieces.append((part.get(1, b"").decode(), score, part.get(3, NORMAL)))
             elif number in (2, 3):
                 (trained if number == 2 else normalised).update(_fields(value))
+        names = {key: _name(trained, field, usual) for key, (field, usual) in NAMES.items()}
+        charsmap = normalised.get(2)
+        steps: list[Any] = [_precompiled(charsmap)] if charsmap else []
     except (OSError, ValueError, IndexError, struct.error, TypeError, AttributeError) as error:
         raise DataError(f"{file} is not a SentencePiece model: {error}") from None
     kind = trained.get(3, UNIGRAM)
@@ -49,9 +53,11 @@ def read(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     if not pieces or len(unknown) != 1 or kind not in (UNIGRAM, BPE):
         raise DataError(f"{file} is not a SentencePiece model of subwords: it has {len(pieces)} pieces, {len(unknown)} of them "
                         f"for what is unknown, and model_type {kind}; 1 (unigram) and 2 (BPE) are read")
+    twice = [piece for piece, count in Counter(piece for piece, _, _ in pieces).items() if count > 1]
+    if twice:
+        raise DataError(f"{file} is not a SentencePiece model: it has the piece {twice[0]!r} twice")
     inner = tokenizers.Tokenizer(_model(pieces, kind, unknown[0]))
     prefix = normalised.get(3, 1)
-    steps: list[Any] = [normalizers.Precompiled(normalised[2])] if normalised.get(2) else []
     if normalised.get(4, 1):
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(SPACE)] if prefix else []
@@ -63,7 +69,6 @@ def read(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     inner.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece, _, of in pieces
                               if of in (CONTROL, UNKNOWN)])
     control = {piece for piece, _, of in pieces if of == CONTROL}
-    names = {key: _name(trained, field, usual) for key, (field, usual) in NAMES.items()}
     return inner, {key: name for key, name in names.items() if name in control}
 
 
@@ -75,6 +80,14 @@ def add_tokens(inner: tokenizers.Tokenizer, added: dict[str, int], where: str) -
         inner.add_special_tokens([AddedToken(name, normalized=False, special=True)])
         if inner.token_to_id(name) != number:
             raise DataError(f"{where}: '{name}' has the id {number}, but {inner.token_to_id(name)} is the next one free")
+
+
+def _precompiled(charsmap: bytes) -> Any:
+    """Raises ValueError for what is no table of characters."""
+    try:
+        return normalizers.Precompiled(charsmap)
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(error) from None
 
 
 def _name(trained: dict[int, Any], field: int, usual: str) -> str:

@@ -86,6 +86,10 @@ class DecoderShape(Counted):
         """Numbers that each block keeps of the last token of a sequence, beside its key and value."""
         return 0
 
+    def kept_beside(self, layer: int, tp: int) -> float:
+        """Numbers of a token that a block keeps for its backward pass, beside what its products read and make."""
+        return 0.0
+
     @property
     def key_value_size(self) -> int:
         """Width of all key heads together (and of all value heads)."""
@@ -150,7 +154,7 @@ class DecoderShape(Counted):
                 continue
             if isinstance(value, list):
                 values[f.name] = value = value[0] if f.name == "eos_token_id" and value else tuple(value)
-            if not _fits(value, str(f.type)):
+            if not fits(value, str(f.type)):
                 raise ModelError(f"{where}: {key} = {value!r} is not of type {f.type}")
         if for_training:
             longest = values.get("max_position_embeddings", cls.max_position_embeddings)
@@ -179,9 +183,10 @@ def _refuse_variants(config: dict[str, Any], rope: dict[str, Any], where: str) -
             raise ModelError(f"{where}: {key} = {table[key]!r} is not supported; it must be left out")
 
 
-def _fits(value: object, kind: str) -> bool:
+def fits(value: object, kind: str) -> bool:
+    """Whether a value of a configuration is of a field's type."""
     if kind in ("bool", "str"):
         return isinstance(value, bool if kind == "bool" else str)
     if kind.startswith("tuple"):
-        return isinstance(value, tuple) and all(_fits(entry, "int") for entry in value)
+        return isinstance(value, tuple) and all(fits(entry, "int") for entry in value)
     return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,6 +41,8 @@ class Shape(MixtureShape):
         object.__setattr__(self, "head_dim", self.qk_nope_head_dim + self.qk_rope_head_dim)
         super().__post_init__()
         self._require(1, "kv_lora_rank", "v_head_dim", "n_group", "topk_group")
+        if not 0 < self.routed_scaling_factor < math.inf:
+            raise ModelError(f"routed_scaling_factor = {self.routed_scaling_factor}; it must be above 0")
         if self.num_experts % self.n_group or self.topk_group > self.n_group:
             raise ModelError(f"n_group = {self.n_group} must divide n_routed_experts = {self.num_experts}, and be at least "
                              f"topk_group = {self.topk_group}")

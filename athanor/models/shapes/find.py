@@ -11,7 +11,7 @@ from typing import Any
 from athanor.foundation.errors import ModelError, did_you_mean, nearest
 from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import read_json
-from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.decoder import DecoderShape, fits
 
 ZOO = Path(__file__).parents[1] / "zoo"
 KNOWN = Path(__file__).with_name("known.toml")
@@ -49,15 +49,21 @@ def shape_class(architecture: str) -> type[DecoderShape]:
 
 
 def new_shape(architecture: str, **sizes: Any) -> DecoderShape:
-    """The shape of a new model. Raises ModelError for a size that its architecture does not have."""
+    """The shape of a new model. Raises ModelError for a size that its architecture does not have, or not of this type."""
     shape = shape_class(architecture)
-    known = [field.name for field in fields(shape)]
-    for key in sizes:
+    known = {field.name: str(field.type) for field in fields(shape) if field.name != "rope_scaling"}
+    for key, value in sizes.items():
         if key not in known:
             having = [name for name in architectures() if key in {field.name for field in fields(shape_class(name))}]
             raise ModelError(f"model.{key} is no size of the architecture '{architecture}'; "
                              + (f"it is one of {', '.join(having)}" if having else did_you_mean(key, known)))
-    return shape(**{**{key: 0 for key in AS_USUAL if key in known}, **sizes})
+        if not fits(value, known[key]):
+            raise ModelError(f"model.{key} = {value!r} is not of type {known[key]}")
+    made = shape(**{**{key: 0 for key in AS_USUAL if key in known}, **sizes})
+    for key, value in sizes.items():
+        if shape.KEYS.get(key, key) is None and value not in (0, getattr(made, key)):
+            raise ModelError(f"model.{key} = {value}, but other sizes make it {getattr(made, key)}; leave it out")
+    return made
 
 
 def read_config(source: Path) -> dict[str, Any]:

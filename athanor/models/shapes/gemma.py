@@ -24,6 +24,9 @@ class Shape(DecoderShape):
     bos_token_id: int = 2
     pad_token_id: int = 0
 
+    def kept_beside(self, layer: int, tp: int) -> float:
+        return self.intermediate_size / tp  # gelu(gate), which is multiplied with another projection
+
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json", for_training: bool = True) -> Self:
         if config.get("hidden_act") == "gelu":  # the first folders say so and mean its form by tanh

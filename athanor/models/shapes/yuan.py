@@ -70,11 +70,13 @@ class Shape(MixtureShape):
         return self.hidden_size
 
     def attention_products(self) -> list[Product]:
-        hidden, half = self.hidden_size, self.hidden_size // 2
-        return [Product("lfa_in", hidden, half, "", times=KERNEL, copies=KERNEL),
-                Product("lfa_out", half, hidden, "", times=KERNEL, copies=KERNEL),
+        hidden = self.hidden_size
+        return [Product("lfa_in", hidden, hidden, ""), Product("lfa_out", hidden, hidden, ""),  # both tokens' matrices as one
                 Product("qk", hidden, 2 * self.query_size, "outputs"), Product("v", hidden, self.query_size, "outputs"),
                 Product("attention_out", self.query_size, hidden, "inputs")]
+
+    def kept_beside(self, layer: int, tp: int) -> float:
+        return float(self.num_experts**2)  # how experts attend to each other; every rank routes alike
 
     def block_vectors(self, layer: int) -> int:
         biases = self.hidden_size // 2 + self.hidden_size
