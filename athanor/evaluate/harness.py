@@ -188,5 +188,5 @@ def _read(file: Path) -> Any:
         if file.suffix == ".parquet":
             return datasets.Dataset(pyarrow.parquet.read_table(file))
         return datasets.Dataset.from_list([json.loads(line) for line in file.read_bytes().splitlines() if line.strip()])
-    except (ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, pyarrow.ArrowException) as error:
         raise UserError(f"{file} cannot be read as {file.suffix[1:]}: {error}") from error

@@ -222,7 +222,8 @@ def test_unknown_tasks_and_tags_are_one_sentence(name: str, sentence: str) -> No
 
 @pytest.mark.parametrize(("content", "sentence"), [
     (None, "baber/piqa has no <split>.jsonl or <split>.parquet; put the data of 'baber/piqa' there"),
-    ("{", r"train\.jsonl cannot be read as jsonl"), ('{"goal": "x"}\n', "'piqa' cannot use the data in .*")])
+    ("{", r"train\.jsonl cannot be read as jsonl"), (f'{{"goal": {10**30}}}', r"train\.jsonl cannot be read as jsonl"),
+    ('{"goal": "x"}\n', "'piqa' cannot use the data in .*")])
 def test_missing_and_wrong_data_are_one_sentence(subject: Subject, tmp_path: Path, content: str | None, sentence: str) -> None:
     if content is not None:
         place = tmp_path / "baber" / "piqa"

@@ -128,7 +128,7 @@ def biases_in_bf16(channel: Callable[..., None], biases: list[float], sizes: dic
     from athanor.foundation.layout import Layout
     from athanor.foundation.placement import placements
     from athanor.models.context import Packed
-    from athanor.models.initialize import initialize
+    from athanor.models.initialize import fill, initialize
     from athanor.models.shapes.deepseek_v3 import Shape
     from athanor.models.zoo import deepseek_v3
     from athanor.parallel.apply import Choices, parallelize
@@ -140,13 +140,13 @@ def biases_in_bf16(channel: Callable[..., None], biases: list[float], sizes: dic
     assert handle is not None
     initialize(model, 0)
     router, found = model.blocks["0"].mlp.gate, {}
-    with torch.no_grad():
-        router.e_score_correction_bias.copy_(torch.tensor(biases))
+    place = placements(model)["model.layers.0.mlp.gate.e_score_correction_bias"]
+    fill(router.e_score_correction_bias, place, torch.tensor(biases))
     router.register_forward_pre_hook(lambda module, _: found.update(
         weight=str(module.weight.dtype), biases=module.e_score_correction_bias.tolist()))
     handle.begin(is_last_micro_batch=True)
     ids = torch.arange(8)
     model(ids, Packed.of([8]), ids, torch.ones(8)).weighted_sum.backward()
-    found["writes"] = placements(model)["model.layers.0.mlp.gate.e_score_correction_bias"].is_first_copy()
+    found["writes"] = place.is_first_copy()
     dist.destroy_process_group()
     return found
