@@ -82,11 +82,12 @@ class Agent:
         failed after that, Held with the traceback in events.jsonl when trying again cannot help; what a rank refuses with an
         AthanorError is raised as it is, for that is never tried again.
         """
+        begun = arguments.get("launched", time.perf_counter())  # imports of ours are start-up, too
         with self._listening():
             while True:
-                launched = time.time()
+                launched = time.time() - (time.perf_counter() - begun)
                 try:
-                    results = run_ranks(target, {**arguments, "launched": time.perf_counter()}, self.world_size,
+                    results = run_ranks(target, {**arguments, "launched": begun}, self.world_size,
                                         log_folder=self.folder.logs, on_message=self._hear, threads=self.threads)
                     is_asked = self.is_asked_to_stop or results[0]["is_asked_to_stop"]
                     return {**results[0], "is_asked_to_stop": is_asked}
@@ -98,6 +99,7 @@ class Agent:
                 if attempt.step is not None:
                     arguments = {**arguments, "is_fresh": False}  # begun anew once is enough
                 self._wait()
+                begun = time.perf_counter()
                 self._note(attempt, {"down": max(0.0, time.time() - attempt.failed)}, time.time())
 
     def _settle(self, attempt: Attempt, error: AthanorError) -> None:
