@@ -39,7 +39,7 @@ def supervised(recipe_file: Path) -> Callable[..., dict[str, Any]]:
         start_server("athanor.train.loop")
         recipe = load_recipe(recipe_file, [*CHOICES, *overrides])
         return Agent(RunFolder(folder).stage("pretrain"), layout_of(recipe).world_size, 1).run(
-            target, {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain", "launched": 0.0, **arguments})
+            target, {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain", "launched": time.perf_counter(), **arguments})
 
     return run
 
