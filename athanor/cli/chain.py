@@ -81,20 +81,26 @@ class Chain:
             self._write({"event": "end", "time": time.time()})
 
     def wall_seconds(self) -> float:
-        """Time of all invocations so far; one that was killed lasted until the last sign of life in the run folder."""
-        total = 0.0
+        """Time of all invocations so far, and of training outside of them, by `athanor train` alone."""
+        spans = self.spans()
+        outside = [line["wall_seconds"] for file in self.run.root.glob("*/ledger.jsonl") for line in read_jsonl(file)
+                   if "time" in line and not any(begin <= line["time"] <= end for begin, end in spans)]
+        return sum(end - begin for begin, end in spans) + sum(outside)
+
+    def spans(self) -> list[tuple[float, float]]:
+        """Beginning and end of each invocation; one that was killed lasted until the last sign of life in the run folder."""
+        found = []
         begins = [(i, line["time"]) for i, line in enumerate(self.lines) if line["event"] == "begin"]
         for number, (index, begin) in enumerate(begins):
             is_last = number + 1 == len(begins)
             until = self.lines[index:] if is_last else self.lines[index:begins[number + 1][0]]
-            if is_last and self.begun and until[-1]["event"] != "end":
-                total += time.time() - begin
-                continue
-            signs = [line["time"] for line in until]
-            signs += [line["time"] for file in self.run.root.glob("*/*.jsonl") for line in read_jsonl(file)
-                      if "time" in line and line["time"] >= begin and (is_last or line["time"] < begins[number + 1][1])]
-            total += max(signs) - begin
-        return total
+            end = until[-1]["time"]
+            if until[-1]["event"] != "end":
+                signs = [line["time"] for file in self.run.root.glob("*/*.jsonl") for line in read_jsonl(file)
+                         if "time" in line and line["time"] >= begin and (is_last or line["time"] < begins[number + 1][1])]
+                end = time.time() if is_last and self.begun else max([end, *signs])
+            found.append((begin, end))
+        return found
 
     def _write(self, line: dict[str, Any]) -> None:
         append_jsonl(self.run.chain, line)

@@ -18,7 +18,7 @@ from athanor.cli.preflight import devices_of, plan_inputs, refuse_early
 from athanor.foundation.errors import UserError
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
-from athanor.foundation.run_folder import RunFolder, hash_value, runs_root, write_atomic
+from athanor.foundation.run_folder import RunFolder, hash_value, read_jsonl, runs_root, write_atomic
 from athanor.ledger.book import Book, read_book, total
 
 QUESTION_TOKENS = 40  # at most, of the question that the served model is asked first
@@ -226,7 +226,7 @@ def actual_book(chain: Chain, recipe: Recipe, run: RunFolder, report_seconds: fl
     """The book of the whole run: what each step of the chain spent, and the trainer's own books."""
     books: list[Book] = []
     for line in chain.lines:
-        if line["event"] == "done" and (account := STEP_ACCOUNTS.get(line["step"])):
+        if line["event"] == "done" and (account := STEP_ACCOUNTS.get(line["step"]) or _idle_account(line, run)):
             books.append(_step_book(account, line["seconds"], line["devices"]))
     books.append(_step_book("publish", report_seconds, chain.devices))
     books.append(_step_book("lost", chain.replaced_seconds() / chain.devices, chain.devices))
@@ -235,6 +235,17 @@ def actual_book(chain: Chain, recipe: Recipe, run: RunFolder, report_seconds: fl
     if recipe.cluster.price_per_device_hour is not None:
         book.money = recipe.cluster.price_per_device_hour * book.device_seconds / 3600
     return book
+
+
+def _idle_account(line: dict[str, Any], run: RunFolder) -> str | None:
+    """Of a training step that found its stage trained already, by `athanor train` alone; such a step only starts."""
+    verb, _, stage = line["step"].partition(" ")
+    if verb != "train":
+        return None
+    begin = line["time"] - line["seconds"]
+    ledger = run.stage(stage).root / "ledger.jsonl"
+    is_idle = not any(begin <= row.get("time", 0.0) <= line["time"] for row in read_jsonl(ledger))
+    return "startup" if is_idle else None
 
 
 def _step_book(account: str, seconds: float, devices: int) -> Book:

@@ -18,6 +18,17 @@ def ran(lines: list[dict[str, Any]]) -> list[str]:
     return [line["step"] for line in lines if line["event"] == "done"]
 
 
+@pytest.mark.slow
+def test_what_single_verbs_trained_stands_in_the_book_with_its_time(athanor: Any, recipe: Path, tmp_path: Path) -> None:
+    for verb in (("plan", recipe), ("data", "build", recipe), ("train", recipe, "--stage", "pretrain"), ("run", recipe)):
+        done = athanor(*verb, "--json")
+        assert done.returncode == 0, done.stderr
+    book = read_book(tmp_path / "runs" / "small" / "actual.json")
+    stage = read_book(tmp_path / "runs" / "small" / "pretrain" / "actual.json")
+    assert book.wall_seconds > stage.wall_seconds and book.accounts["useful"] >= stage.accounts["useful"]
+    assert abs(book.derived()["unattributed_share"]) < 0.05, book.accounts
+
+
 def test_the_chain_is_walked_once_accounted_for_and_then_skipped(athanor: Any, recipe: Path, tmp_path: Path) -> None:
     first = athanor("run", recipe, "--json")
     assert first.returncode == 0, first.stderr

@@ -38,8 +38,8 @@ def supervised(recipe_file: Path) -> Callable[..., dict[str, Any]]:
             **arguments: Any) -> dict[str, Any]:
         start_server("athanor.train.loop")
         recipe = load_recipe(recipe_file, [*CHOICES, *overrides])
-        return Agent(RunFolder(folder).stage("pretrain"), layout_of(recipe).world_size, 1).run(
-            target, {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain", "launched": time.perf_counter(), **arguments})
+        arguments = {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain", **arguments}
+        return Agent(RunFolder(folder).stage("pretrain"), layout_of(recipe).world_size, 1).run(target, arguments)
 
     return run
 
