@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--task", "tasks", multiple=True, help="A name, package.module or lm_eval:<name>; the recipe's unless given.")
 @click.option("--stage", "stages", multiple=True, help="A stage of the recipe; all that have a model unless given.")
 @click.option("--ask", type=click.Choice(["chat", "text"]), help="How a model folder is asked; by its template if it has one.")
-@click.option("--limit", type=click.IntRange(min=1), help="Items per task at most.")
+@click.option("--limit", type=click.IntRange(min=1), help="Items per task at most; the run's own scores stay then.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(subject: Path, overrides: tuple[str, ...], data: Path | None, tasks: tuple[str, ...], stages: tuple[str, ...],
             ask: str | None, limit: int | None, as_json: bool) -> None:
@@ -49,7 +49,7 @@ def command(subject: Path, overrides: tuple[str, ...], data: Path | None, tasks:
         if run.plan.exists():
             recipe = recipe.with_plan(read_plan(run.plan), str(run.plan))
         result = evaluate_run(recipe, run, stages=stages, tasks=tasks, data=data, limit=limit)
-        path = run.scores
+        path = run.scores if limit is None else None
     if as_json:
         models = {model: {task: asdict(score) for task, score in scores.items()} for model, scores in result.scores.items()}
         click.echo(json.dumps({"scores": str(path) if path else None, "models": models, "seconds": result.seconds}))
@@ -67,7 +67,8 @@ def evaluate_run(recipe: Recipe, run: RunFolder, *, stages: tuple[str, ...] = ()
     shared = recipe.evaluate.lm_eval_data
     result = evaluate_with_bar(candidates, tasks or tuple(recipe.evaluate.tasks), data or run.data, run.logs / "evaluate",
                                limit or recipe.evaluate.limit, Path(shared) if shared is not None else None)
-    merge_scores(run.scores, result.scores)
+    if limit is None:  # a look at a few items replaces no score
+        merge_scores(run.scores, result.scores)
     return result
 
 

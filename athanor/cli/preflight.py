@@ -18,7 +18,7 @@ def refuse_early(recipe: Recipe) -> None:
     from athanor.cluster.spec import read_cluster
     from athanor.data.rows import read_conversations
     from athanor.evaluate.find import HARNESS, check_name
-    from athanor.models.shapes.find import check_architecture, load_shape
+    from athanor.models.shapes.find import check_architecture, load_shape, shape_class
     from athanor.objectives.find import check_objective
 
     if recipe.metrics.tensorboard is not None:
@@ -35,9 +35,13 @@ def refuse_early(recipe: Recipe) -> None:
         check_objective(stage.objective)
         if stage.start_from and stage.start_from not in names:
             if not Path(stage.start_from).is_dir():
-                raise RecipeError(f"stage.{stage.name}.start_from = '{stage.start_from}' is neither a stage nor a model folder; "
-                                  f"{did_you_mean(stage.start_from, [name for name in names if name != stage.name])}")
-            load_shape(Path(stage.start_from))
+                stages = [name for name in names if name != stage.name]
+                raise RecipeError(f"stage.{stage.name}.start_from = '{stage.start_from}' is neither a stage nor a model folder"
+                                  + (f"; {did_you_mean(stage.start_from, stages)}" if stages else ""))
+            shape = load_shape(Path(stage.start_from))
+            if type(shape) is not shape_class(recipe.model.architecture):
+                raise RecipeError(f"model.architecture is '{recipe.model.architecture}', but the model in {stage.start_from} "
+                                  f"is a '{shape.MODEL_TYPE}'; set model.architecture = \"{shape.MODEL_TYPE}\"")
         if stage.data not in ("documents", "pairs"):
             if not Path(stage.data).is_file():
                 raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' is neither 'documents', 'pairs' nor a JSONL file")

@@ -82,6 +82,17 @@ def test_wrong_input_is_one_sentence_before_the_first_step(athanor: Any, recipe:
     assert not ran(read_jsonl(tmp_path / "runs" / "small" / "chain.jsonl")), "told only after work was done"
 
 
+def test_another_architecture_than_the_model_to_start_from_is_told_first(athanor: Any, recipe: Path, tmp_path: Path) -> None:
+    from athanor.models.shapes.qwen3 import Shape
+
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(Shape(**sizes).to_config()))
+    result = athanor("run", recipe, f"stage.chat.start_from={tmp_path / 'other'}")
+    assert result.returncode == 2 and "'llama', but the model in" in result.stderr and "is a 'qwen3'" in result.stderr
+    assert not ran(read_jsonl(tmp_path / "runs" / "small" / "chain.jsonl"))
+
+
 def test_a_line_that_is_no_conversation_is_told_first(athanor: Any, recipe: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"message": turns}) + "\n")
