@@ -18,6 +18,8 @@ from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.named import DATASHEET, caveat
 from athanor.planner.stage import FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
 
+MANY_EPOCHS = 16.0  # of repeated text, some 15.4 (R*) are worth anything (Muennighoff et al. 2023)
+
 
 @dataclass
 class Plan:
@@ -197,5 +199,9 @@ def _notes(best: Candidate, text: Text, choice: StageChoice, cluster: ClusterSpe
     tokens = choice.steps * choice.global_batch_tokens(best.layout)
     epochs = tokens / text.unique_tokens
     unique = format_count(text.unique_tokens)
-    notes = [f"the main stage reads {format_count(tokens)} of about {unique} tokens ({epochs:.2g} epochs)"]
+    times = f"{epochs:.2g}" if epochs < 100 else f"{epochs:,.0f}"
+    notes = [f"the main stage reads {format_count(tokens)} of about {unique} tokens ({times} epochs)"]
+    if epochs > MANY_EPOCHS:
+        notes.append(f"text that is read more than some {MANY_EPOCHS:g} times teaches little more, and the predicted loss "
+                     "is far from all runs that its law knows: give more text, or a smaller budget")
     return [*notes, caveat(cluster)] if cluster.source == DATASHEET else notes

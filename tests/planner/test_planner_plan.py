@@ -131,6 +131,12 @@ def test_pipelines_are_not_proposed_where_sending_was_not_measured(machine: Clus
     assert plan.values["parallel"]["pp"] == 1
 
 
+def test_text_that_is_read_too_often_is_told(toy: Any, machine: ClusterSpec) -> None:
+    few, many = (make_plan(toy(f"stage.pretrain.steps={steps}"), machine, SCAN).notes for steps in (20, 3_000_000))
+    assert not any("teaches little more" in note for note in few)
+    assert any("teaches little more" in note for note in many) and "e+" not in many[0]
+
+
 def test_shapes_are_those_of_the_architecture(machine: ClusterSpec, toy: Toy) -> None:
     plain = make_plan(toy("model.architecture=gpt2", "model.hidden_size=96"), machine, SCAN).values["model"]
     assert plain["intermediate_size"] == 4 * 96 and plain["num_attention_heads"] * plain["head_dim"] == 96
