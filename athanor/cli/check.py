@@ -46,7 +46,7 @@ def check(out: Path, devices: int | None = None) -> tuple[ClusterSpec, float]:
             done = share
 
         spec = measure(Path(logs), devices, on_progress=advance)
-        spec.steps = run_ranks("athanor.train.canary:time_steps", {"seconds": STEPS_SECONDS}, spec.devices,
+        spec.steps = run_ranks("athanor.train.step_times:time_steps", {"seconds": STEPS_SECONDS}, spec.devices,
                                log_folder=Path(logs) / "steps", timeout=STEPS_SECONDS * 4 + 120,
                                on_message=lambda message: advance(message["part"], 1.0 + message["share"]))[0]
     spec.write(out)

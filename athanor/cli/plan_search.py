@@ -56,9 +56,8 @@ def command(model: str, cluster: str, html: Path | None, as_json: bool, **option
         say(f"written to {html}")
 
 
-def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens: int, seq_len: int | None,
-           recompute: tuple[str, ...], schedule: tuple[str, ...], compare: bool, top: int, tokens: float | None,
-           price: float | None, **choices: Any) -> dict[str, Any]:
+def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens: int, seq_len: int | None, compare: bool,
+           top: int, tokens: float | None, price: float | None, **choices: Any) -> dict[str, Any]:
     """All answers as one document. Raises UserError when nothing fits, with what would be needed."""
     from athanor.foundation.errors import UserError
     from athanor.foundation.units import check_positive
@@ -75,9 +74,9 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
         raise UserError(f"on how many {machines.accelerator}? Give --devices, or devices=… with the cluster")
     task = Task(shape, machines, devices, global_batch_tokens,
                 seq_len if seq_len is not None else min(8192, shape.max_position_embeddings),
-                recompute=recompute or tuple(RECOMPUTE), precision=choices["precision"], program=choices["program"],
+                recompute=choices["recompute"] or tuple(RECOMPUTE), precision=choices["precision"], program=choices["program"],
                 kernel=choices["kernel"], most_odds=choices["most_oom"],
-                schedules=schedule or Task.schedules, coefficients=choices["coefficients"])
+                schedules=choices["schedule"] or Task.schedules, coefficients=choices["coefficients"])
     task.check()
     started = time.perf_counter()
     grid = sweep(task)
