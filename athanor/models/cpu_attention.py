@@ -5,6 +5,7 @@ Operators, because a compiler cannot look at how long documents are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
@@ -55,51 +56,56 @@ def attend(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_
     turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     rotate(qkv[:, :heads + kv_heads], rope, out=turned[:, :heads + kv_heads])
     turned[:, heads + kv_heads:] = qkv[:, heads + kv_heads:]
-    out = qkv.new_empty(qkv.shape[0], heads, qkv.shape[2])
-    sums, start = [], 0
-    for count, length in runs(cu_seqlens):
-        query, key, value = _documents(turned, start, count, length, heads, kv_heads)
-        into = of_documents(out[start:start + count * length], count)
+    outs, sums = [], []
+    for count, length, rows in _by_run(cu_seqlens, turned):
+        query, key, value = of_documents(rows, count).split([heads, kv_heads, kv_heads], 1)
+        found = []
         for begin, end in query_blocks(length, qkv.dtype):
-            found, logsumexp = flash(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], 0.0, begin == 0,
-                                     attn_mask=causal_mask(begin, end, qkv.dtype))
-            into[:, :, begin:end] = found
+            out, logsumexp = flash(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], 0.0, begin == 0,
+                                   attn_mask=causal_mask(begin, end, qkv.dtype))
+            found.append(out.transpose(1, 2))  # as it lies in memory
             sums.append(logsumexp.flatten())
-        start += count * length
-    return out, turned, torch.cat(sums)
+        outs.append(_joined(found, 1).flatten(0, 1))
+    return _joined(outs, 0), turned, _joined(sums, 0)
 
 
 def attend_backward(gradient: Tensor, turned: Tensor, rope: Tensor | None, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
                     heads: int, kv_heads: int) -> Tensor:
     """The gradient of qkv [T, heads + 2 kv_heads, head_dim]."""
     result, start = torch.empty_like(turned), 0
-    for count, length in runs(cu_seqlens):
-        query, key, value = _documents(turned, start, count, length, heads, kv_heads)
-        to_query, to_key, to_value = _documents(result, start, count, length, heads, kv_heads)
-        tokens = slice(start, start + count * length)
-        flowing, outs = of_documents(gradient[tokens], count), of_documents(out[tokens], count)
+    for count, length, rows, *others, into in _by_run(cu_seqlens, turned, gradient, out, result):
+        query, key, value = of_documents(rows, count).split([heads, kv_heads, kv_heads], 1)
+        flowing, outs = (of_documents(x, count) for x in others)
+        queries: list[Tensor] = []
         for begin, end in reversed(query_blocks(length, turned.dtype)):
-            first = (start + count * begin) * heads
+            first = start + count * begin * heads
             logsumexp = sums[first:first + count * (end - begin) * heads].view(count, heads, end - begin)
-            parts = flash_backward(flowing[:, :, begin:end], query[:, :, begin:end], key[:, :, :end], value[:, :, :end],
-                                   outs[:, :, begin:end], logsumexp, 0.0, begin == 0,
-                                   attn_mask=causal_mask(begin, end, turned.dtype))
-            to_query[:, :, begin:end] = parts[0]
-            for part, target in zip(parts[1:], (to_key, to_value), strict=True):
-                if end == length:
-                    target.copy_(part)
-                else:
-                    target[:, :, :end] += part
-        start = tokens.stop
+            to_query, *parts = flash_backward(flowing[:, :, begin:end], query[:, :, begin:end], key[:, :, :end],
+                                              value[:, :, :end], outs[:, :, begin:end], logsumexp, 0.0, begin == 0,
+                                              attn_mask=causal_mask(begin, end, turned.dtype))
+            queries.insert(0, to_query.transpose(1, 2))
+            if end == length:  # the block that sees all keys comes first; the others are added to its gradients
+                to_key, to_value = parts
+            else:
+                to_key[:, :, :end] += parts[0]
+                to_value[:, :, :end] += parts[1]
+        torch.cat([_joined(queries, 1), to_key.transpose(1, 2), to_value.transpose(1, 2)], 2, out=into.unflatten(0, (count, -1)))
+        start += count * length * heads
     if rope is not None:
         rotate(result[:, :heads + kv_heads], rope, backwards=True, out=result[:, :heads + kv_heads])
     return result
 
 
-def _documents(qkv: Tensor, start: int, count: int, length: int, heads: int, kv_heads: int) -> list[Tensor]:
-    """Queries, keys and values of one run as views [documents, heads, tokens, head_dim]."""
-    run = of_documents(qkv[start:start + count * length], count)
-    return list(run.split([heads, kv_heads, kv_heads], 1))
+def _by_run(cu_seqlens: Tensor, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Of every run: its documents, the tokens of each, and its rows of each tensor."""
+    found = runs(cu_seqlens)
+    sizes = [count * length for count, length in found]
+    parts = [x.split(sizes) if len(found) > 1 else [x] for x in tensors]
+    return ((*run, *rows) for run, *rows in zip(found, *parts, strict=True))
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 # as operators for compilers and for modes that look at operators: tracing, counting, choosing what is kept
