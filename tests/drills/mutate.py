@@ -55,7 +55,7 @@ MUTANTS = (
       "all_gather(gradient, ctx.group)", "gradient.repeat(size(ctx.group), 1)", TP),
     m("a reduction takes the maximum for the sum", "models/collectives:all_reduce",
       "dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM", "dist.ReduceOp.MAX", TP),
-    m("tokens of another rank's vocabulary are embedded too", "models/decoder:Decoder._embed",
+    m("tokens of another rank's vocabulary are embedded too", "models/decoder:Decoder.embed",
       "(row >= 0) & (row < weight.shape[0])", "row < weight.shape[0]", TP),
     m("the loss' denominator is this rank's part of the vocabulary", "models/loss:_normalise",
       "all_reduce(torch.cat([logits.sum(1, keepdim=True), wanted], 1), group)",
