@@ -24,6 +24,7 @@ LATEST = 2026.7  # release of a program that is known by no date
 FUSED, GRAPHED = 2025.6, 2026.4  # releases since which experts are computed in few kernels, and (on Blackwell) in a graph
 MULTIPROCESSORS = np.array([80, 108, 132, 148, 160, 128])  # of a device of each generation (NVIDIA's architecture papers)
 TILES = (256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 128, 0.8)  # of a result, and their best rates
+SPLITS, SPLIT_RATE, LEAST_SUMMED = (1, 2, 4), 0.9, 512  # parts of a sum that run side by side, and what adding them up leaves
 PLAIN = 16  # how much slower products are without tensor cores, which want sides of 8 numbers (A100: 19.5 of 312 TFLOP/s)
 UNFUSED_SOFTMAX = 0.4  # launches of a softmax of one operator after another, of those of a dense layer
 DENSE = 4.0  # products of a dense layer, by which launches are counted
@@ -128,9 +129,12 @@ class Datasheet(Rated):
 
     def matmul(self, m: Array, n: Array, k: Array, peak: Array) -> Array:
         """Seconds of an m x k by k x n product: small sides leave parts of the device idle, and so do tiles of the result that
-        do not fill the last round over its multiprocessors."""
+        do not fill the last round over its multiprocessors; where they are few, long sums over k are split."""
         c, many = self._c, MULTIPROCESSORS[self.machine.generation.astype(int)]
-        rounds = (np.ceil(np.ceil(m / high) * np.ceil(n / wide) / many) * (high * wide / rate) for high, wide, rate in TILES)
+        tried = ((high, wide, parts, rate if parts == 1 else rate * SPLIT_RATE) for high, wide, rate in TILES for parts in SPLITS)
+        rounds = (np.where((parts == 1) | (k >= parts * LEAST_SUMMED),
+                           np.ceil(np.ceil(m / high) * np.ceil(n / wide) * parts / many) * (high * wide / parts / rate), np.inf)
+                  for high, wide, parts, rate in tried)
         share = m / (m + c["m0"]) * n / (n + c["n0"]) * k / (k + c["k0"]) * m * n / np.maximum(
             1.0, many * functools.reduce(np.minimum, rounds))
         return np.asarray(2.0 * m * n * k / (peak * np.maximum(share, 1e-9)))
