@@ -23,8 +23,9 @@ TORCH_KERNEL = "flash2"  # that torch's attention is
 LATEST = 2026.7  # release of a program that is known by no date
 FUSED, GRAPHED = 2025.6, 2026.4  # releases since which experts are computed in few kernels, and (on Blackwell) in a graph
 MULTIPROCESSORS = np.array([80, 108, 132, 148, 160, 128])  # of a device of each generation (NVIDIA's architecture papers)
-TILES = (256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 128, 0.8)  # of a result, and their best rates
-SPLITS, SPLIT_RATE, LEAST_SUMMED = (1, 2, 4), 0.9, 512  # parts of a sum that run side by side, and what adding them up leaves
+# tiles of a result, the parts that a sum is split into and computed side by side, and their best rates
+TILES = (256, 128, 1, 1.0), (128, 256, 1, 1.0), (128, 128, 1, 0.95), (128, 64, 1, 0.8), (64, 128, 1, 0.8), (128, 128, 4, 0.85)
+LEAST_SUMMED = 512  # in a part
 PLAIN = 16  # how much slower products are without tensor cores, which want sides of 8 numbers (A100: 19.5 of 312 TFLOP/s)
 UNFUSED_SOFTMAX = 0.4  # launches of a softmax of one operator after another, of those of a dense layer
 DENSE = 4.0  # products of a dense layer, by which launches are counted
@@ -131,12 +132,13 @@ class Datasheet(Rated):
         """Seconds of an m x k by k x n product: small sides leave parts of the device idle, and so do tiles of the result that
         do not fill the last round over its multiprocessors; where they are few, long sums over k are split."""
         c, many = self._c, MULTIPROCESSORS[self.machine.generation.astype(int)]
-        tried = ((high, wide, parts, rate if parts == 1 else rate * SPLIT_RATE) for high, wide, rate in TILES for parts in SPLITS)
-        rounds = (np.where((parts == 1) | (k >= parts * LEAST_SUMMED),
-                           np.ceil(np.ceil(m / high) * np.ceil(n / wide) * parts / many) * (high * wide / parts / rate), np.inf)
-                  for high, wide, parts, rate in tried)
+
+        def filled(high: int, wide: int, parts: int, rate: float) -> Array:
+            full = np.ceil(np.ceil(m / high) * np.ceil(n / wide) * parts / many) * (high * wide / parts / rate)
+            return full if parts == 1 else np.where(k >= LEAST_SUMMED * parts, full, np.inf)
+
         share = m / (m + c["m0"]) * n / (n + c["n0"]) * k / (k + c["k0"]) * m * n / np.maximum(
-            1.0, many * functools.reduce(np.minimum, rounds))
+            1.0, many * functools.reduce(np.minimum, (filled(*tile) for tile in TILES)))
         return np.asarray(2.0 * m * n * k / (peak * np.maximum(share, 1e-9)))
 
     def linear(self, m: Array, n: Array, k: Array, peak: Array) -> tuple[Array, Array]:
