@@ -57,7 +57,7 @@ def in_layout(parity_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         recipe = load_recipe(parity_recipe, list(overrides))
         logs = tmp_path_factory.mktemp("logs")
         return run_ranks(target, {"recipe": recipe, **arguments}, layout_of(recipe).world_size, log_folder=logs, threads=1,
-                         timeout=90)
+                         timeout=240)
 
     return run
 
