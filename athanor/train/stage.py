@@ -202,7 +202,8 @@ def describe(job: Job) -> str:
     if job.layout.pp > 1:
         lines += [f"pipeline_schedule = {toml_value(job.pipeline.schedule)}",
                   f"split = {toml_value([len(blocks) for blocks in job.pipeline.blocks])}"]
-    lines += [f"{key} = {toml_value(value)}" for key, value in asdict(job.settings).items() if key in INCIDENTAL]
+    lines += [f"{key} = {toml_value(value)}" for key, value in asdict(job.settings).items()
+              if key in INCIDENTAL and value is not None]
     return "\n".join(lines) + "\n"
 
 
