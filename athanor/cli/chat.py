@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from athanor.cli.counts import POSITIVE
 from athanor.foundation.errors import UserError
 from athanor.foundation.progress import say
 
@@ -30,7 +31,7 @@ HELP = "/reset forgets the conversation, /system TEXT sets the system message, /
 @click.option("--system", metavar="TEXT", help="system message to begin with")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.7, show_default=True,
               help="0 always takes the likeliest token")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="longest answer; what the context leaves when not given")
+@click.option("--max-tokens", type=POSITIVE, help="longest answer; what the context leaves when not given")
 @click.option("--seed", type=click.IntRange(min=0), help="seed of the sampling; a new one for each answer when not given")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output, at the end")
 def command(model: str, once: str | None, system: str | None, temperature: float, max_tokens: int | None, seed: int | None,

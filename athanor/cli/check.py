@@ -7,21 +7,22 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from athanor.cluster.spec import ClusterSpec
+from athanor.cli.counts import POSITIVE
+from athanor.cluster.spec import ClusterSpec, busy_note
 from athanor.foundation.progress import Bar, console, say
 from athanor.foundation.units import format_bytes, format_rate, format_seconds, format_share
 
 STEPS_SECONDS = 5.0  # of timing whole steps
-QUIET = 0.9  # of the cores must have been ours for a measurement to count as undisturbed
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("cluster.toml"), show_default=True,
               help="where to write what was found")
-@click.option("--devices", type=click.IntRange(min=1), help="measure this many devices; all of them when left out")
+@click.option("--devices", type=POSITIVE, help="measure this many devices; all of them when left out")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
 def command(out: Path, devices: int | None, as_json: bool) -> None:
     """Measure this machine and write cluster.toml: matmuls, attention, element-wise work, collectives, disk."""
@@ -46,10 +47,19 @@ def check(out: Path, devices: int | None = None) -> tuple[ClusterSpec, float]:
             done = share
 
         spec = measure(Path(logs), devices, on_progress=advance)
+        had: list[float] = []
+
+        def hear(message: dict[str, Any]) -> None:
+            advance(message["part"], 1.0 + message["share"])
+            had.extend([message["had"]] if message["share"] >= 1.0 else [])
+
         spec.steps = run_ranks("athanor.train.step_times:time_steps", {"seconds": STEPS_SECONDS}, spec.devices,
-                               log_folder=Path(logs) / "steps", timeout=STEPS_SECONDS * 4 + 120,
-                               on_message=lambda message: advance(message["part"], 1.0 + message["share"]))[0]
+                               log_folder=Path(logs) / "steps", timeout=STEPS_SECONDS * 4 + 120, on_message=hear)[0]
+    if spec.processor_share is not None:
+        spec.processor_share = min([spec.processor_share, *had])
     spec.write(out)
+    if (note := busy_note(spec)) is not None:
+        say(note)
     return spec, time.perf_counter() - begin
 
 
@@ -83,6 +93,3 @@ def show(spec: ClusterSpec) -> None:
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)
-    if spec.processor_share is not None and spec.processor_share < QUIET:
-        say(f"other processes had {format_share(1 - spec.processor_share, 0)} of the cores meanwhile; rates and forecasts are "
-            "of a busy machine, check again when it is quiet")

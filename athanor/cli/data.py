@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from athanor.cli.chain import locked
+from athanor.cli.counts import INDEX
 from athanor.foundation.errors import DataError, RecipeError
 from athanor.foundation.progress import Bar, console, say
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
@@ -65,7 +66,7 @@ def inspect(data_folder: Path, as_json: bool) -> None:
 
 @command.command()
 @click.argument("data_folder", type=click.Path(path_type=Path))
-@click.argument("token_index", type=click.IntRange(min=0))
+@click.argument("token_index", type=INDEX)
 @click.option("--split", type=click.Choice(["train", "evaluation"]), default="train", show_default=True, help="which token file")
 @click.option("--source", help="whose training tokens, when there are several sources")
 @as_json_option

@@ -1,4 +1,4 @@
-"""`athanor evaluate`: scores of a run's stages, or of any model folder, with confidence intervals."""
+"""`athanor evaluate`: scores of a recipe's stages, which its run keeps, or of any model, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from athanor.foundation.errors import ModelError, UserError, did_you_mean
+from athanor.cli.counts import POSITIVE
+from athanor.foundation.errors import ModelError, UserError
 from athanor.foundation.progress import Bar, console, say
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, runs_root
@@ -21,41 +22,62 @@ if TYPE_CHECKING:
     from athanor.evaluate.ranks import Candidate, Evaluation
 
 
-@click.command(help=__doc__)
-@click.argument("subject", metavar="RECIPE_OR_MODEL_FOLDER", type=click.Path(path_type=Path))
+@click.command()
+@click.argument("subject", metavar="RECIPE_OR_MODEL")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--data", type=click.Path(path_type=Path), help="A data folder; the run's own unless given.")
 @click.option("--task", "tasks", multiple=True, help="A name, package.module or lm_eval:<name>; the recipe's unless given.")
 @click.option("--stage", "stages", multiple=True, help="A stage of the recipe; all that have a model unless given.")
-@click.option("--ask", type=click.Choice(["chat", "text"]), help="How a model folder is asked; by its template if it has one.")
-@click.option("--limit", type=click.IntRange(min=1), help="Items per task at most; the run's own scores stay then.")
+@click.option("--ask", type=click.Choice(["chat", "text"]), help="How a model is asked; as its stage was trained, unless given.")
+@click.option("--limit", type=POSITIVE, help="Items per task at most; the run's own scores stay then.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(subject: Path, overrides: tuple[str, ...], data: Path | None, tasks: tuple[str, ...], stages: tuple[str, ...],
+def command(subject: str, overrides: tuple[str, ...], data: Path | None, tasks: tuple[str, ...], stages: tuple[str, ...],
             ask: str | None, limit: int | None, as_json: bool) -> None:
+    """Score a recipe's stages, which its run keeps, or a model: its folder, a stage's or run's, or its name in the registry.
+
+    A run folder stands for its newest stage.
+    """
     path = None
-    if subject.is_dir():
-        if overrides or stages:
-            raise UserError(f"{subject} is a model folder; overrides and --stage go with a recipe")
-        if data is None:
-            raise UserError("a model folder is evaluated on a data folder; give it with --data")
-        candidates = [_folder_candidate(subject, ask)]
-        tasks = tasks or ("bits_per_byte",)
-        logs = Path(tempfile.mkdtemp(prefix="athanor-evaluate-"))  # stays when a rank fails, to be read
-        result = evaluate_with_bar(candidates, tasks, data, logs, limit)
-        shutil.rmtree(logs)
-    else:
+    if subject.endswith(".toml") or Path(subject).is_file():
         recipe = load_recipe(subject, list(overrides))
         run = RunFolder(runs_root() / recipe.name)
-        if run.plan.exists():
-            recipe = recipe.with_plan(read_plan(run.plan), str(run.plan))
+        recipe = _planned(recipe, run)
         result = evaluate_run(recipe, run, stages=stages, tasks=tasks, data=data, limit=limit)
         path = run.scores if limit is None else None
+    else:
+        if overrides or stages:
+            raise UserError(f"{subject} is no recipe; overrides and --stage go with one")
+        result = evaluate_model(subject, ask, tasks, data, limit)
     if as_json:
         models = {model: {task: asdict(score) for task, score in scores.items()} for model, scores in result.scores.items()}
         click.echo(json.dumps({"scores": str(path) if path else None, "models": models, "seconds": result.seconds}))
     _print_scores(result)
     if path:
         say(f"written to {path}")
+
+
+def evaluate_model(subject: str, ask: str | None, tasks: tuple[str, ...], data: Path | None, limit: int | None) -> Evaluation:
+    """Evaluate one model, as its run would where there is one; its scores are kept nowhere."""
+    from athanor.evaluate.ranks import Candidate
+    from athanor.serve.target import find_target
+
+    target = find_target(subject)
+    run = target.run if target.run is not None and target.run.recipe.is_file() else None
+    recipe = None if run is None else _planned(load_recipe(run.recipe), run)
+    data = data or (run.data if run is not None and run.data.is_dir() else None)
+    if data is None:
+        raise UserError(f"{subject} has no run here with data of its own; a data folder to score it on goes with --data")
+    is_chat, context_tokens = (target.folder / "chat_template.jinja").is_file(), None
+    if recipe is not None and any(stage.name == target.stage for stage in recipe.stage):
+        is_chat, context_tokens = _asked(recipe)[target.stage]
+    candidate = Candidate(target.name, target.folder, is_chat if ask is None else ask == "chat", context_tokens)
+    shared = None if recipe is None else recipe.evaluate.lm_eval_data
+    tasks = tasks or (("bits_per_byte",) if recipe is None else tuple(recipe.evaluate.tasks))
+    logs = Path(tempfile.mkdtemp(prefix="athanor-evaluate-"))  # stays when a rank fails, to be read
+    result = evaluate_with_bar([candidate], tasks, data, logs, limit or (recipe.evaluate.limit if recipe else None),
+                               None if shared is None else Path(shared))
+    shutil.rmtree(logs)
+    return result
 
 
 def evaluate_run(recipe: Recipe, run: RunFolder, *, stages: tuple[str, ...] = (), tasks: tuple[str, ...] = (),
@@ -76,11 +98,8 @@ def run_candidates(recipe: Recipe, run: RunFolder, stages: tuple[str, ...] = ())
     """The stages (all that have a model, or those named) as models to evaluate; pretraining is asked by plain text."""
     from athanor.evaluate.ranks import Candidate
 
-    named = [recipe.get_stage(name) for name in stages]
-    trained_on: dict[str, int | None] = {}  # the longest context of a stage and those before it
-    for stage in recipe.stage:
-        trained_on[stage.name] = max(stage.seq_len or 0, *(length or 0 for length in trained_on.values()), 0) or None
-    found = [Candidate(stage.name, run.stage(stage.name).model, stage.objective != "pretrain", trained_on[stage.name])
+    named, asked = [recipe.get_stage(name) for name in stages], _asked(recipe)
+    found = [Candidate(stage.name, run.stage(stage.name).model, *asked[stage.name])
              for stage in named or recipe.stage if named or run.stage(stage.name).model.is_dir()]
     for candidate in found:
         if not candidate.folder.is_dir():
@@ -108,15 +127,17 @@ def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data:
                         lm_eval_data=lm_eval_data)
 
 
-def _folder_candidate(folder: Path, ask: str | None) -> Candidate:
-    from athanor.evaluate.ranks import Candidate
+def _planned(recipe: Recipe, run: RunFolder) -> Recipe:
+    return recipe.with_plan(read_plan(run.plan), str(run.plan)) if run.plan.exists() else recipe
 
-    if not (folder / "config.json").is_file():
-        inside = [path.name for path in folder.iterdir() if (path / "config.json").is_file()]
-        hint = f"; {did_you_mean('model', inside)}" if inside else ""
-        raise ModelError(f"{folder} is not a model folder: it has no config.json{hint}")
-    has_template = (folder / "chat_template.jinja").is_file()
-    return Candidate(folder.resolve().name, folder, ask == "chat" or (ask is None and has_template))
+
+def _asked(recipe: Recipe) -> dict[str, tuple[bool, int | None]]:
+    """Of each stage: whether it is asked as a chat, and the longest context that it or one before it was trained on."""
+    longest, out = 0, {}
+    for stage in recipe.stage:
+        longest = max(stage.seq_len or 0, longest)
+        out[stage.name] = stage.objective != "pretrain", longest or None
+    return out
 
 
 def _print_scores(result: Evaluation) -> None:

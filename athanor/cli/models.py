@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from athanor.cli.differences import rows
 from athanor.foundation.errors import ModelError, UserError
 from athanor.foundation.progress import console, say
 from athanor.foundation.run_folder import folder_renamed_last, registry_root
@@ -19,6 +20,8 @@ from athanor.registry.manifest import Manifest
 from athanor.registry.model_folder import TOKENIZER_FILES
 from athanor.registry.store import Registry, diff
 from athanor.registry.tokens import eos_notes
+
+SCREEN = 40  # lines that are one screen where nobody knows better
 
 
 def options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +97,7 @@ def lineage(reference: str, registry: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(tree))
         return
     _say_tree(tree, 0)
-    say("all together: " + ", ".join(f"{name} {text}" for name, text in _costs(tree["cost"]).items()))
+    say("all together: " + "; ".join(_sums(tree)))
     for child in tree["children"]:
         say(f"  -> {child}")
 
@@ -104,24 +107,30 @@ def lineage(reference: str, registry: Path | None, as_json: bool) -> None:
 @click.argument("second")
 @options
 def diff_models(first: str, second: str, registry: Path | None, as_json: bool) -> None:
-    """Where two cards differ."""
+    """Where two cards differ, on one screen; --json has every value."""
     store = _open(registry)
     cards = store.get(first), store.get(second)
     differences = diff(*cards)
     if as_json:
         click.echo(json.dumps({"first": cards[0].reference, "second": cards[1].reference, "differences": differences}))
         return
+    found = rows(differences)
+    room = max(SCREEN, console.height if console.is_terminal else 0) - 4
     table = _table("", cards[0].reference, cards[1].reference)
-    for key, values in differences.items():
-        table.add_row(key, *(_known(value, str) for value in values))
+    for row in found[:room]:
+        table.add_row(*row)
     console.print(table)
+    if len(found) > room or not found:
+        say(f"{len(found) - room} more differ; --json has all" if found else
+            f"what was trained is the same; {len(differences)} figures of the runs differ, which --json has" if differences else
+            "the cards are the same")
 
 
 @command.command()
 @click.argument("reference")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(["huggingface", "gguf"]), default="huggingface", show_default=True,
-              help="A Hugging Face folder, or one file for llama.cpp.")
+              help="A Hugging Face folder, or one file for llama.cpp (of Llama, Mistral, Qwen; no mixtures, no SentencePiece).")
 @click.option("--type", "kind", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True,
               help="How a GGUF file holds matrices.")
 @options
@@ -229,6 +238,17 @@ def _costs(figures: dict[str, Any]) -> dict[str, str]:
             "device-hours": _known(figures.get("device_hours"), "{:.4g}".format),
             "money": _known(figures.get("money"), "{:.2f}".format),
             "energy": _known(figures.get("energy_joules"), lambda joules: f"{joules / 3.6e6:.4g} kWh")}
+
+
+def _sums(tree: dict[str, Any]) -> list[str]:
+    """What a version and all it came from took: of what only some of them know, at least how much, and who does not."""
+    known, unknown = _costs(tree["known_cost"]), dict[str, list[str]]()
+    for key, name in zip(tree["known_cost"], known, strict=True):
+        unknown[name] = tree["unknown"][key]
+    parts = [f"{name} {text}" if not unknown[name] else f"{name} at least {text} (not known of {', '.join(unknown[name])})"
+             for name, text in known.items() if text != "-"]
+    nobody = [name for name, text in known.items() if text == "-"]
+    return [*parts, f"nobody knows {' and '.join(nobody)}"] if nobody else parts
 
 
 def _card_lines(store: Registry, card: Manifest) -> list[tuple[str, str]]:

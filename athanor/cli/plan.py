@@ -67,10 +67,9 @@ def plan_recipe(recipe: Path, overrides: tuple[str, ...], cluster_file: Path | N
     refuse_early(loaded)
     run = RunFolder(runs_root() / loaded.name)
     file = out or run.plan
+    plan = plan_run(loaded, run, cluster_file)  # which tells mistakes, before what the run's folder holds
     if out is None:
         refuse_replacing_forecast(run, loaded)
-    plan = plan_run(loaded, run, cluster_file)
-    if out is None:
         write_plan(plan, run, file, {} if cluster_file else plan_inputs(loaded, run, scan(loaded)))
     else:
         write_atomic(file, plan.to_toml())

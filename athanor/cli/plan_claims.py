@@ -6,19 +6,20 @@ import json
 
 import click
 
+from athanor.cli.counts import COUNT, WHOLE
 from athanor.foundation.progress import say
 
 
 @click.command()
-@click.option("--params", type=float, help="parameters")
-@click.option("--tokens", type=float, help="tokens trained on")
-@click.option("--devices", type=float, help="accelerators")
+@click.option("--params", type=COUNT, help="parameters")
+@click.option("--tokens", type=COUNT, help="tokens trained on")
+@click.option("--devices", type=COUNT, help="accelerators")
 @click.option("--accelerator", help="their name, such as A100-80; its dense bf16 peak counts")
 @click.option("--days", type=float, help="days from start to end")
 @click.option("--efficiency", type=float, help="share of the peak, MFU or HFU, up to 1")
 @click.option("--pd", type=float, help="petaFLOP/s-days")
 @click.option("--model", help="a published model's name, a model folder, config.json or recipe; gives the parameters")
-@click.option("--seq-len", type=int, help="tokens of a document, for the model's attention")
+@click.option("--seq-len", type=WHOLE, help="tokens of a document, for the model's attention")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
 def command(accelerator: str | None, model: str | None, as_json: bool, **figures: float | None) -> None:
     """Say which published figures of a run agree: 6ND or 8ND, MFU or HFU, and the goodput that is left."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from athanor.cli.counts import COUNT, WHOLE
 from athanor.foundation.progress import Bar, console, say
 
 if TYPE_CHECKING:
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--params", type=float, required=True, help="parameters of the model")
+@click.option("--params", type=COUNT, required=True, help="parameters of the model")
 @click.option("--cluster", required=True, help='an accelerator and what belongs to it: "H100-80 devices=1024 nic_gbps=400"')
-@click.option("--global-batch-tokens", type=int, required=True, help="tokens of a step")
+@click.option("--global-batch-tokens", type=WHOLE, required=True, help="tokens of a step")
 @click.option("--pd", type=float, help="budget of compute, in PD of model FLOPs")
 @click.option("--device-days", type=float, help="budget of device time; instead of --pd")
-@click.option("--vocab-size", type=int, default=128256, show_default=True, help="entries of the tokenizer")
-@click.option("--seq-len", type=int, default=4096, show_default=True, help="tokens of a row")
+@click.option("--vocab-size", type=WHOLE, default=128256, show_default=True, help="entries of the tokenizer")
+@click.option("--seq-len", type=WHOLE, default=4096, show_default=True, help="tokens of a row")
 @click.option("--precision", default="bf16", show_default=True, help="bf16, fp16 or fp8")
 @click.option("--tp", type=click.IntRange(min=1), default=1, show_default=True, help="tensor-parallel ranks that heads and FFN "
               "can be cut for")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -27,10 +28,13 @@ def command(model: str, cluster: str, layout: str, file: Path | None, as_json: b
     """
     from athanor.models.shapes.find import find_shape
     from athanor.planner.estimate import estimate
+    from athanor.planner.remedies import MOST_ODDS, remedies
 
-    found = estimate(find_shape(model), cluster, layout, file)
+    shape = find_shape(model)
+    found = estimate(shape, cluster, layout, file)
+    helps = remedies(shape, cluster, found, file)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps({**found, "remedies": [asdict(each) for each in helps]}))
         return
     from rich.table import Table
 
@@ -46,3 +50,10 @@ def command(model: str, cluster: str, layout: str, file: Path | None, as_json: b
         f"{format_share(found['hfu'])}; {max(found['memory_gib']):.1f} GiB at most, out of memory with a probability of "
         f"{format_share(found['out_of_memory_probability'])}")
     say(", ".join(f"{key} {value}" for key, value in found["layout"].items()))
+    if helps:
+        say("What would fit, on as many devices and with the same global batch, cheapest first:")
+    elif found["out_of_memory_probability"] > MOST_ODDS:
+        say("No three changes of this layout make it fit; `athanor plan search` looks at every layout, and says how many devices "
+            "would do")
+    for each in helps:
+        say(f"  {each}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from athanor.cli.counts import COUNT, WHOLE
 from athanor.foundation.progress import console, say
 from athanor.foundation.units import format_seconds, format_share
 
@@ -18,12 +19,12 @@ QUANTILES = {"p10": 10, "p50": 50, "p90": 90}
 
 
 @click.command()
-@click.option("--devices", type=int, required=True, help="devices that step together")
+@click.option("--devices", type=WHOLE, required=True, help="devices that step together")
 @click.option("--days-of-steps", type=float, help="days of steps that must be kept; or --days")
 @click.option("--days", type=float, help="days of the calendar: how many of them are steps that are kept")
 @click.option("--checkpoint-seconds", type=float, help="seconds that a save blocks; or --params and --write-rate")
-@click.option("--params", type=float, help="parameters, saved with 14 bytes each")
-@click.option("--write-rate", type=float, help="bytes a second that all devices together write")
+@click.option("--params", type=COUNT, help="parameters, saved with 14 bytes each")
+@click.option("--write-rate", type=COUNT, help="bytes a second that all devices together write")
 @click.option("--restart-seconds", type=float, default=600.0, show_default=True, help="from new processes to the first step")
 @click.option("--detect-seconds", type=float, default=300.0, show_default=True, help="from a fault to new processes")
 @click.option("--failures-per-1000-device-days", type=float, help="all faults; when left out, those of Llama 3 405B, "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from athanor.cli.counts import COUNT
 from athanor.foundation.progress import console, say
 from athanor.foundation.units import PD_FLOP, check_positive, format_count, format_flops, format_share
 
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--params", type=float, help="parameters of the model")
-@click.option("--tokens", type=float, help="tokens it is trained on")
+@click.option("--params", type=COUNT, help="parameters of the model")
+@click.option("--tokens", type=COUNT, help="tokens it is trained on")
 @click.option("--pd", type=float, help="compute, 6 N D in PD; instead of parameters, of tokens, or of both")
-@click.option("--unique-tokens", type=float, help="tokens there are; more than these are repeated")
+@click.option("--unique-tokens", type=COUNT, help="tokens there are; more than these are repeated")
 @click.option("--fit", "runs", type=click.Path(path_type=Path), help="fit a law to a CSV with params, tokens, loss of finished "
               "runs, and unique_tokens where they repeat")
 @click.option("--out", type=click.Path(path_type=Path), help="where to write the fitted law")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from athanor.cli.counts import COUNT, WHOLE
 from athanor.foundation.progress import console, say
 from athanor.foundation.units import format_count, format_seconds, format_share
 
@@ -24,9 +25,9 @@ LAYOUT_KEYS = ("seq_len", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "m
 @click.command()
 @click.option("--model", required=True, help="a published model's name, a model folder, config.json or recipe")
 @click.option("--cluster", required=True, help='a cluster.toml, or an accelerator: "H100-80 per_node=8 nic_gbps=400"')
-@click.option("--devices", type=int, help="devices to use; the cluster's when left out")
-@click.option("--global-batch-tokens", type=int, required=True, help="tokens of a step")
-@click.option("--seq-len", type=int, help="tokens of a row; the model's longest, at most 8192, when left out")
+@click.option("--devices", type=WHOLE, help="devices to use; the cluster's when left out")
+@click.option("--global-batch-tokens", type=WHOLE, required=True, help="tokens of a step")
+@click.option("--seq-len", type=WHOLE, help="tokens of a row; the model's longest, at most 8192, when left out")
 @click.option("--recompute", multiple=True, help="none, selective or full; may be repeated; all three when left out")
 @click.option("--schedule", multiple=True, help="GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble, "
               "DualPipeV; may be repeated; 1F1B and Interleaved1F1B when left out")
@@ -36,7 +37,7 @@ LAYOUT_KEYS = ("seq_len", "pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "m
 @click.option("--most-oom", type=float, default=0.1, show_default=True, help="greatest probability of running out of memory")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="layouts to show")
 @click.option("--compare", is_flag=True, help="also TP x PP x DP, PP x DP with unequal stages, and FSDP, each at its best")
-@click.option("--tokens", type=float, help="a budget in tokens: days, PD, money and energy for it")
+@click.option("--tokens", type=COUNT, help="a budget in tokens: days, PD, money and energy for it")
 @click.option("--price", type=float, help="money per device and hour")
 @click.option("--coefficients", type=click.Path(path_type=Path), help="what `athanor plan calibrate` wrote; else ours")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="also write a page")
@@ -94,6 +95,7 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
         "sweep_seconds": grid.took, "layouts": [one.to_dict(task) for one in distinct(best)[:top]],
         "waterfall": [dict(zip(explain.WATERFALL, row, strict=True)) for row in explain.waterfall(first)],
         "what_if": [change.to_dict() for change in changes], "reasons": explain.reasons(grid, first.index, changes),
+        "reasons_hold": explain.HELD,
         "worth": answers.devices_worth(sizes), "network_twice": answers.network_twice(grid, first),
         "pareto": answers.front(sizes)}
     if compare:
@@ -136,6 +138,7 @@ def show(found: dict[str, Any]) -> None:
         [row["account"], step(row["seconds"]), format_share(row["share"]), step(row["up_to"])]
         for row in found["waterfall"]])
     table("Why", ("choice", "and its alternatives"), [[name, sentence] for name, sentence in found["reasons"].items()])
+    say(found["reasons_hold"])
     table("Devices", ("devices", "step", "device-seconds per M tokens", "GiB"), [
         [f"{row['devices']:,}", *((step(row["step_seconds"]), f"{row['device_seconds_per_token'] * 1e6:,.1f}",
                                    f"{row['memory_gib']:.1f}") if row["step_seconds"] else ("nothing fits", "", ""))]

@@ -75,6 +75,6 @@ def plan_inputs(recipe: Recipe, run: RunFolder, sources: dict[str, Any]) -> dict
 def refuse_replacing_forecast(run: RunFolder, recipe: Recipe) -> None:
     """A forecast that training has begun with stays what it was."""
     trained = [stage.name for stage in recipe.stage if run.stage(stage.name).metrics.exists()]
-    if trained:
+    if trained and run.plan.exists():  # without a plan, it was trained with none
         raise UserError(f"stage '{trained[0]}' of {run.root} has been trained with its plan, and the forecast made for it stays; "
                         "give this plan a file of its own with --out, or the run another name=…")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from athanor.cli.counts import POSITIVE
 from athanor.foundation.progress import Bar, console, say
 from athanor.foundation.units import format_bytes, format_count, format_flops, format_share
 
@@ -35,7 +36,7 @@ class Device:
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--world", type=click.IntRange(min=1), help="ranks; the product of the recipe's degrees or its devices if left out")
+@click.option("--world", type=POSITIVE, help="ranks; the product of the recipe's degrees or its devices if left out")
 @click.option("--stage", help="the stage to rehearse; the first when left out")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
 def command(recipe: Path, overrides: tuple[str, ...], world: int | None, stage: str | None, as_json: bool) -> None:

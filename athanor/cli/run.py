@@ -18,7 +18,7 @@ from athanor.cli.preflight import devices_of, plan_inputs, refuse_early
 from athanor.foundation.errors import UserError
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
-from athanor.foundation.run_folder import RunFolder, hash_value, read_jsonl, runs_root, write_atomic
+from athanor.foundation.run_folder import RunFolder, hash_value, read_json, read_jsonl, runs_root, write_atomic
 from athanor.ledger.book import Book, read_book, total
 
 QUESTION_TOKENS = 40  # at most, of the question that the served model is asked first
@@ -29,23 +29,24 @@ STEP_ACCOUNTS = {"check": "check", "plan": "check", "data": "data", "evaluate": 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--fresh", "is_fresh", is_flag=True, help="train anew the stages that are not done, whatever their folders hold")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
-def command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(recipe: Path, overrides: tuple[str, ...], is_fresh: bool, as_json: bool) -> None:
     """Walk the whole chain of RECIPE; steps whose inputs have not changed are skipped, a killed run goes on."""
     started = time.time()
     loaded = load_recipe(recipe, list(overrides))
     run = RunFolder(runs_root() / loaded.name)
     with locked(run):
-        chain = walk(loaded, run, started)
+        chain = walk(loaded, run, started, is_fresh)
     _tell(run, loaded)
     if as_json:
         click.echo(json.dumps({"run": str(run.root), "report": str(run.report), "wall_seconds": chain.wall_seconds(),
                                "steps": [line for line in chain.lines if line["event"] == "done"]}))
 
 
-def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
-    """Do every step that is not done yet, in order."""
-    from athanor.data.sources import scan
+def walk(recipe: Recipe, run: RunFolder, started: float, is_fresh: bool = False) -> Chain:
+    """Do every step that is not done yet, in order; with `is_fresh`, training that is not done begins anew."""
+    from athanor.data.sources import inputs_of, scan
     from athanor.foundation.launch import start_server
 
     sources = scan(recipe)
@@ -55,13 +56,11 @@ def walk(recipe: Recipe, run: RunFolder, started: float) -> Chain:
     start_server("athanor.train.loop")
     _check(chain, recipe, run)
     planned = _plan(chain, recipe, run, sources)
-    data_inputs = {"data": hash_value([planned.data.model_dump(), planned.seed]), "sources": _fingerprint(recipe)}
-    if planned.data.tokenizer is not None:
-        data_inputs["tokenizer"] = str(hash_output(Path(planned.data.tokenizer)))
-    chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run))
+    data_inputs = inputs_of(planned)
+    chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run, data_inputs))
     for stage in planned.stage:
         inputs = _stage_inputs(planned, stage, run)
-        replaced = _replaced(chain, stage, inputs, run)
+        replaced = _replaced(chain, stage, inputs, run, is_fresh)
         chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model],
                    _training(planned, stage, run, replaced is not None), replaced)
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
@@ -127,29 +126,36 @@ def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any])
     return recipe.with_plan(read_plan(run.plan), str(run.plan))
 
 
-def _fingerprint(recipe: Recipe) -> str:
-    """Changes when a source's files do: their paths, sizes and times of change."""
-    from athanor.data.sources import list_files
-
-    return hash_value([[source.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in list_files(source))]
-                       for source in recipe.data.source])
-
-
-def _build_data(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
-    """Build the data, and see that every stage finds rows in them before the first one is trained."""
+def _build_data(recipe: Recipe, run: RunFolder, inputs: dict[str, str]) -> dict[str, Any]:
+    """Build the data unless `athanor data build` did from the same; see that every stage finds rows before any is trained."""
     from athanor.cli.data import build_with_bar
+    from athanor.data.lineage import open_manifest
     from athanor.data.rows import open_rows
 
-    manifest = build_with_bar(recipe, run.data)
+    was_built = _was_built(run.data, inputs)
+    if was_built:
+        say(f"{run.data} was built before, from the same text in the same way")
+    manifest = open_manifest(run.data) if was_built else build_with_bar(recipe, run.data)
     for stage in recipe.stage:
         open_rows(run.data, stage.data, stage.seq_len or 256, recipe.seed)
-    return {"hash": manifest["hash"], "seconds": manifest["seconds"]}
+    return {"hash": manifest["hash"], "seconds": manifest["seconds"], "was_built": was_built}
+
+
+def _was_built(folder: Path, inputs: dict[str, str]) -> bool:
+    """Whether a data folder is whole and comes from these inputs."""
+    from athanor.data.lineage import damaged_files, open_manifest
+
+    try:
+        return open_manifest(folder).get("inputs") == inputs and not damaged_files(folder)
+    except UserError:  # it is none, or no more
+        return False
 
 
 def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str]:
-    """What the weights of a stage depend on."""
+    """What the weights of a stage depend on; of the data, what is trained on: a build of the same is the same."""
+    manifest = run.data / "manifest.json"
     inputs = {"config": hash_value([recipe.seed, recipe.model.model_dump(), recipe.parallel.model_dump(), stage.model_dump()]),
-              "data": str(hash_output(run.data / "manifest.json"))}
+              "data": str(read_json(manifest)["hash"] if manifest.exists() else None)}
     if stage.start_from:
         is_stage = any(other.name == stage.start_from for other in recipe.stage)
         inputs["start_from"] = str(hash_output(run.stage(stage.start_from).model if is_stage else Path(stage.start_from)))
@@ -158,17 +164,15 @@ def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str
     return inputs
 
 
-def _replaced(chain: Chain, stage: Stage, inputs: dict[str, str], run: RunFolder) -> str | None:
+def _replaced(chain: Chain, stage: Stage, inputs: dict[str, str], run: RunFolder, is_fresh: bool = False) -> str | None:
     """The hash of the configuration whose work must go before a stage can begin (empty: it has none); None when none must.
 
-    What was begun by hand goes on, or is refused, never thrown away. A kill may come before the folder was emptied: then it
-    still has the configuration that the last attempt was to replace.
+    What was begun by hand goes on, or is refused; only `is_fresh` throws it away. A kill may come before the folder was
+    emptied: then it still has the configuration that the last attempt was to replace.
     """
-    last = chain.last_start(f"train {stage.name}")
-    if last is None:
-        return None
-    config = hash_output(run.stage(stage.name).config)
-    return config or "" if last["inputs"] != inputs or (config and config == last.get("replaces")) else None
+    last, config = chain.last_start(f"train {stage.name}"), hash_output(run.stage(stage.name).config)
+    is_other = last is not None and (last["inputs"] != inputs or (config and config == last.get("replaces")))
+    return config or "" if is_fresh or is_other else None
 
 
 def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> Callable[[], dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from athanor.cli.counts import POSITIVE
 from athanor.foundation.errors import UserError
 from athanor.foundation.progress import say
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--port", type=click.IntRange(0, 65535), help="port to listen on (serve.port, 8000); 0 takes a free one")
 @click.option("--host", help="address to listen on (serve.host, 127.0.0.1)")
 @click.option("--api-key", envvar="ATHANOR_API_KEY", help="ask clients for this key (serve.api_key, or $ATHANOR_API_KEY)")
-@click.option("--cache-tokens", type=click.IntRange(min=1), help="tokens of keys and values to keep, over all requests")
+@click.option("--cache-tokens", type=POSITIVE, help="tokens of keys and values to keep, over all requests")
 @click.option("--json", "as_json", is_flag=True, help="print one line of JSON when ready")
 def command(model: str, overrides: tuple[str, ...], port: int | None, host: str | None, api_key: str | None,
             cache_tokens: int | None, as_json: bool) -> None:

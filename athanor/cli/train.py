@@ -25,24 +25,27 @@ from athanor.jobs.agent import Agent, Stopped
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--stage", required=True, help="the stage to train")
+@click.option("--stage", help="the stage to train; may be left out where there is one alone")
 @click.option("--run", "run_folder", type=click.Path(path_type=Path), help="the run folder; runs/<name> when left out")
 @click.option("--data", type=click.Path(path_type=Path), help="a data folder to train on; the run's own when left out")
 @click.option("--fresh", "is_fresh", is_flag=True, help="begin anew, even where the folder holds another configuration's work")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
-def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Path | None, data: Path | None, is_fresh: bool,
-            as_json: bool) -> None:
+def command(recipe: Path, overrides: tuple[str, ...], stage: str | None, run_folder: Path | None, data: Path | None,
+            is_fresh: bool, as_json: bool) -> None:
     """Train one stage of RECIPE, from its newest checkpoint when there is one.
 
     KEY=VALUE overrides what recipe and plan say, such as stage.pretrain.steps=100. Under torchrun, srun or mpirun this
     process is one rank; otherwise the ranks are started here.
     """
     wanted = load_recipe(recipe, list(overrides))
+    stage = choose_stage(wanted, stage)
     run = RunFolder(run_folder or runs_root() / wanted.name)
+    is_first = os.environ.get("RANK", "0") == "0"  # of ranks that another launcher made, one holds the run for all
     if run.plan.exists():
         wanted = wanted.with_plan(read_plan(run.plan), str(run.plan))
-    wanted.get_stage(stage)
-    is_first = os.environ.get("RANK", "0") == "0"  # of ranks that another launcher made, one holds the run for all
+    elif wanted.budget.given and is_first:
+        say(f"{run.root} has no plan: the budget does not count, and what the recipe leaves open is that of a small run; "
+            f"`athanor run` would plan it otherwise, so `athanor plan {recipe}` comes first")
     with locked(run) if is_first else contextlib.nullcontext():
         if data is not None and is_first:
             borrow(data, run)
@@ -53,6 +56,13 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str, run_folder: Pa
         loss = format_loss(result["loss"][-1]) if result["loss"] else "not recorded"
         say(f"{stage}: {result['steps']} steps, loss {loss}, {format_count(result['tokens_per_second'])} "
             f"tokens/s; the model is in {run.stage(stage).model}")
+
+
+def choose_stage(recipe: Recipe, name: str | None) -> str:
+    """The stage of that name, or the only one. Raises UserError with the names there are."""
+    if name is None and len(recipe.stage) > 1:
+        raise UserError(f"which stage? Give --stage with one of {', '.join(stage.name for stage in recipe.stage)}")
+    return recipe.get_stage(recipe.stage[0].name if name is None else name).name
 
 
 def borrow(data: Path, run: RunFolder) -> None:

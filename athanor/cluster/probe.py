@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -18,13 +19,14 @@ from typing import Any
 from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import UserError
 from athanor.foundation.launch import run_ranks
+from athanor.foundation.processor import Share
 
 SECONDS = 12.0  # of measuring; starting ranks comes on top
 SHARES = {"matmul_fp32": 0.26, "matmul_bf16": 0.06, "matmul_fp64": 0.06, "attention": 0.08, "elementwise": 0.20,
           "memory": 0.02, "launch": 0.03, "optimizer": 0.04, "collectives": 0.16, "jitter": 0.05,
           "python": 0.02, "disk": 0.02}
 PYTHON_LOOPS = 20_000
-COMPUTING = "matmul_fp32"  # keeps all threads busy, so its processor time tells what others took
+WAITING = {"collectives", "jitter", "disk"}  # parts in which threads wait for each other, or for the disk
 DISK_BYTES = 2**25
 
 
@@ -70,17 +72,15 @@ def probe_rank(channel: Callable[..., None], seconds: float, folder: str) -> dic
     dist.init_process_group("nccl" if is_cuda else "gloo")
     try:
         report = {"started": started, "joined_seconds": time.time() - started, **_device_facts(torch, device)}
-        share = 0.0
+        share, had = 0.0, Share()
         for part, measure_part in _parts(device, folder).items():
             dist.barrier()
-            begin, worked = time.perf_counter(), time.process_time()
-            report[part] = measure_part(seconds * SHARES[part], report)
-            if part == COMPUTING:
-                report["processor_share"] = (time.process_time() - worked) / (time.perf_counter() - begin) / report["threads"]
+            with contextlib.nullcontext() if part in WAITING else had.counted():
+                report[part] = measure_part(seconds * SHARES[part], report)
             share += SHARES[part]
             if dist.get_rank() == 0:
                 channel(part=part, share=share)
-        return report
+        return {**report, "processor_share": had.value}
     finally:
         dist.destroy_process_group()
 

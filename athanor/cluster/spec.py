@@ -11,8 +11,10 @@ from typing import Any
 from athanor.foundation.errors import UserError, did_you_mean
 from athanor.foundation.run_folder import write_atomic
 from athanor.foundation.toml import toml_value
+from athanor.foundation.units import format_share
 
 SCHEMA = 1
+QUIET = 0.9  # of the processor time that was wanted; with less of it, rates are those of a busy machine
 ACCELERATORS = Path(__file__).parent / "accelerators"
 
 
@@ -42,7 +44,7 @@ class ClusterSpec:
     disk: dict[str, float] = field(default_factory=dict)
     python: dict[str, float] = field(default_factory=dict)
     startup_seconds: dict[str, float] = field(default_factory=dict)
-    processor_share: float | None = None  # of its cores that measuring got, the rest went to other processes
+    processor_share: float | None = None  # of what measuring wanted; the rest went to other processes
     host: str = ""
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -179,6 +181,14 @@ def _check_rows(name: str, columns: tuple[str, ...], rows: Any, file: str) -> No
                 _check_number(f"{name}[{number}].{column}", value, file)
                 if name == "steps" and not value and column not in MAY_BE_0:
                     raise UserError(f"{file}: 'steps[{number}].{column}' is 0, a number above 0 is expected")
+
+
+def busy_note(spec: ClusterSpec) -> str | None:
+    """The warning that belongs beside all that rests on measurements of a busy machine; None when it was quiet, or unknown."""
+    if spec.processor_share is None or spec.processor_share >= QUIET:
+        return None
+    return (f"the machine was busy when it was measured: other processes had {format_share(1 - spec.processor_share, 0)} of the "
+            "processor time that was wanted, so rates and forecasts may be far off; `athanor check` again when it is quiet")
 
 
 def accelerator_names() -> dict[str, str]:

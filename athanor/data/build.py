@@ -17,7 +17,7 @@ from athanor.data.filtering import load_filters
 from athanor.data.funnel import Funnel
 from athanor.data.pairs import find_functions, make_pair
 from athanor.data.shards import ShardWriter
-from athanor.data.sources import scan
+from athanor.data.sources import inputs_of, scan
 from athanor.data.store import Entry, Parts
 from athanor.data.text.chat import template_hash
 from athanor.data.text.tokenizer import Tokenizer, copy_tokenizer, tokenizer_hash, train_tokenizer
@@ -234,6 +234,7 @@ def build(recipe: Recipe, data_folder: Path, *, progress: Progress | None = None
         raise DataError(f"{data_folder} holds something else than built data, which a build would replace; give another folder")
     if data_folder.parent.exists():
         sweep(data_folder.parent, data_folder.name)
+    inputs = inputs_of(recipe)
     with folder_renamed_last(data_folder) as folder:
         work = Build(recipe, folder, progress)
         if recipe.data.tokenizer is not None:
@@ -250,7 +251,7 @@ def build(recipe: Recipe, data_folder: Path, *, progress: Progress | None = None
             work.parts.write_decisions([*work.filters, "near_duplicate"])
             write_json(folder / "funnel.json", _funnel(work, counts, functions))
             files = _hash_files(folder)
-        manifest = _manifest(work, tokenizer, counts, functions, files)
+        manifest = {**_manifest(work, tokenizer, counts, functions, files), "inputs": inputs}
         write_json(folder / "manifest.json", manifest)
     return manifest
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from athanor.foundation.errors import DataError
 from athanor.foundation.recipe import Recipe, Source
+from athanor.foundation.run_folder import hash_file, hash_folder, hash_value
 
 # folders of the standard library that hold its tests, and installed packages
 LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
@@ -83,6 +84,17 @@ def scan(recipe: Recipe) -> dict[str, Any]:
         result["bytes"] += total
         result["documents"] += documents
     return result
+
+
+def inputs_of(recipe: Recipe) -> dict[str, str]:
+    """What a build reads, by hash: [data] and the seed, paths, sizes and times of the sources' files, a given tokenizer."""
+    files = [[source.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in list_files(source))]
+             for source in recipe.data.source]
+    found = {"data": hash_value([recipe.data.model_dump(), recipe.seed]), "sources": hash_value(files)}
+    if recipe.data.tokenizer is not None:
+        given = Path(recipe.data.tokenizer)
+        found["tokenizer"] = hash_folder(given) if given.is_dir() else hash_file(given) if given.exists() else "None"
+    return found
 
 
 def _walk(folder: Path, left_out: set[str]) -> Iterator[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from athanor.data.text.chat import ChatTemplate
 from athanor.data.text.tokenizer import Tokenizer
@@ -15,6 +15,7 @@ from athanor.foundation.run_folder import read_json
 if TYPE_CHECKING:
     from athanor.inference.engine import Engine, Request
 
+Item = TypeVar("Item")
 Progress = Callable[[int, int], None]  # done, total
 CONCURRENT = 64  # requests of full context that the cache is made for
 CHECK_EVERY = 8  # tokens between looks at whether an answer is over
@@ -86,6 +87,13 @@ def generate(subject: Subject, prompts: Sequence[list[int]], max_new_tokens: Seq
             del requests[index]
             progress(len(answers), len(prompts))
     return [answers[index] for index in range(len(prompts))]
+
+
+def spread(items: Sequence[Item], count: int | None) -> Sequence[Item]:
+    """So many of some items (all when None), evenly spaced, since neighbours come from the same place."""
+    if count is None or count >= len(items):
+        return items
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def held_out(data: Path, name: str, *keys: str) -> list[dict[str, Any]]:

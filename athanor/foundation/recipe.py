@@ -10,11 +10,12 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from athanor.foundation.counts import Count, Whole
 from athanor.foundation.errors import RecipeError, did_you_mean
 from athanor.foundation.toml import assign, leaves, parse_value, toml_value
 
@@ -37,14 +38,19 @@ class Budget(Section):
     days: float | None = Field(None, gt=0, description="days of the calendar for all training stages together; what faults, "
                                "saves and restarts are expected to take is taken off")
     pd: float | None = Field(None, gt=0, description="model FLOPs of all training stages together, in PD (8.64e19 FLOP)")
-    tokens: float | None = Field(None, gt=0, description="tokens of all training stages together")
+    tokens: Count | None = Field(None, gt=0, description="tokens of all training stages together")
     money: float | None = Field(None, gt=0, description="price of the step time; needs cluster.price_per_device_hour")
+
+    @property
+    def given(self) -> list[str]:
+        """Names of what is set; one at most."""
+        return [name for name, value in self.model_dump().items() if value is not None]
 
 
 class Cluster(Section):
     file: str = Field("auto", description="a cluster.toml; 'auto' measures this machine when none lies in the run folder")
     accelerator: str | None = Field(None, description="a known accelerator, for rehearsals, and for plans by its datasheet")
-    devices: int | None = Field(None, gt=0, description="devices (on CPU: ranks) to use; all of them when left out")
+    devices: Whole | None = Field(None, gt=0, description="devices (on CPU: ranks) to use; all of them when left out")
     per_node: int | None = Field(None, gt=0, description="devices per node")
     nic_gbps: float | None = Field(None, gt=0, description="network bandwidth of one device, in Gbit/s")
     price_per_device_hour: float | None = Field(None, gt=0, description="money per device and hour")
@@ -62,7 +68,7 @@ class Source(Section):
 
 
 class Data(Section):
-    vocab_size: int | None = Field(None, ge=300, le=1_000_000, description="entries of the tokenizer that is trained")
+    vocab_size: Whole | None = Field(None, ge=300, le=1_000_000, description="entries of the tokenizer that is trained")
     tokenizer: str | None = Field(None, description="a folder or tokenizer.json to use instead of training one")
     evaluation_share: float = Field(0.02, ge=0, lt=1, description="share of documents held out, chosen by content hash")
     source: list[Source] = Field(min_length=1, description="where the text comes from")
@@ -78,7 +84,7 @@ class Model(Section):
     num_attention_heads: int | None = Field(None, gt=0, description="query heads")
     num_key_value_heads: int | None = Field(None, gt=0, description="key and value heads; equal to the query heads unless set")
     head_dim: int | None = Field(None, gt=0, description="width of a head; hidden_size / num_attention_heads unless set")
-    max_position_embeddings: int | None = Field(None, gt=0, description="longest context in tokens")
+    max_position_embeddings: Whole | None = Field(None, gt=0, description="longest context in tokens")
     rope_theta: float | None = Field(None, gt=0, description="base of the rotary frequencies")
     rms_norm_eps: float | None = Field(None, gt=0, description="epsilon of RMSNorm")
     initializer_range: float | None = Field(None, gt=0, description="standard deviation of the initial weights")
@@ -119,17 +125,17 @@ class Stage(Section):
     start_from: str | None = Field(None, description="an earlier stage's name, or any Hugging Face folder")
     data: str = Field("documents", description="'documents' or 'pairs' of the data folder, or a JSONL of conversations")
     share: float | None = Field(None, gt=0, le=1, description="share of the budget; pretraining 0.85 unless set")
-    seq_len: int | None = Field(None, ge=8, description="tokens of one packed row")
-    steps: int | None = Field(None, ge=1, description="optimizer steps")
-    tokens: float | None = Field(None, gt=0, description="tokens to train on; an alternative to steps")
-    micro_batch_size: int | None = Field(None, ge=1, description="rows per rank and forward pass")
-    global_batch_tokens: int | None = Field(None, ge=1, description="tokens of one optimizer step, over all ranks")
-    batch_ramp: list[int] | None = Field(None, min_length=3, max_length=3, description=(
+    seq_len: Whole | None = Field(None, ge=8, description="tokens of one packed row")
+    steps: Whole | None = Field(None, ge=1, description="optimizer steps")
+    tokens: Count | None = Field(None, gt=0, description="tokens to train on; an alternative to steps")
+    micro_batch_size: Whole | None = Field(None, ge=1, description="rows per rank and forward pass")
+    global_batch_tokens: Whole | None = Field(None, ge=1, description="tokens of one optimizer step, over all ranks")
+    batch_ramp: list[Whole] | None = Field(None, min_length=3, max_length=3, description=(
         "[rows to start with, rows to add, samples until the global batch]; warm-up still counts steps"))
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
     learning_rate_schedule: Literal["cosine", "linear", "wsd", "constant"] | None = Field(
         None, description="shape of the decay after warm-up")
-    warmup_steps: int | None = Field(None, ge=0, description="steps of linear warm-up")
+    warmup_steps: Whole | None = Field(None, ge=0, description="steps of linear warm-up")
     weight_decay: float | None = Field(None, ge=0, description="decoupled weight decay of matrices")
     gradient_clip: float | None = Field(None, gt=0, description="largest global gradient norm")
     z_loss: float | None = Field(None, ge=0, le=1, description="coefficient of the squared logsumexp in the loss; 0 unless set")
@@ -140,14 +146,15 @@ class Stage(Section):
     group: list[ParameterGroup] = Field([], description="parameters that learn otherwise than the rest")
     precision: Precision | None = Field(None, description="dtype of the computation; weights stay in fp32 (fp64 for fp64)")
     compile: bool | None = Field(None, description="whether each block is compiled")
-    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints")
-    evaluate_every: int | None = Field(None, ge=1, description="steps between validations")
-    data_shards: int | None = Field(None, ge=1, description="virtual data shards; micro-batches of a global batch unless set")
+    checkpoint_every: Whole | None = Field(None, ge=1, description="steps between checkpoints")
+    evaluate_every: Whole | None = Field(None, ge=1, description="steps between validations")
+    evaluate_rows: Whole | None = Field(None, ge=1, description="held-out rows of a validation; all unless set or planned")
+    data_shards: Whole | None = Field(None, ge=1, description="virtual data shards; micro-batches of a global batch unless set")
 
 
 class Evaluate(Section):
     tasks: list[str] = Field(["bits_per_byte"], description="tasks, each a name, a package.module, or lm_eval:<its name there>")
-    limit: int | None = Field(None, ge=1, description="items per task at most; all of them when left out")
+    limit: Whole | None = Field(None, ge=1, description="items per task at most; all of them unless set or planned")
     lm_eval_data: str | None = Field(None, description="folder with the data of lm_eval's tasks, as the README says")
 
 
@@ -194,7 +201,7 @@ class Recipe(Section):
         """The recipe with every value that was left open filled from a plan's tables of the same names."""
         merged = self.model_dump(exclude_none=True)
         origins = dict(self._origins)
-        for key, value in leaves({k: v for k, v in plan.items() if k in ("data", "model", "parallel", "stage")}):
+        for key, value in leaves({k: v for k, v in plan.items() if k in ("data", "model", "parallel", "stage", "evaluate")}):
             if self._origins.get(key) not in ("override", "recipe"):
                 assign(merged, key.split("."), value, plan_file)
                 origins[key] = "plan"
@@ -275,9 +282,8 @@ def document() -> list[tuple[str, str, str, str]]:
 
 
 def _check_meaning(recipe: Recipe, file: str) -> None:
-    given = [name for name, value in recipe.budget.model_dump().items() if value is not None]
-    if len(given) > 1:
-        raise RecipeError(f"{file}: budget has {' and '.join(given)}; give one of minutes, days, pd, tokens, money")
+    if len(recipe.budget.given) > 1:
+        raise RecipeError(f"{file}: budget has {' and '.join(recipe.budget.given)}; give one of minutes, days, pd, tokens, money")
     if recipe.budget.money is not None and recipe.cluster.price_per_device_hour is None:
         raise RecipeError(f"{file}: budget.money needs cluster.price_per_device_hour")
     if recipe.parallel.dp_shard == 0:
@@ -367,6 +373,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(str(a) for a in typing.get_args(annotation))
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " | ".join(_type_name(a) for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is list:
         return f"list of {_type_name(typing.get_args(annotation)[0])}"
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false"}.get(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
+
 from athanor.foundation.errors import UserError
 
 PD_FLOP = 8.64e19  # one petaFLOP/s for a day
 GIB = 2**30
 MOST = 1e30  # beyond it products of figures overflow
+COUNT = re.compile(r"([+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+(?:e[+-]?\d+)?)) ?([kmbt]?)", re.IGNORECASE)
+FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def format_seconds(seconds: float) -> str:
@@ -34,6 +39,21 @@ def format_count(count: float) -> str:
         if abs(count) < limit:
             return f"{count:.0f}" if divisor == 1 else f"{count / divisor:.3g}{suffix}"
     return f"{count / 1e12:.3g} T"
+
+
+def read_count(text: str) -> int | float:
+    """What `format_count` prints, and what people write: `950`, `1e6`, `2.5B`, `15T`, `245.7 B`, `8,388,608`; decimal.
+
+    Whole numbers come as int. Raises ValueError for anything else.
+    """
+    found = COUNT.fullmatch(text.strip())
+    try:
+        value = Decimal(found[1].replace(",", "")) * FACTORS[found[2].lower()] if found else Decimal("nan")
+        if abs(value) < MOST:
+            return int(value) if value == int(value) else float(value)
+    except ArithmeticError:  # several points, an exponent beyond all numbers, or no number at all
+        pass
+    raise ValueError("a number such as 4096, 1e6, 2.5B or 15T is expected")
 
 
 def format_bytes(count: float) -> str:

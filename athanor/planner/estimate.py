@@ -19,6 +19,7 @@ from athanor.cost.step import price
 from athanor.foundation.errors import LayoutError, UserError, did_you_mean
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, cut, find_schedule, stages_of
+from athanor.foundation.units import read_count
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.named import check_network, facts_of
 from athanor.planner.stages import block_seconds, memory_by_block, memory_of, plain, simulated
@@ -64,7 +65,7 @@ def read_words(text: str, numbers: Mapping[str, tuple[float, float]], words: Map
             out[key] = value
             continue
         try:
-            out[key] = float(value)
+            out[key] = float(read_count(value))
         except ValueError:
             out[key] = math.nan
         if part != "dp_shard=-1":

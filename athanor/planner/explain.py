@@ -24,6 +24,8 @@ CHOICES = {"tp": ("is_sequence_parallel",), "pp": ("chunks", "schedule"),
 NAMES = {"chunks": "stages_per_rank", "schedule": "pipeline_schedule", "spread": "sharded over",
          "is_sequence_parallel": "sequence_parallel"}
 WATERFALL = ("account", "seconds", "share", "up_to")
+HELD = ("Each alternative changes one choice and holds the others, except what must follow it (sequence parallelism, schedule "
+        "and stages per rank, data ranks, micro-batches); several changed at once may do better, so the whole grid was priced")
 TRIED = 3  # configurations of a changed choice, where others follow it
 SPREAD = {0: "all data ranks", 1: "near data ranks"}
 

@@ -39,7 +39,8 @@ class StageChoice:
     evaluate_every: int
     optimizer: str
     document_tokens: float  # mean length of what attention may not leave
-    evaluation_tokens: float = 0.0
+    evaluation_tokens: float = 0.0  # of one validation
+    evaluate_rows: int | None = None  # of a validation, where these are not all
     recompute: str = "none"
     schedule: str = DEFAULT_SCHEDULE
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from athanor.cluster.spec import ClusterSpec, with_devices
+from athanor.cluster.spec import ClusterSpec, busy_note, with_devices
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.toml import toml_value
-from athanor.foundation.units import format_count, format_share
+from athanor.foundation.units import format_count, format_seconds, format_share
 from athanor.laws import goodput, scaling
 from athanor.ledger.book import Book, total
-from athanor.planner.chain import ACCOUNT, chain_seconds
+from athanor.planner.chain import ACCOUNT, chain_seconds, functions_in
 from athanor.planner.choose import Candidate, Text, block_parameters, rank_candidates
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.named import DATASHEET, caveat
 from athanor.planner.stage import FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
 
+EVALUATION_SHARE = 0.15  # of the training's step time, for validations and the chain's evaluation together
+LEAST_ITEMS = 32  # of a task; scores of fewer say little
 MANY_EPOCHS = 16.0  # of repeated text, some 15.4 (R*) are worth anything (Muennighoff et al. 2023)
 
 
@@ -39,7 +43,7 @@ class Plan:
     def to_toml(self) -> str:
         """The text of `plan.toml`."""
         lines = ["# What `athanor plan` decided. Values of the recipe win over these; [reason] says why each was chosen."]
-        for table in ("data", "model", "parallel"):
+        for table in (name for name in ("data", "model", "parallel", "evaluate") if name in self.values):
             lines += [f"\n[{table}]", *(f"{key} = {toml_value(value)}" for key, value in self.values[table].items())]
         for stage in self.values["stage"]:
             lines += ["\n[[stage]]", *(f"{key} = {toml_value(value)}" for key, value in stage.items())]
@@ -83,13 +87,20 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     reasons = {"model": _why_model(best, ranked), "parallel": _why_layout(best, cluster)}
     reasons |= {f"stage.{name}.{key}": why for name, stage in filled.items() for key, why in stage.reasons.items()}
     books = {name: forecaster.stage(best.shape, best.layout, choice) for name, choice in choices.items()}
-    chain = _chain(recipe, cluster, scan, text, best, filled[main.name])
+    stepping = sum(each.choice.steps * each.step.seconds for each in filled.values())
+    validating = sum(book.accounts.get("evaluation", 0.0) for book in books.values()) / cluster.devices
+    limit, chain = _chain(recipe, cluster, scan, text, best, filled[main.name], EVALUATION_SHARE * stepping - validating)
     notes = _notes(best, text, choices[main.name], cluster)
     if job is not None:
-        stepping = sum(each.choice.steps * each.step.seconds for each in filled.values())
         _add_faults(books[main.name], replace(job, stepping_seconds=stepping, interval=0.0))
         notes.append(_said_of_faults(job, recipe.budget.days or 0.0, cluster.devices))
-    return Plan(plan_values(recipe, best, choices, text), reasons, _scan_table(scan, text), books,
+    values = plan_values(recipe, best, choices, text)
+    if limit is not None:
+        values["evaluate"] = {"limit": limit}
+        reasons["evaluate.limit"] = (
+            f"{limit} items of each task, so that all evaluation takes no more than {format_share(EVALUATION_SHARE, 0)} of the "
+            f"{format_seconds(stepping)} of training" + ("" if limit > LEAST_ITEMS else "; with fewer, scores would say little"))
+    return Plan(values, reasons, _scan_table(scan, text), books,
                 {name: stage.step for name, stage in filled.items()}, chain, whole_forecast(books, chain, cluster),
                 [_row(candidate) for candidate in ranked[1:6]],
                 notes, dict(factors or {}))
@@ -135,7 +146,8 @@ def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice]
             "warmup_steps": _warmup(choice.steps) if stage.warmup_steps is None else stage.warmup_steps,
             "weight_decay": 0.1 if stage.weight_decay is None else stage.weight_decay,
             "gradient_clip": stage.gradient_clip or 1.0, "optimizer": choice.optimizer, "precision": choice.precision,
-            "compile": bool(stage.compile), "checkpoint_every": choice.checkpoint_every, "evaluate_every": choice.evaluate_every})
+            "compile": bool(stage.compile), "checkpoint_every": choice.checkpoint_every, "evaluate_every": choice.evaluate_every,
+            **({} if choice.evaluate_rows is None else {"evaluate_rows": choice.evaluate_rows})})
     data = {} if recipe.data.tokenizer else {"vocab_size": text.vocab_size}
     parallel = {axis: getattr(layout, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
     parallel["recompute"] = recipe.parallel.recompute or "none"
@@ -158,15 +170,25 @@ def whole_forecast(books: dict[str, Book], chain: dict[str, float], cluster: Clu
     return total(parts, "forecast", wall_seconds=sum(book.wall_seconds for book in parts), devices=cluster.devices)
 
 
-def _chain(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], text: Text, best: Candidate,
-           main: FilledStage) -> dict[str, float]:
+def _chain(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], text: Text, best: Candidate, main: FilledStage,
+           room_seconds: float) -> tuple[int | None, dict[str, float]]:
+    """Seconds of the chain's other steps, and to how many items each task is limited (None: as the recipe says) to stay in
+    the evaluation's room."""
     speed = main.choice.seq_len * main.choice.micro_batch_size / main.step.forward_seconds
-    seconds = chain_seconds(cluster, source_bytes=scan["bytes"],
-                            evaluation_tokens=text.evaluation_tokens, models=len(recipe.stage), tasks=recipe.evaluate.tasks,
-                            step_forward_tokens_per_second=speed, num_hidden_layers=best.shape.num_hidden_layers,
-                            limit=recipe.evaluate.limit)
+    documents = scan["documents"] * recipe.data.evaluation_share
+
+    def seconds(limit: int | None) -> dict[str, float]:
+        return chain_seconds(cluster, source_bytes=scan["bytes"], evaluation_tokens=text.evaluation_tokens,
+                             evaluation_documents=documents, models=len(recipe.stage), tasks=recipe.evaluate.tasks,
+                             step_forward_tokens_per_second=speed, num_hidden_layers=best.shape.num_hidden_layers, limit=limit)
+
+    limit, chosen = recipe.evaluate.limit, None
+    most = math.ceil(max(documents, functions_in(text.evaluation_tokens)))
+    if limit is None and most > LEAST_ITEMS and seconds(None)["evaluate"] > room_seconds:
+        fitting = range(LEAST_ITEMS + 1, most)
+        limit = chosen = LEAST_ITEMS + bisect.bisect_right(fitting, room_seconds, key=lambda items: seconds(items)["evaluate"])
     is_measured = recipe.cluster.file == "auto" and cluster.source != DATASHEET
-    return seconds if is_measured else {**seconds, "check": 0.0}  # a given cluster.toml is not measured again
+    return chosen, seconds(limit) if is_measured else {**seconds(limit), "check": 0.0}  # a given file is not measured again
 
 
 def _scan_table(scan: dict[str, Any], text: Text) -> dict[str, Any]:
@@ -204,4 +226,6 @@ def _notes(best: Candidate, text: Text, choice: StageChoice, cluster: ClusterSpe
     if epochs > MANY_EPOCHS:
         notes.append(f"text that is read more than some {MANY_EPOCHS:g} times teaches little more, and the predicted loss "
                      "is far from all runs that its law knows: give more text, or a smaller budget")
+    busy = busy_note(cluster)
+    notes += [] if busy is None else [busy]
     return [*notes, caveat(cluster)] if cluster.source == DATASHEET else notes

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from athanor.cluster.spec import ClusterSpec
@@ -13,16 +11,16 @@ from athanor.cost.coefficients import load
 from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import Parallel, Recipe, Stage
 from athanor.foundation.schedules import DEFAULT_SCHEDULE
-from athanor.foundation.units import PD_FLOP, format_count, format_seconds
+from athanor.foundation.units import PD_FLOP, format_count, format_seconds, format_share
 from athanor.laws import goodput, scaling
+from athanor.models.shapes.find import filled_up, tokenizer_size
 from athanor.planner.choose import LEAST_STEPS, Candidate, Part, Text, buy
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 
 PRETRAIN_SHARE = 0.85
-VOCABULARY_MULTIPLE = 64  # a model's vocabulary is filled up to it, so that it can be cut into equal parts
 MOST_EPOCHS_OF_PAIRS = 3.0
 VALIDATION_SHARE = 0.03  # of a stage's step time
-MOST_VALIDATIONS = 10
+LEAST_VALIDATIONS, MOST_VALIDATIONS = 2, 10
 
 
 @dataclass(frozen=True)
@@ -76,14 +74,13 @@ def budget_shares(stages: list[Stage]) -> dict[str, float]:
 def describe_text(recipe: Recipe, scan: dict[str, Any]) -> Text:
     """How many tokens the sources will give, from their bytes and constants of earlier builds."""
     constants = load()["text"]
-    vocabulary = recipe.data.vocab_size or (_tokenizer_size(recipe.data.tokenizer) if recipe.data.tokenizer
+    vocabulary = recipe.data.vocab_size or (tokenizer_size(recipe.data.tokenizer) if recipe.data.tokenizer
                                             else vocabulary_for(scan["bytes"]))
     growth = (vocabulary / constants["reference_vocab_size"]) ** constants["bytes_per_token_exponent"]
     per_token = constants["bytes_per_token"] * growth
     tokens = scan["bytes"] * constants["kept_share"] / per_token
     held_out = recipe.data.evaluation_share
-    vocabulary = math.ceil(vocabulary / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return Text(vocabulary, per_token, max(1.0, tokens * (1 - held_out)), tokens * held_out,
+    return Text(filled_up(vocabulary), per_token, max(1.0, tokens * (1 - held_out)), tokens * held_out,
                 max(16.0, scan["bytes"] / per_token / max(1, scan["documents"])), constants["pair_tokens"],
                 max(1.0, tokens * (1 - held_out) * constants["pairs_share"]))
 
@@ -91,16 +88,6 @@ def describe_text(recipe: Recipe, scan: dict[str, Any]) -> Text:
 def vocabulary_for(source_bytes: float) -> int:
     """Entries of a new tokenizer: 4096 for 10 MB of text, doubling with every fourfold of it, at most 131072."""
     return 1 << min(17, max(9, round(12 + math.log(max(source_bytes, 1) / 1e7, 4))))
-
-
-def _tokenizer_size(path: str) -> int:
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        ids = [*raw["model"]["vocab"].values(), *(token["id"] for token in raw.get("added_tokens", []))]
-        return int(max(ids)) + 1
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"data.tokenizer: {file} is not a tokenizer.json that can be read: {error}") from None
 
 
 def open_stage(stage: Stage, text: Text, cluster: ClusterSpec, parallel: Parallel) -> StageChoice:
@@ -163,11 +150,29 @@ def _with_intervals(forecaster: Forecaster, best: Candidate, stage: Stage, choic
     why = "balances saving against work lost to faults" if best_apart <= quarter else "is a quarter of the stage"
     every = format_seconds(checkpoint * step.seconds)
     reasons["checkpoint_every"] = f"a save takes {format_seconds(save)}; one every {every} {why}"
-    cost = forecaster.validation_seconds(step, best.shape, best.layout, choice)
-    count = min(MOST_VALIDATIONS, max(2, int(VALIDATION_SHARE * choice.steps * step.seconds / max(cost, 1e-9))))
+    return _with_validations(forecaster, best, stage, replace(choice, checkpoint_every=checkpoint), step, reasons)
+
+
+def _with_validations(forecaster: Forecaster, best: Candidate, stage: Stage, choice: StageChoice, step: Step,
+                      reasons: dict[str, str]) -> StageChoice:
+    """How often to validate, and on how many rows, in VALIDATION_SHARE of the stage's step time; at least on one batch."""
+    def seconds(tokens: float) -> float:
+        return forecaster.validation_seconds(step, best.shape, best.layout, replace(choice, evaluation_tokens=tokens))
+
+    room, batch = VALIDATION_SHARE * choice.steps * step.seconds, choice.micro_batch_size * best.layout.data_ranks
+    count = min(MOST_VALIDATIONS, max(LEAST_VALIDATIONS, int(room / max(seconds(choice.evaluation_tokens), 1e-9))))
     evaluate = stage.evaluate_every or max(1, math.ceil(choice.steps / count))
-    reasons["evaluate_every"] = f"{math.ceil(choice.steps / evaluate)} validations of {format_seconds(cost)} each"
-    return replace(choice, checkpoint_every=checkpoint, evaluate_every=evaluate)
+    count = math.ceil(choice.steps / evaluate)
+    each = seconds(batch * choice.seq_len) - seconds(0)
+    rows, all_rows = stage.evaluate_rows, math.ceil(choice.evaluation_tokens / choice.seq_len)
+    if rows is None and each > 0 and count * seconds(choice.evaluation_tokens) > room:
+        rows = batch * max(1, int((room / count - seconds(0)) / each))
+    if rows is not None and rows < all_rows:
+        choice = replace(choice, evaluate_rows=rows, evaluation_tokens=float(rows * choice.seq_len))
+        reasons["evaluate_rows"] = (f"of about {all_rows:,}, so that validations take no more than "
+                                    f"{format_share(VALIDATION_SHARE, 0)} of the stage, or one batch each")
+    reasons["evaluate_every"] = f"{count} validations of {format_seconds(seconds(choice.evaluation_tokens))} each"
+    return replace(choice, evaluate_every=evaluate)
 
 
 def _too_small(stage: Stage, paid: float, part: Part) -> str:

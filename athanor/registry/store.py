@@ -177,16 +177,18 @@ class Registry:
     def lineage(self, reference: str) -> dict[str, Any]:
         """A version with its parents (as deep as the registry knows them) and the versions that started from it.
 
-        `cost` sums what it and all of these parents took, each once; a figure that one of them does not know is None.
+        `cost` sums what it and all of these parents took, each once; a figure that one of them does not know is None there,
+        and stands in `known_cost` without those that `unknown` names.
         """
         card = self.get(reference)
         children = [self._card(row) for row in self.rows()]
         tree = self._ancestors(card, set())
-        line = {node["reference"]: node for node in _nodes(tree)}.values()
-        known: dict[str, list[Any]] = {key: [node["cost"][key] if node["registered"] else None for node in line]
-                                       for key in tree["cost"]}
-        cost = {key: None if None in values else math.fsum(values) for key, values in known.items()}
-        return {**tree, "cost": cost,
+        line = {node["reference"]: node.get("cost", {}) for node in _nodes(tree)}
+        known = {key: [took[key] for took in line.values() if took.get(key) is not None] for key in tree["cost"]}
+        unknown = {key: [name for name, took in line.items() if took.get(key) is None] for key in tree["cost"]}
+        sums = {key: math.fsum(values) if values else None for key, values in known.items()}
+        cost = {key: None if unknown[key] else sums[key] for key in sums}
+        return {**tree, "cost": cost, "known_cost": sums, "unknown": unknown,
                 "children": [c.reference for c in children if any(p["version"] == card.version for p in c.parents)]}
 
     def _ancestors(self, card: Manifest, seen: set[str]) -> dict[str, Any]:

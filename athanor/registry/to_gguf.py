@@ -89,7 +89,8 @@ def _architecture(shape: DecoderShape) -> Any:
     import gguf
 
     if shape.MODEL_TYPE not in ARCHITECTURES:
-        raise ModelError(f"'{shape.MODEL_TYPE}' cannot be written as GGUF; only {', '.join(ARCHITECTURES)} can")
+        raise ModelError(f"'{shape.MODEL_TYPE}' cannot be written as GGUF: only {', '.join(ARCHITECTURES)} can, no mixture of "
+                         "experts; --format huggingface writes any")
     return gguf.MODEL_ARCH[ARCHITECTURES[shape.MODEL_TYPE]]
 
 
@@ -189,7 +190,8 @@ def _write_tokenizer(writer: Any, folder: Path, shape: DecoderShape) -> list[str
 
     content, ids = read_object(folder, "tokenizer.json"), token_ids(folder)
     if (content.get("model") or {}).get("type") != "BPE" or "ByteLevel" not in json.dumps(content.get("decoder")):
-        raise ModelError(f"{folder} cannot be written as GGUF: its tokenizer is not byte-level BPE in a tokenizer.json")
+        raise ModelError(f"{folder} cannot be written as GGUF: its tokenizer is not byte-level BPE in a tokenizer.json, as those "
+                         "of Llama 3, Qwen and ours are; pieces of SentencePiece are not exported")
     _check_tokenizer(folder, content, ids, shape.vocab_size)
     pre, notes = pre_tokenizer(content)
     if (content.get("normalizer") or {}).get("type", "NFC") != "NFC":  # which changes few texts

@@ -15,11 +15,17 @@ from athanor.registry.store import Registry
 
 @dataclass(frozen=True)
 class Target:
-    """A model to be served: its Hugging Face folder, the name it goes by, and where judgements are kept (if anywhere)."""
+    """A model: its Hugging Face folder, the name it goes by, and the run and stage that it is from, where these are here."""
 
     folder: Path
     name: str
-    feedback: Path | None = None
+    run: RunFolder | None = None
+    stage: str = ""
+
+    @property
+    def feedback(self) -> Path | None:
+        """Where judgements are kept, if anywhere."""
+        return None if self.run is None else self.run.feedback
 
     @cached_property
     def version(self) -> str:
@@ -51,7 +57,7 @@ def _of_folder(folder: Path) -> Target:
     """A model's folder; inside a run (`<run>/<stage>/model`) it goes by the names of both."""
     stage, run = folder.parent, folder.parent.parent
     if folder.name == "model" and RunFolder(run).recipe.is_file():
-        return Target(folder, f"{run.name}-{stage.name}", RunFolder(run).feedback)
+        return Target(folder, f"{run.name}-{stage.name}", RunFolder(run), stage.name)
     return Target(folder, folder.parent.name if folder.name == "model" else folder.name)
 
 
@@ -62,7 +68,7 @@ def _of_run(run: Path, before: str) -> Target:
         raise ModelError(f"{before}{run} holds no model: neither config.json (a model's folder) nor <stage>/model/config.json "
                          "(a run)")
     newest = max(models, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
-    return Target(newest, f"{run.name}-{newest.parent.name}", RunFolder(run).feedback)
+    return Target(newest, f"{run.name}-{newest.parent.name}", RunFolder(run), newest.parent.name)
 
 
 def _of_registry(model: str) -> Target:
@@ -74,7 +80,6 @@ def _of_registry(model: str) -> Target:
         hint = "; " + did_you_mean(model.partition("@")[0], known) if known else ", and there are no runs here"
         raise UserError(f"'{model}' is no model folder, run folder, recipe, or name in {registry.root}{hint}")
     card = registry.get(model)
-    run = card.origin.removeprefix("run ").partition(",")[0]
-    kept = runs_root() / run
-    feedback = RunFolder(kept).feedback if card.origin.startswith("run ") and kept.is_dir() else None
-    return Target(registry.folder(card), card.model, feedback)
+    run, _, stage = card.origin.removeprefix("run ").partition(", stage ")
+    is_here = card.origin.startswith("run ") and (runs_root() / run).is_dir()
+    return Target(registry.folder(card), card.model, RunFolder(runs_root() / run) if is_here else None, stage)

@@ -288,7 +288,7 @@ def evaluate(run: Run, sampler: Sampler) -> float | None:
     settings = run.job.settings
     with whole("evaluation", run.meter):
         run.trainee.stages.train(False)
-        loss = validate(run.trainee, run.job.held_out, settings.seq_len, settings.micro_batch_size)
+        loss = validate(run.trainee, run.job.held_out, settings.seq_len, settings.micro_batch_size, settings.evaluate_rows)
         for row in sampler(run.progress.step):
             append_jsonl(run.job.folder.samples, row)
         run.trainee.stages.train()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from athanor.foundation.errors import OutOfMemory, UserError
 from athanor.foundation.layout import check_experts, keeps_whole
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe
-from athanor.foundation.units import format_bytes, format_share
+from athanor.foundation.remedy import Remedy
+from athanor.foundation.units import format_bytes
 from athanor.ledger.book import read_book
 from athanor.parallel.apply import storage_dtype
 from athanor.train.settings import layout_of, settle
@@ -24,19 +24,6 @@ LEAST_SAVING = 0.01  # of the peak, or it is not worth a sentence
 # shares that a step takes longer by: estimates, the first from arithmetic (the forward pass is a third of a step's FLOPs)
 FORWARD_SHARE, SELECTIVE, BF16_STATE, SMALLER_MATMULS, WIDER_SHARDS, TENSOR, CONTEXT = 1 / 3, 0.05, 0.01, 0.05, 0.04, 0.10, 0.08
 A_BLOCK_AT_A_TIME = 0.15  # gathered and reduced for every micro-batch, not once a step
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change of the recipe that saves memory. `costs` is the share that a step takes longer by, an estimate."""
-
-    changes: tuple[str, ...]
-    saves_bytes: float
-    costs: float
-
-    def __str__(self) -> str:
-        saved, longer = format_bytes(self.saves_bytes), format_share(self.costs, 0)
-        return f"{' '.join(self.changes)} (saves about {saved}, a step takes about {longer} longer)"
 
 
 def remedies(memory: Mapping[str, float], job: Job) -> list[Remedy]:

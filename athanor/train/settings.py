@@ -50,6 +50,7 @@ class Settings:
     recompute: str
     checkpoint_every: int
     evaluate_every: int
+    evaluate_rows: int | None
 
     @property
     def rows_per_step(self) -> int:
@@ -68,7 +69,8 @@ class Settings:
 
 
 # keys that may change between two attempts of a stage: they alter how it is computed, not what
-INCIDENTAL = ("micro_batch_size", "num_microbatches", "data_shards", "compile", "recompute", "checkpoint_every", "evaluate_every")
+INCIDENTAL = ("micro_batch_size", "num_microbatches", "data_shards", "compile", "recompute", "checkpoint_every", "evaluate_every",
+              "evaluate_rows")
 
 
 def layout_of(recipe: Recipe) -> Layout:
@@ -131,7 +133,7 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
         precision=stage.precision or "fp32", compile=bool(stage.compile),
         recompute=recipe.parallel.recompute or "none",
         checkpoint_every=stage.checkpoint_every or max(1, -(-steps // 4)),
-        evaluate_every=stage.evaluate_every or max(1, -(-steps // 8)))
+        evaluate_every=stage.evaluate_every or max(1, -(-steps // 8)), evaluate_rows=stage.evaluate_rows)
 
 
 def default_learning_rate(optimizer: str, hidden_size: int, goes_on: bool) -> float:

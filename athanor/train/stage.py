@@ -24,13 +24,12 @@ from athanor.models import fp8
 from athanor.models.find import load_architecture
 from athanor.models.huggingface import read_shape
 from athanor.models.shapes.decoder import DecoderShape
-from athanor.models.shapes.find import new_shape, shape_class
+from athanor.models.shapes.find import filled_up, new_shape, shape_class
 from athanor.objectives.find import load_objective
 from athanor.parallel.recompute import recomputed
 from athanor.train.groups import check_groups
 from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
 
-VOCABULARY_MULTIPLE = 64  # a new model's vocabulary is filled up to it, so that it can be cut into equal parts
 HEAD_WIDTH = INNER_MULTIPLE = 32
 
 
@@ -128,8 +127,7 @@ def fresh_shape(recipe: Recipe, manifest: dict[str, Any]) -> DecoderShape:
     given.setdefault("intermediate_size", math.ceil(hidden_size * growth / INNER_MULTIPLE) * INNER_MULTIPLE)
     given.setdefault("max_position_embeddings", max([256, *(stage.seq_len or 0 for stage in recipe.stage)]))
     given.setdefault("tie_word_embeddings", True)
-    vocabulary = -(-manifest["vocab_size"] // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    return new_shape(recipe.model.architecture, vocab_size=vocabulary, bos_token_id=manifest["bos_id"],
+    return new_shape(recipe.model.architecture, vocab_size=filled_up(manifest["vocab_size"]), bos_token_id=manifest["bos_id"],
                      eos_token_id=manifest["eos_id"], pad_token_id=manifest["pad_id"], **given)
 
 
@@ -169,7 +167,7 @@ def claim_folder(job: Job, is_fresh: bool) -> None:
         if differing:
             raise UserError(f"{folder.root} was trained with another configuration: {'; '.join(differing[:4])}"
                             + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
-                            + "; start it anew with --fresh, or give the run another name")
+                            + "; start it anew with --fresh (of `athanor train` or `athanor run`), or give the run another name")
     write_atomic(folder.config, describe(job))
 
 
@@ -204,7 +202,8 @@ def describe(job: Job) -> str:
     if job.layout.pp > 1:
         lines += [f"pipeline_schedule = {toml_value(job.pipeline.schedule)}",
                   f"split = {toml_value([len(blocks) for blocks in job.pipeline.blocks])}"]
-    lines += [f"{key} = {toml_value(value)}" for key, value in asdict(job.settings).items() if key in INCIDENTAL]
+    lines += [f"{key} = {toml_value(value)}" for key, value in asdict(job.settings).items()
+              if key in INCIDENTAL and value is not None]
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from athanor.foundation import intervals
 from athanor.foundation.layout import Layout
+from athanor.foundation.processor import Share
 from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
 from athanor.models.initialize import initialize
@@ -33,7 +35,7 @@ def time_steps(channel: Callable[..., None], seconds: float) -> list[list[Any]]:
     """One rank's part: rows for the table `steps` of cluster.toml, measured in about `seconds`; equal on all ranks.
 
     A step is forward, loss and backward of one micro-batch, first by each rank for itself, all at once, then with weights
-    sharded over the ranks.
+    sharded over the ranks. `channel` gets {"part", "share": of the work, "had": of the processor time that was wanted}.
     """
     is_cuda = torch.cuda.is_available()
     device_type, ranks = "cuda" if is_cuda else "cpu", int(os.environ["WORLD_SIZE"])
@@ -43,14 +45,16 @@ def time_steps(channel: Callable[..., None], seconds: float) -> list[list[Any]]:
     try:
         sizes = SIZES[device_type]
         runs = [(size, 1) for size in sizes] + [(sizes[SHARDED], ranks)] * (ranks > 1)
-        rows = []
+        rows, had = [], Share()
         for number, ((hidden, layers, tokens, seq_len), over) in enumerate(runs):
             shape = DecoderShape(VOCABULARY[device_type], hidden, hidden * 8 // 3 // 32 * 32, layers,
                                  max(1, hidden // HEAD_DIM[device_type]), tie_word_embeddings=True)
             step = _step(shape, tokens // seq_len, seq_len, make_mesh(Layout(dp_shard=over), device_type))
+            with had.counted() if over == 1 else contextlib.nullcontext():  # in collectives ranks wait for each other
+                usual = _usual(step, seconds / len(runs), is_cuda)
             rows.append([DTYPES[device_type], shape.vocab_size, hidden, shape.intermediate_size, layers,
-                         shape.num_attention_heads, tokens, seq_len, over, *_usual(step, seconds / len(runs), is_cuda)])
-            channel(part="steps", share=(number + 1) / len(runs))
+                         shape.num_attention_heads, tokens, seq_len, over, *usual])
+            channel(part="steps", share=(number + 1) / len(runs), had=had.value)
         return rows
     finally:
         dist.destroy_process_group()

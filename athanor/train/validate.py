@@ -12,6 +12,7 @@ import torch
 
 from athanor.data.rows import Row, Rows
 from athanor.data.text.tokenizer import Tokenizer
+from athanor.evaluate.subject import spread
 from athanor.foundation.intervals import activate, interval
 from athanor.inference.engine import Engine
 from athanor.inference.scheduler import Sampling
@@ -38,14 +39,17 @@ def whole(account: str, meter: Meter) -> Iterator[None]:
 
 
 @torch.no_grad()
-def validate(trainee: Trainee, rows: Rows, seq_len: int, micro_batch_size: int) -> float | None:
-    """Mean loss per token over one pass of the held-out rows, over all ranks; None when there are none."""
+def validate(trainee: Trainee, rows: Rows, seq_len: int, micro_batch_size: int, most_rows: int | None = None) -> float | None:
+    """Mean loss per token over one pass of the held-out rows, over all ranks; None when there are none.
+
+    Of more than `most_rows`, so many that are spread over all of them, the same in every layout.
+    """
     mesh, objective = trainee.mesh, trainee.objective
-    together = micro_batch_size * mesh.layout.data_ranks
+    together, chosen = micro_batch_size * mesh.layout.data_ranks, spread(range(rows.count), most_rows)
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for first in range(0, rows.count, together):
+    for first in range(0, len(chosen), together):
         begin = first + mesh.data_rank * micro_batch_size
-        mine = rows.take(begin, max(0, min(micro_batch_size, rows.count - begin)))
+        mine = [row for index in chosen[begin:begin + micro_batch_size] for row in rows.take(index, 1)]
         mine += [empty_row(seq_len)] * (micro_batch_size - len(mine))  # every rank makes as many forward passes
         batch = objective.collate(mine, seq_len)
         columns = to_device(batch, mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from click.testing import CliRunner
 from athanor.cli.evaluate import command, run_candidates
 from athanor.data.text.tokenizer import Tokenizer
 from athanor.evaluate.ranks import Candidate, evaluate
+from athanor.evaluate.subject import spread
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder
+from athanor.registry.store import register
 
 RECIPE = """name = "tiny"
 [[data.source]]
@@ -75,8 +78,32 @@ def test_a_recipe_scores_its_stages_and_keeps_other_scores(run: RunFolder, tmp_p
 def test_a_model_folder_on_its_own(run: RunFolder) -> None:
     folder = run.stage("pretrain").model
     found = call(folder, "--data", run.data, "--task", "identifiers", "--ask", "text", "--limit", 9)
-    assert found["scores"] is None and found["models"]["model"]["identifiers"]["count"] == 9
+    assert found["scores"] is None and found["models"]["pretrain"]["identifiers"]["count"] == 9
     assert not run.scores.exists()
+
+
+def test_a_run_a_stage_and_a_registered_name(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a recipe would score them: on the run's data, by its tasks, asked as they were trained; kept nowhere."""
+    monkeypatch.setenv("ATHANOR_REGISTRY", str(tmp_path / "registry"))
+    by_recipe = call(tmp_path / "tiny.toml")["models"]
+    run.scores.unlink()
+    run.recipe.write_text(RECIPE)
+    os.utime(run.stage("chat").model / "config.json", (2e9, 2e9))
+    registered = register(run.root, "pretrain")
+    for subject, name, stage in ((run.root, "tiny-chat", "chat"), ("tiny", "tiny-chat", "chat"),
+                                 (run.stage("pretrain").root, "tiny-pretrain", "pretrain"),
+                                 (registered.reference, "tiny-pretrain", "pretrain")):
+        found = call(subject)
+        assert found["models"] == {name: by_recipe[stage]} and found["scores"] is None, subject
+    assert not run.scores.exists()
+    with pytest.raises(UserError, match=r"'tiny-chap' is no model folder.*did you mean 'tiny"):
+        CliRunner().invoke(command, ["tiny-chap"], catch_exceptions=False)
+
+
+def test_a_limit_takes_items_from_everywhere() -> None:
+    assert list(spread(range(10), 4)) == [0, 2, 5, 7]
+    assert list(spread(range(3), 3)) == list(spread(range(3), 9)) == list(spread(range(3), None)) == [0, 1, 2]
+    assert len(set(spread(range(1000), 999))) == 999
 
 
 def test_progress_reaches_every_model_and_task(run: RunFolder, tmp_path: Path) -> None:
@@ -103,8 +130,9 @@ def test_only_stages_with_a_model(run: RunFolder, tmp_path: Path) -> None:
     (["tiny.toml", "--task", "../x"], "no task '../x'"), (["tiny.toml", "--task", ".."], "no task '..'"),
     (["tiny.toml", "--stage", "chap"], "no stage 'chap'; did you mean 'chat'"),
     (["tiny.toml", "evaluate.taks=1"], "unknown key 'evaluate.taks'; did you mean 'tasks'"),
-    (["runs/tiny/pretrain/model"], "give it with --data"),
-    (["runs/tiny/pretrain", "--data", "runs/tiny/data"], "is not a model folder: it has no config.json; did you mean 'model'"),
+    (["runs/tiny/pretrain/model"], "goes with --data"),
+    (["runs/tiny/data", "--data", "runs/tiny/data"], "holds no model: neither config.json"),
+    (["runs/tiny", "evaluate.limit=3"], "runs/tiny is no recipe; overrides and --stage go with one"),
     (["runs/tiny/pretrain/model", "--data", "runs"], "evaluation.jsonl does not exist"),
     (["nothing.toml"], "nothing.toml does not exist"),
 ])

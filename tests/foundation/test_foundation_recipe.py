@@ -34,7 +34,7 @@ def test_precedence_is_override_recipe_plan_default() -> None:
 @pytest.mark.parametrize(("override", "words"), [
     ("model.hiden_size=3", ["model.hiden_size", "did you mean 'hidden_size'"]),
     ("stage.pretain.steps=3", ["pretain", "did you mean 'pretrain'"]),
-    ("stage.pretrain.steps=many", ["stage.pretrain.steps", "'many'", "valid integer"]),
+    ("stage.pretrain.steps=many", ["stage.pretrain.steps", "'many'", "such as 4096"]),
     ("stage.pretrain.steps=0", ["stage.pretrain.steps", "greater than or equal to 1"]),
     ("data.source.stdlib.kind=pyhton", ["data.source.stdlib.kind", "did you mean 'python'"]),
     ("stage.pretrain.optimizer=adam", ["stage.pretrain.optimizer", "adamw"]),

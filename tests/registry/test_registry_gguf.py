@@ -248,7 +248,12 @@ def _configure(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize(("damage", "words"), [
     (lambda folder: _configure(folder, model_type="gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=128),
-     "'gpt2' cannot be written as GGUF; only llama, mistral, qwen2, qwen3 can"),
+     "'gpt2' cannot be written as GGUF: only llama, mistral, qwen2, qwen3 can"),
+    (lambda folder: _configure(folder, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+     "'mixtral' cannot be written as GGUF: .*no mixture of experts"),
+    (lambda folder: _configure(folder, model_type="gemma", head_dim=16, hidden_act="gelu_pytorch_tanh"),
+     "'gemma' cannot be written as GGUF"),
+    (lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"), "pieces of SentencePiece are not exported"),
     (lambda folder: _configure(folder, model_type="lama"), "did you mean 'llama'"),
     (lambda folder: _spoil(folder, "model.layers.0.mlp.up_proj.weight", 7e4), "blk.0.ffn_up.weight holds values beyond 65504"),
     (lambda folder: _spoil(folder, "lm_head.weight", np.nan), "output.weight holds values beyond 65504"),

@@ -10,6 +10,7 @@ import pytest
 from tiny_model import CONTEXT_TOKENS, texts
 
 from athanor.data.text.tokenizer import train_tokenizer
+from athanor.foundation.run_folder import RunFolder
 from athanor.serve.api import Api
 from athanor.serve.server import running
 from athanor.serve.target import Target
@@ -37,8 +38,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Api]]:
-    feedback = tmp_path_factory.mktemp("run") / "feedback.jsonl"
-    with running(Target(model_folder, "tiny", feedback)) as started:
+    with running(Target(model_folder, "tiny", RunFolder(tmp_path_factory.mktemp("run")))) as started:
         yield started
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from athanor.foundation.run_folder import RunFolder
 from athanor.serve.api import Api
 from athanor.serve.server import running
 from athanor.serve.target import Target
@@ -85,7 +86,7 @@ def slow_down(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ask_stop_regenerate_judge(browser: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     feedback = tmp_path / "feedback.jsonl"
-    with running(Target(model_folder, "tiny", feedback)) as (url, api):
+    with running(Target(model_folder, "tiny", RunFolder(tmp_path))) as (url, api):
         open_page(browser, url)
         with monkeypatch.context() as patch:
             slow_down(api, patch)

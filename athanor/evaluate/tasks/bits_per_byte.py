@@ -16,15 +16,15 @@ from typing import Any
 
 from athanor.data.text.tokenizer import Tokenizer
 from athanor.evaluate.scores import Score, bootstrap_ratio
-from athanor.evaluate.subject import Progress, Subject, held_out
+from athanor.evaluate.subject import Progress, Subject, held_out, spread
 from athanor.foundation.errors import ModelError, UserError
 
 WINDOWS_PER_CALL = 64
 
 
 def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> Score:
-    """Score every held-out document (the first `limit` of them)."""
-    texts = [row["text"] for row in held_out(data, "evaluation.jsonl", "text")[:limit] if row["text"]]
+    """Score every held-out document (or `limit` of them, evenly spaced)."""
+    texts = [row["text"] for row in spread(held_out(data, "evaluation.jsonl", "text"), limit) if row["text"]]
     if not texts:
         raise UserError(f"{data / 'evaluation.jsonl'} holds no byte of text, so there is nothing to score")
     size = subject.context_tokens

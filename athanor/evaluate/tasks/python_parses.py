@@ -14,15 +14,15 @@ from typing import Any
 
 from athanor.evaluate.scorers import python_parses
 from athanor.evaluate.scores import Score, share
-from athanor.evaluate.subject import Progress, Subject, generate, held_out
+from athanor.evaluate.subject import Progress, Subject, generate, held_out, spread
 
 NEW_TOKENS = 96
 LEAST_NEW_TOKENS = 16  # a prompt that leaves less room does not fit
 
 
 def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> Score:
-    """Ask for every function of functions.jsonl (the first `limit` of them)."""
-    functions = held_out(data, "functions.jsonl", "name", "prompt", "before", "indent", "after")[:limit]
+    """Ask for every function of functions.jsonl (or `limit` of them, evenly spaced)."""
+    functions = list(spread(held_out(data, "functions.jsonl", "name", "prompt", "before", "indent", "after"), limit))
     prompts = make_prompts(subject, functions)
     room = [min(NEW_TOKENS, subject.context_tokens - len(prompt)) for prompt in prompts]
     fitting = [index for index, space in enumerate(room) if space >= LEAST_NEW_TOKENS]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import json
 import tomllib
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from athanor.foundation.errors import ModelError, did_you_mean, nearest
-from athanor.foundation.recipe import load_recipe
-from athanor.foundation.run_folder import read_json
+from athanor.foundation.errors import ModelError, UserError, did_you_mean, nearest
+from athanor.foundation.recipe import Recipe, load_recipe, read_plan
+from athanor.foundation.run_folder import RunFolder, read_json, runs_root
 from athanor.models.shapes.decoder import DecoderShape, fits
 
 ZOO = Path(__file__).parents[1] / "zoo"
 KNOWN = Path(__file__).with_name("known.toml")
 AS_USUAL = ("head_dim", "moe_intermediate_size")  # where 0 says so; an architecture's default is that of a published model
+VOCABULARY_MULTIPLE = 64  # a model's vocabulary is filled up to it, so that it can be cut into equal parts
 ALIASES = {"gpt": "gpt2", "yuan2": "yuan"}  # model_type -> the architecture's file
 
 
@@ -115,14 +117,43 @@ def find_shape(name_or_path: str | Path) -> DecoderShape:
     if name.lower() in known:
         return load_shape(known[name.lower()], for_training=False)
     if Path(name).suffix == ".toml":
-        recipe = load_recipe(name)
-        keys = recipe.model.given() | {"vocab_size": recipe.data.vocab_size}
-        return load_shape(keys | {"model_type": recipe.model.architecture}, False, f"{name}, [model] and data")
+        return _of_recipe(load_recipe(name), name)
     if Path(name).exists():
         return load_shape(Path(name), for_training=False)
     guess = nearest(name.lower(), known)
     raise ModelError(f"'{name}' is neither a known model nor a model folder, config.json or recipe; "
                      + (f"did you mean '{guess}'? " if guess else "") + f"known: {', '.join(known)}")
+
+
+def _of_recipe(recipe: Recipe, name: str) -> DecoderShape:
+    """The shape that a recipe describes, or the plan that it has; ModelError with what to write when sizes are left open."""
+    plan = RunFolder(runs_root() / recipe.name).plan if recipe.plan.file == "auto" else Path(recipe.plan.file)
+    if plan.is_file():
+        recipe = recipe.with_plan(read_plan(plan), str(plan))
+    keys: dict[str, Any] = recipe.model.given()
+    if recipe.data.vocab_size or recipe.data.tokenizer:
+        keys["vocab_size"] = filled_up(recipe.data.vocab_size or tokenizer_size(recipe.data.tokenizer or ""))
+    needed = [f.name for f in fields(shape_class(recipe.model.architecture)) if f.default is MISSING]
+    if missing := [f"{'data' if key == 'vocab_size' else 'model'}.{key}" for key in needed if key not in keys]:
+        raise ModelError(f"{name} leaves {', '.join(missing)} open, and there is no plan in {plan}: write them, or let "
+                         f"`athanor plan {name}` choose them, or name a published model")
+    return load_shape(keys | {"model_type": recipe.model.architecture}, False, f"{name}, [model] and data")
+
+
+def filled_up(vocabulary: int) -> int:
+    """The vocabulary of a model for a tokenizer of so many entries."""
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def tokenizer_size(path: str) -> int:
+    """Entries of a tokenizer.json, or of the one in a folder. Raises UserError for anything else."""
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        ids = [*raw["model"]["vocab"].values(), *(token["id"] for token in raw.get("added_tokens", []))]
+        return int(max(ids)) + 1
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"data.tokenizer: {file} is not a tokenizer.json that can be read: {error}") from None
 
 
 def _module(name: str) -> Any:

@@ -1,0 +1,128 @@
+"""The chain goes on with what single verbs did: data that are the same are not built again, and other training is told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from athanor.cli.chain import Chain, hash_output
+from athanor.cli.data import command as data
+from athanor.cli.run import _build_data, _replaced, _stage_inputs
+from athanor.cli.train import command as train
+from athanor.data.sources import inputs_of
+from athanor.foundation.errors import RecipeError, UserError
+from athanor.foundation.recipe import Recipe, load_recipe
+from athanor.foundation.run_folder import RunFolder, read_jsonl
+
+RECIPE = """
+name = "rebuilt"
+[data]
+vocab_size = 400
+evaluation_share = 0.3
+[[data.source]]
+name = "json"
+kind = "python"
+path = "{path}"
+[[stage]]
+name = "pretrain"
+seq_len = 64
+"""
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe whose data `athanor data build` has built."""
+    monkeypatch.setenv("ATHANOR_RUNS", str(tmp_path / "runs"))
+    shutil.copytree(Path(sysconfig.get_path("stdlib")) / "json", tmp_path / "json", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(path=tmp_path / "json"))
+    assert CliRunner().invoke(data, ["build", str(tmp_path / "recipe.toml"), "--json"], catch_exceptions=False).exit_code == 0
+    return load_recipe(tmp_path / "recipe.toml")
+
+
+def test_data_of_the_same_are_not_built_again(built: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "runs" / "rebuilt")
+    manifest = (run.data / "manifest.json").read_bytes()
+    assert _build_data(built, run, inputs_of(built))["was_built"]
+    assert (run.data / "manifest.json").read_bytes() == manifest
+
+    other = built.model_copy(update={"data": built.data.model_copy(update={"vocab_size": 420})})
+    assert not _build_data(other, run, inputs_of(other))["was_built"], "another vocabulary"
+    assert json.loads((run.data / "manifest.json").read_text())["vocab_size"] == 420
+
+    file = tmp_path / "json" / "decoder.py"
+    os.utime(file, (1, 1))
+    assert not _build_data(other, run, inputs_of(other))["was_built"], "a file was changed"
+    assert _build_data(other, run, inputs_of(other))["was_built"]
+
+    (run.data / "train-json.bin").write_bytes(b"")
+    assert not _build_data(other, run, inputs_of(other))["was_built"], "damaged"
+    assert (run.data / "train-json.bin").stat().st_size > 0
+    (run.data / "manifest.json").write_text("{")
+    assert not _build_data(other, run, inputs_of(other))["was_built"], "no manifest"
+
+
+def test_a_build_of_the_same_trains_nothing_anew(built: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "runs" / "rebuilt")
+    before = _stage_inputs(built, built.stage[0], run)
+    content = json.loads((run.data / "manifest.json").read_text())
+    content["seconds"]["read"] += 1.0
+    (run.data / "manifest.json").write_text(json.dumps(content))
+    assert _stage_inputs(built, built.stage[0], run) == before
+    (run.data / "manifest.json").write_text(json.dumps(content | {"hash": "0" * 64}))
+    assert _stage_inputs(built, built.stage[0], run) != before
+
+
+def test_fresh_replaces_what_was_trained_by_hand(built: Recipe, tmp_path: Path) -> None:
+    run, stage = RunFolder(tmp_path / "runs" / "rebuilt"), built.stage[0]
+    inputs = _stage_inputs(built, stage, run)
+    run.stage("pretrain").root.mkdir()
+    run.stage("pretrain").config.write_text("by hand")
+    chain = Chain(run, 2, 0.0)
+    assert _replaced(chain, stage, inputs, run) is None
+    assert _replaced(chain, stage, inputs, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
+
+    def refused() -> None:
+        raise UserError("was trained with another configuration")
+
+    with pytest.raises(UserError):
+        chain.step("train pretrain", inputs, [], refused)
+    assert _replaced(chain, stage, inputs, run) is None, "a refusal throws nothing away, the next time either"
+    assert _replaced(chain, stage, inputs, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
+
+
+def test_the_stage_may_be_left_out_where_there_is_one(built: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    with pytest.raises(UserError, match=r"stage.pretrain has neither steps nor tokens"):  # so that stage was taken
+        CliRunner().invoke(train, [str(file)], catch_exceptions=False)
+    file.write_text(file.read_text() + '[[stage]]\nname = "chat"\n')
+    with pytest.raises(UserError, match="which stage\\? Give --stage with one of pretrain, chat"):
+        CliRunner().invoke(train, [str(file)], catch_exceptions=False)
+    with pytest.raises(RecipeError, match="no stage 'pretain'; did you mean 'pretrain'\\? allowed: chat, pretrain"):
+        CliRunner().invoke(train, [str(file), "--stage", "pretain"], catch_exceptions=False)
+
+
+@pytest.mark.slow
+def test_training_without_a_plan_and_then_the_chain(athanor: Any, recipe: Path, tmp_path: Path) -> None:
+    assert athanor("data", "build", recipe).returncode == 0
+    trained = athanor("train", recipe, "--stage", "pretrain")
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "runs" / "small"
+    refused = athanor("run", recipe)
+    assert refused.returncode == 2 and "--fresh" in refused.stderr.splitlines()[-1], refused.stderr
+    assert "built before" in refused.stderr
+    config = (run / "pretrain" / "config.toml").read_text()
+    done = athanor("run", recipe, "--fresh")
+    assert done.returncode == 0, done.stderr
+    assert (run / "pretrain" / "config.toml").read_text() != config
+    built = [line["details"] for line in read_jsonl(run / "chain.jsonl") if line["event"] == "done" and line["step"] == "data"]
+    assert [each["was_built"] for each in built] == [True]
+    again = athanor("run", recipe)
+    assert again.returncode == 0 and again.stderr.count("unchanged") == 9
+    assert athanor("run", recipe, "--fresh").stderr.count("unchanged") == 9, "what is done is done"
