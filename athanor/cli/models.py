@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from athanor.cli.models_compare import compare
 from athanor.foundation.errors import ModelError, UserError
 from athanor.foundation.progress import console, say
 from athanor.foundation.run_folder import folder_renamed_last, registry_root
@@ -30,6 +31,9 @@ def options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(help=__doc__)
 def command() -> None:
     pass
+
+
+command.add_command(compare)
 
 
 @command.command("list")

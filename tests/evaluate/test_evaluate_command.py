@@ -70,6 +70,9 @@ def test_a_recipe_scores_its_stages_and_keeps_other_scores(run: RunFolder, tmp_p
     assert (base["details"]["asked"], tuned["details"]["asked"]) == ("plain text", "chat template")
     assert base["count"] == tuned["count"] == 2
     assert set(found["seconds"]["chat"]) == {"bits_per_byte", "python_parses"}
+    for task in ("bits_per_byte", "python_parses"):
+        items = [written[stage][task]["details"]["items"] for stage in ("pretrain", "chat")]
+        assert items[0]["hash"] == items[1]["hash"] and len(items[0]["above"].split()) == written["chat"][task]["count"]
 
 
 def test_a_model_folder_on_its_own(run: RunFolder) -> None:
