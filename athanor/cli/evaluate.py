@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 @click.option("--stage", "stages", multiple=True, help="A stage of the recipe; all that have a model unless given.")
 @click.option("--ask", type=click.Choice(["chat", "text"]), help="How a model folder is asked; by its template if it has one.")
 @click.option("--limit", type=click.IntRange(min=1), help="Items per task at most; the run's own scores stay then.")
+@click.option("--tp", type=click.IntRange(min=1), help="Ranks that share each model; 1, or the recipe's evaluate.tp.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(subject: Path, overrides: tuple[str, ...], data: Path | None, tasks: tuple[str, ...], stages: tuple[str, ...],
-            ask: str | None, limit: int | None, as_json: bool) -> None:
+            ask: str | None, limit: int | None, tp: int | None, as_json: bool) -> None:
     path = None
     if subject.is_dir():
         if overrides or stages:
@@ -41,10 +42,10 @@ def command(subject: Path, overrides: tuple[str, ...], data: Path | None, tasks:
         candidates = [_folder_candidate(subject, ask)]
         tasks = tasks or ("bits_per_byte",)
         logs = Path(tempfile.mkdtemp(prefix="athanor-evaluate-"))  # stays when a rank fails, to be read
-        result = evaluate_with_bar(candidates, tasks, data, logs, limit)
+        result = evaluate_with_bar(candidates, tasks, data, logs, limit, tp=tp or 1)
         shutil.rmtree(logs)
     else:
-        recipe = load_recipe(subject, list(overrides))
+        recipe = load_recipe(subject, [*overrides, *([] if tp is None else [f"evaluate.tp={tp}"])])
         run = RunFolder(runs_root() / recipe.name)
         if run.plan.exists():
             recipe = recipe.with_plan(read_plan(run.plan), str(run.plan))
@@ -66,7 +67,8 @@ def evaluate_run(recipe: Recipe, run: RunFolder, *, stages: tuple[str, ...] = ()
     candidates = run_candidates(recipe, run, stages)
     shared = recipe.evaluate.lm_eval_data
     result = evaluate_with_bar(candidates, tasks or tuple(recipe.evaluate.tasks), data or run.data, run.logs / "evaluate",
-                               limit or recipe.evaluate.limit, Path(shared) if shared is not None else None)
+                               limit or recipe.evaluate.limit, Path(shared) if shared is not None else None,
+                               recipe.evaluate.tp)
     if limit is None:  # a look at a few items replaces no score
         merge_scores(run.scores, result.scores)
     return result
@@ -91,7 +93,7 @@ def run_candidates(recipe: Recipe, run: RunFolder, stages: tuple[str, ...] = ())
 
 
 def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data: Path, logs: Path,
-                      limit: int | None, lm_eval_data: Path | None = None) -> Evaluation:
+                      limit: int | None, lm_eval_data: Path | None = None, tp: int = 1) -> Evaluation:
     """Evaluate while one bar shows how far all models and tasks together are."""
     from athanor.evaluate.ranks import evaluate
 
@@ -105,7 +107,7 @@ def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data:
             done[key] = share
 
         return evaluate(candidates, tasks, data, log_folder=logs, limit=limit, on_progress=on_progress,
-                        lm_eval_data=lm_eval_data)
+                        lm_eval_data=lm_eval_data, tp=tp)
 
 
 def _folder_candidate(folder: Path, ask: str | None) -> Candidate:

@@ -22,7 +22,7 @@ def lines(*rooms: str) -> int:
 
 def test_rooms_keep_their_size() -> None:
     assert lines("parallel", "train", "objectives") <= 5000
-    assert lines("inference", "serve") <= 1550
+    assert lines("inference", "serve") <= 1600
     summed = {"parallel", "train", "objectives", "inference", "serve", "cli", "__init__.py"}
     for room in {f.relative_to(PACKAGE).parts[0] for f in FILES} - summed:
         assert lines(room) <= ROOM_LINES.get(room, OTHER_ROOM_LINES), room
