@@ -50,11 +50,10 @@ def _found(name: str, store: Registry) -> list[Contender]:
         return [Contender(str(path), load_shape(path, for_training=False))]
     if path.is_dir():
         return _of_run(RunFolder(path))
-    known = known_shapes()
-    if name.lower() in known:
-        return [Contender(name.lower(), load_shape(known[name.lower()], for_training=False))]
-    models = {row["model"] for row in store.rows()}
+    known, models = known_shapes(), {row["model"] for row in store.rows()}
     if name.partition("@")[0] not in models:
+        if name.lower() in known:
+            return [Contender(name.lower(), load_shape(known[name.lower()], for_training=False))]
         raise ModelError(f"'{name}' is neither a folder, nor registered in {store.root}, nor published under that name; "
                          + did_you_mean(name, {*models, *known}))
     card = store.get(name)
@@ -78,7 +77,7 @@ def _of_run(run: RunFolder) -> list[Contender]:
     stages = [stage.name for stage in load_recipe(run.recipe).stage if (run.stage(stage.name).model / "config.json").is_file()]
     if not stages:
         raise ModelError(f"no stage of {run.root} has a model yet; train one first")
-    return [_of_stage(run, stage, f"{run.root.name}/{stage}") for stage in stages]
+    return [_of_stage(run, stage, f"{run.root.resolve().name}/{stage}") for stage in stages]
 
 
 def _of_stage(run: RunFolder, stage: str, name: str) -> Contender:
@@ -102,7 +101,7 @@ def _with_scores(found: list[Contender], path: Path) -> list[Contender]:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
         raise UserError(f"{path} is not a scores.json: it has no table 'models'")
-    names = {one.name: one.name for one in found} | {Path(one.name).name: one.name for one in found}
+    names = {key: one.name for one in found for key in (Path(one.name).name, one.name.partition("@")[0], one.name)}
     unknown = [name for name in content["models"] if name not in names]
     if len(unknown) == len(content["models"]):
         raise UserError(f"{path} has scores of {', '.join(unknown) or 'no model'}, and of none of {', '.join(names)}")

@@ -50,15 +50,16 @@ def compare(contenders: Sequence[Contender], difference: Difference, tasks: Sequ
     """The figures of a comparison: `models`, `differences` from the first of them, the tasks of the mean, and notes.
 
     The mean takes `tasks`, or every accuracy that all models have on the same items. `difference` of two scores gives it with
-    its interval, or None. Raises UserError for a task that some model lacks.
+    its interval, or None. Raises UserError for a task that the mean cannot take.
     """
     held = check_scores({one.name: one.scores for one in contenders}, "comparison")
     everything = list(dict.fromkeys(task for scores_of in held.values() for task in scores_of))
-    for task in tasks:
-        lacking = [name for name, scores_of in held.items() if task not in scores_of]
-        if lacking:
-            raise UserError(f"{lacking[0]} has no score of '{task}'; {did_you_mean(task, held[lacking[0]])}")
     unfit = {task: why for task in everything if (why := _unfit(task, held))}
+    for task in tasks:
+        if task not in everything:
+            raise UserError(f"no model has a score of '{task}'; {did_you_mean(task, everything)}")
+        if task in unfit:
+            raise UserError(f"the mean cannot take '{task}': {unfit[task]}")
     meant = list(tasks) or [task for task in everything if task not in unfit]
     notes = [f"{task} is not in the mean: {unfit.get(task, 'it was not asked for')}" for task in everything
              if task not in meant and task != BITS]

@@ -186,7 +186,10 @@ def test_what_was_asked_otherwise_is_told_and_not_averaged(tmp_path: Path) -> No
     (["yuan2-m32", "."], ". is neither a model folder (config.json) nor a run folder (recipe.toml)"),
     (["yuan2-m32", "gpt2", "--scores", "nothing.json"], "nothing.json does not exist"),
     (["gpt2", "bloom-176b", "--scores", str(SCORES)], "and of none of gpt2, bloom-176b"),
-    (["yuan2-m32", "llama-3-8b", "--scores", str(SCORES), "--task", "GSM9K"], "has no score of 'GSM9K'; did you mean 'GSM8K'"),
+    (["yuan2-m32", "llama-3-8b", "--scores", str(SCORES), "--task", "GSM9K"],
+     "no model has a score of 'GSM9K'; did you mean 'GSM8K'"),
+    (["yuan2-m32", "llama-3-8b", "gpt2", "--scores", str(SCORES), "--task", "MMLU"],
+     "cannot take 'MMLU': gpt2 has no score of it"),
     (["yuan2-m32", "gpt2", "--scores", "bad.json"], "models.gpt2.x is no score with the numbers")])
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
                                                       words: str) -> None:
