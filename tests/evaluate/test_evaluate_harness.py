@@ -134,6 +134,8 @@ def test_a_share_has_wilsons_interval_and_another_metric_a_bootstrap(subject: Su
     score = find.load("tasks", "lm_eval:blimp_adjunct_island").run(subject, data, 9, nothing)
     assert score.count == 9 and (score.low, score.high) == pytest.approx(wilson(9 * score.value, 9))
     assert (score.unit, score.details["interval"], score.details["shots"]) == ("acc", "95 % Wilson", 0)
+    right = [float(value) for value in score.details["items"]["above"].split()]
+    assert len(right) == 9 and sum(right) == pytest.approx(9 * score.value)
     low, high = bootstrap([1.0, 2.0, 3.0] * 30, lambda items: math.fsum(items) / len(items))
     assert low < 2 < high and high - low == pytest.approx(2 * 1.96 * math.sqrt(2 / 3 / 90), rel=0.15)
 
