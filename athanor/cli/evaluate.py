@@ -30,16 +30,17 @@ if TYPE_CHECKING:
 @click.option("--stage", "stages", multiple=True, help="A stage of the recipe; all that have a model unless given.")
 @click.option("--ask", type=click.Choice(["chat", "text"]), help="How a model is asked; as its stage was trained, unless given.")
 @click.option("--limit", type=POSITIVE, help="Items per task at most; the run's own scores stay then.")
+@click.option("--tp", type=POSITIVE, help="Ranks that share each model; 1, or the recipe's evaluate.tp.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(subject: str, overrides: tuple[str, ...], data: Path | None, tasks: tuple[str, ...], stages: tuple[str, ...],
-            ask: str | None, limit: int | None, as_json: bool) -> None:
+            ask: str | None, limit: int | None, tp: int | None, as_json: bool) -> None:
     """Score a recipe's stages, which its run keeps, or a model: its folder, a stage's or run's, or its name in the registry.
 
     A run folder stands for its newest stage.
     """
     path = None
     if subject.endswith(".toml") or Path(subject).is_file():
-        recipe = load_recipe(subject, list(overrides))
+        recipe = load_recipe(subject, [*overrides, *([] if tp is None else [f"evaluate.tp={tp}"])])
         run = RunFolder(runs_root() / recipe.name)
         recipe = _planned(recipe, run)
         result = evaluate_run(recipe, run, stages=stages, tasks=tasks, data=data, limit=limit)
@@ -47,7 +48,7 @@ def command(subject: str, overrides: tuple[str, ...], data: Path | None, tasks: 
     else:
         if overrides or stages:
             raise UserError(f"{subject} is no recipe; overrides and --stage go with one")
-        result = evaluate_model(subject, ask, tasks, data, limit)
+        result = evaluate_model(subject, ask, tasks, data, limit, tp or 1)
     if as_json:
         models = {model: {task: asdict(score) for task, score in scores.items()} for model, scores in result.scores.items()}
         click.echo(json.dumps({"scores": str(path) if path else None, "models": models, "seconds": result.seconds}))
@@ -56,7 +57,8 @@ def command(subject: str, overrides: tuple[str, ...], data: Path | None, tasks: 
         say(f"written to {path}")
 
 
-def evaluate_model(subject: str, ask: str | None, tasks: tuple[str, ...], data: Path | None, limit: int | None) -> Evaluation:
+def evaluate_model(subject: str, ask: str | None, tasks: tuple[str, ...], data: Path | None, limit: int | None,
+                   tp: int = 1) -> Evaluation:
     """Evaluate one model, as its run would where there is one; its scores are kept nowhere."""
     from athanor.evaluate.ranks import Candidate
     from athanor.serve.target import find_target
@@ -75,7 +77,7 @@ def evaluate_model(subject: str, ask: str | None, tasks: tuple[str, ...], data: 
     tasks = tasks or (("bits_per_byte",) if recipe is None else tuple(recipe.evaluate.tasks))
     logs = Path(tempfile.mkdtemp(prefix="athanor-evaluate-"))  # stays when a rank fails, to be read
     result = evaluate_with_bar([candidate], tasks, data, logs, limit or (recipe.evaluate.limit if recipe else None),
-                               None if shared is None else Path(shared))
+                               None if shared is None else Path(shared), tp)
     shutil.rmtree(logs)
     return result
 
@@ -88,7 +90,8 @@ def evaluate_run(recipe: Recipe, run: RunFolder, *, stages: tuple[str, ...] = ()
     candidates = run_candidates(recipe, run, stages)
     shared = recipe.evaluate.lm_eval_data
     result = evaluate_with_bar(candidates, tasks or tuple(recipe.evaluate.tasks), data or run.data, run.logs / "evaluate",
-                               limit or recipe.evaluate.limit, Path(shared) if shared is not None else None)
+                               limit or recipe.evaluate.limit, Path(shared) if shared is not None else None,
+                               recipe.evaluate.tp)
     if limit is None:  # a look at a few items replaces no score
         merge_scores(run.scores, result.scores)
     return result
@@ -110,7 +113,7 @@ def run_candidates(recipe: Recipe, run: RunFolder, stages: tuple[str, ...] = ())
 
 
 def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data: Path, logs: Path,
-                      limit: int | None, lm_eval_data: Path | None = None) -> Evaluation:
+                      limit: int | None, lm_eval_data: Path | None = None, tp: int = 1) -> Evaluation:
     """Evaluate while one bar shows how far all models and tasks together are."""
     from athanor.evaluate.ranks import evaluate
 
@@ -124,7 +127,7 @@ def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data:
             done[key] = share
 
         return evaluate(candidates, tasks, data, log_folder=logs, limit=limit, on_progress=on_progress,
-                        lm_eval_data=lm_eval_data)
+                        lm_eval_data=lm_eval_data, tp=tp)
 
 
 def _planned(recipe: Recipe, run: RunFolder) -> Recipe:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from athanor.cli.differences import rows
+from athanor.cli.models_compare import compare
 from athanor.foundation.errors import ModelError, UserError
 from athanor.foundation.progress import console, say
 from athanor.foundation.run_folder import folder_renamed_last, registry_root
@@ -33,6 +34,9 @@ def options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(help=__doc__)
 def command() -> None:
     pass
+
+
+command.add_command(compare)
 
 
 @command.command("list")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from athanor.evaluate.scores import Z_95, Score, bootstrap, wilson
+from athanor.evaluate.scores import Z_95, Score, bootstrap, items, wilson
 from athanor.evaluate.subject import Progress, Subject
 from athanor.foundation.errors import UserError, did_you_mean
 from athanor.foundation.run_folder import hash_file, hash_value
@@ -64,10 +64,13 @@ class HarnessTask:
             details |= {"interval": "1.96 standard errors", "tasks": {task: found["results"][task].get(first)
                                                                      for task in loaded["tasks"]}}
         else:
-            items = [row[metric] for row in found["samples"][name] if row["filter"] == filtered]
-            is_share = all(isinstance(item, (int, float)) and item in (0, 1) for item in items)
+            rows = sorted((row for row in found["samples"][name] if row["filter"] == filtered), key=lambda row: row["doc_id"])
+            values = [row[metric] for row in rows]
+            is_share = all(isinstance(value, (int, float)) and value in (0, 1) for value in values)
             aggregate = loaded["tasks"][name].aggregation()[metric]
-            interval = wilson(sum(items), len(items)) if is_share else bootstrap(items, aggregate)
+            interval = wilson(sum(values), len(values)) if is_share else bootstrap(values, aggregate)
+            if is_share:
+                details |= items([first, *((row["doc_hash"], row["target_hash"]) for row in rows)], values)
             details["interval"] = "95 % Wilson" if is_share else "95 % bootstrap over documents"
         is_better = bool(found["higher_is_better"].get(name, {}).get(metric, True))
         count = sum(found["n-samples"][task]["effective"] for task in loaded["tasks"])

@@ -1,4 +1,4 @@
-"""Evaluates several models at once, one per rank, and puts the scores together."""
+"""Evaluates several models at once, one per rank or per group of ranks that share it, and puts the scores together."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ class Evaluation:
 
 
 def evaluate(candidates: Sequence[Candidate], tasks: Sequence[str], data: Path, *, log_folder: Path, limit: int | None = None,
-             on_progress: Callable[[dict[str, Any]], None] | None = None, lm_eval_data: Path | None = None) -> Evaluation:
-    """Run all tasks on all models, on as many ranks as there are models and cores.
+             on_progress: Callable[[dict[str, Any]], None] | None = None, lm_eval_data: Path | None = None,
+             tp: int = 1) -> Evaluation:
+    """Run all tasks on all models, on as many ranks as there are models and cores, or groups of `tp` ranks that share a model.
 
     Those of lm_eval have their data below `lm_eval_data`, or below data/lm_eval. `on_progress` gets {"model", "task", "done",
-    "total"}. Raises UserError for an unknown task before anything starts.
+    "total"}. Raises UserError for an unknown task before anything starts, LayoutError for a model that tp does not divide.
     """
     from athanor.foundation.launch import run_ranks
 
@@ -46,10 +47,11 @@ def evaluate(candidates: Sequence[Candidate], tasks: Sequence[str], data: Path, 
         raise UserError(f"models to evaluate need different names, got {names}")
     for task in tasks:
         load("tasks", task)
-    ranks = min(len(candidates), len(os.sched_getaffinity(0)))
+    groups = min(len(candidates), max(1, len(os.sched_getaffinity(0)) // tp))
     places = [(task, (lm_eval_data or data / "lm_eval") if task.startswith(HARNESS) else data) for task in tasks]
-    arguments = {"candidates": [asdict(candidate) for candidate in candidates], "tasks": places, "limit": limit}
-    parts = run_ranks("athanor.evaluate.ranks:evaluate_models", arguments, ranks, log_folder=log_folder,
+    arguments = {"candidates": [asdict(candidate) for candidate in candidates], "tasks": places, "limit": limit,
+                 "tp": tp}
+    parts = run_ranks("athanor.evaluate.ranks:evaluate_models", arguments, groups * tp, log_folder=log_folder,
                       on_message=on_progress)
     scores: dict[str, dict[str, Score]] = {}
     seconds: dict[str, dict[str, float]] = {}
@@ -61,22 +63,30 @@ def evaluate(candidates: Sequence[Candidate], tasks: Sequence[str], data: Path, 
 
 
 def evaluate_models(channel: Callable[..., None], candidates: list[dict[str, Any]], tasks: list[tuple[str, Path]],
-                    limit: int | None) -> dict[str, dict[str, tuple[dict[str, Any], float]]]:
-    """Rank function: each task, with its data, on this rank's models; {model: {task: (a score's fields, seconds)}}."""
+                    limit: int | None, tp: int = 1) -> dict[str, dict[str, tuple[dict[str, Any], float]]]:
+    """Rank function: each task, with its data, on this rank's models; {model: {task: (a score's fields, seconds)}}.
+
+    All ranks that share a model compute the same scores, of which the first one speaks.
+    """
     from athanor.evaluate.subject import open_subject
 
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size, mesh = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None
+    if tp > 1:
+        from athanor.inference.shared import join
+
+        mesh = join(tp)
     results: dict[str, dict[str, tuple[dict[str, Any], float]]] = {}
-    for fields in candidates[rank::world_size]:
+    for fields in candidates[rank // tp::world_size // tp]:
         candidate = Candidate(**fields)
-        subject = open_subject(candidate.name, candidate.folder, candidate.is_chat, candidate.context_tokens)
+        subject = open_subject(candidate.name, candidate.folder, candidate.is_chat, candidate.context_tokens, mesh)
         results[candidate.name] = {}
         for task, data in tasks:
 
             def progress(done: int, total: int, task: str = task, model: str = candidate.name) -> None:
-                channel(model=model, task=task, done=done, total=total)
+                if rank % tp == 0:
+                    channel(model=model, task=task, done=done, total=total)
 
             start = time.perf_counter()
             score = load("tasks", task).run(subject, data, limit, progress)
             results[candidate.name][task] = asdict(score), time.perf_counter() - start
-    return results
+    return results if rank % tp == 0 else {}

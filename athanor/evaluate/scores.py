@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from athanor.foundation.errors import UserError
-from athanor.foundation.run_folder import read_json, write_json
+from athanor.foundation.run_folder import hash_value, read_json, write_json
 
 Z_95 = 1.959963984540054  # standard normal quantile of a two-sided 95 % interval
+MOST_ITEMS = 20_000  # of which a score keeps the values
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,44 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
 def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float], resamples: int = 2000,
                     seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of sum(numerators) / sum(denominators) when whole items are drawn again."""
-    above, below = np.asarray(numerators, float), np.asarray(denominators, float)
-    if len(above) != len(below) or len(above) < 1:
-        raise ValueError(f"{len(above)} numerators and {len(below)} denominators")
-    generator = np.random.default_rng(seed)
-    ratios = np.empty(resamples)
-    for i in range(resamples):
-        drawn = generator.integers(0, len(above), len(above))
-        ratios[i] = above[drawn].sum() / below[drawn].sum()
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    if len(numerators) != len(denominators) or len(numerators) < 1:
+        raise ValueError(f"{len(numerators)} numerators and {len(denominators)} denominators")
+    above, below = _sums_of_resamples(np.array([numerators, denominators], float), resamples, seed)
+    low, high = np.quantile(above / below, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _sums_of_resamples(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Sums of each row of values [rows, items] over items drawn again, the same ones for all rows: [rows, resamples]."""
+    generator, count = np.random.default_rng(seed), values.shape[1]
+    return np.stack([values[:, generator.integers(0, count, count)].sum(1) for _ in range(resamples)], 1)
+
+
+def items(identity: Any, numerators: Sequence[float], denominators: Sequence[float] | None = None) -> dict[str, Any]:
+    """What a score's details keep of each item, for comparisons on the same ones: a hash that says which they are, and the
+    numbers whose sums the value is the ratio of (denominators 1 unless given). Nothing where there are too many."""
+    if len(numerators) > MOST_ITEMS:
+        return {}
+    lists = {"above": numerators} if denominators is None else {"above": numerators, "below": denominators}
+    return {"items": {"hash": hash_value(identity), **{name: " ".join(f"{v:.7g}" for v in each) for name, each in lists.items()}}}
+
+
+def paired_difference(first: dict[str, Any], second: dict[str, Any], resamples: int = 2000,
+                      seed: int = 0) -> tuple[float, float, float] | None:
+    """Value of the second score minus that of the first, and its 95 % percentile interval when the same items are drawn again
+    for both (paired bootstrap, Efron and Tibshirani 1993); None unless both scores have kept the same items."""
+    kept = [(score.get("details") or {}).get("items") or {} for score in (first, second)]
+    if not kept[0].get("hash") or kept[0]["hash"] != kept[1].get("hash"):
+        return None
+    rows = []
+    for each in kept:
+        above = np.array(each["above"].split(), float)
+        rows += [above, np.array(each["below"].split(), float) if "below" in each else np.ones_like(above)]
+    if len({len(row) for row in rows}) > 1:
+        return None
+    sums = _sums_of_resamples(np.stack(rows), resamples, seed)
+    low, high = np.quantile(sums[2] / sums[3] - sums[0] / sums[1], [0.025, 0.975])
+    return float(second["value"] - first["value"]), float(low), float(high)
 
 
 def bootstrap(items: Sequence[Any], aggregate: Callable[[list[Any]], float], resamples: int = 500,
@@ -66,11 +95,12 @@ def bootstrap(items: Sequence[Any], aggregate: Callable[[list[Any]], float], res
     return float(low), float(high)
 
 
-def share(values: Sequence[float], details: dict[str, Any] | None = None) -> Score:
-    """The share of items that are right (values 0 or 1), with its Wilson interval."""
+def share(values: Sequence[float], details: dict[str, Any] | None = None, identity: Any = None) -> Score:
+    """The share of items that are right (values 0 or 1), with its Wilson interval; `identity` says which items they are."""
     right = float(sum(values))
     low, high = wilson(right, len(values))
-    return Score(right / len(values), low, high, len(values), "share", True, details or {})
+    kept = {} if identity is None else items(identity, values)
+    return Score(right / len(values), low, high, len(values), "share", True, (details or {}) | kept)
 
 
 def read_scores(path: Path) -> Scores:

@@ -14,6 +14,7 @@ from athanor.foundation.run_folder import read_json
 
 if TYPE_CHECKING:
     from athanor.inference.engine import Engine, Request
+    from athanor.inference.shared import Mesh
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]  # done, total
@@ -39,8 +40,11 @@ class Subject:
         return ChatTemplate.load(self.folder)
 
 
-def open_subject(name: str, folder: Path, is_chat: bool, context_tokens: int | None = None) -> Subject:
-    """Load a Hugging Face folder for testing. Raises ModelError or DataError when a part of it is missing."""
+def open_subject(name: str, folder: Path, is_chat: bool, context_tokens: int | None = None, mesh: Mesh | None = None) -> Subject:
+    """Load a Hugging Face folder for testing, this rank's part of it where a mesh is shared.
+
+    Raises ModelError or DataError when a part of it is missing.
+    """
     from athanor.inference.engine import open_engine
 
     config = read_json(folder / "config.json")
@@ -48,7 +52,12 @@ def open_subject(name: str, folder: Path, is_chat: bool, context_tokens: int | N
     if not isinstance(longest, int):
         raise ModelError(f"{folder / 'config.json'} has no 'max_position_embeddings'")
     context_tokens = min(longest, context_tokens or longest)
-    engine = open_engine(folder, cache_tokens=CONCURRENT * context_tokens)
+    if mesh is None:
+        engine = open_engine(folder, cache_tokens=CONCURRENT * context_tokens)
+    else:
+        from athanor.inference.shared import open_shared_engine
+
+        engine = open_shared_engine(folder, CONCURRENT * context_tokens, mesh)
     return Subject(name, folder, is_chat, context_tokens, engine, Tokenizer.load(folder))
 
 

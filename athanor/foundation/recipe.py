@@ -156,6 +156,7 @@ class Evaluate(Section):
     tasks: list[str] = Field(["bits_per_byte"], description="tasks, each a name, a package.module, or lm_eval:<its name there>")
     limit: Whole | None = Field(None, ge=1, description="items per task at most; all of them unless set or planned")
     lm_eval_data: str | None = Field(None, description="folder with the data of lm_eval's tasks, as the README says")
+    tp: int = Field(1, ge=1, description="ranks that share each model, by tensor parallelism")
 
 
 class Serve(Section):

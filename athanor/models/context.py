@@ -102,6 +102,7 @@ class Paged:
     groups: Groups = field(default_factory=Groups)
     wanted: Tensor | None = None
     rope: Rope | None = None
+    masks: dict[int, Tensor] = field(default_factory=dict)  # by window
 
     @property
     def tokens(self) -> int:
@@ -157,15 +158,20 @@ class Paged:
         is_tail[self.starts[1:] - 1] = True
         return is_tail.nonzero().squeeze(1), page[is_tail]
 
-    @cached_property
-    def mask(self) -> Tensor:
-        """[B, 1, longest, M x page_tokens], to be added to scores: 0 up to the query's own position, -inf beyond."""
+    def mask(self, window: int) -> Tensor:
+        """[B, 1, longest, M x page_tokens], to be added to scores: 0 up to the query's own position, of at most `window` keys
+        where that is not 0; -inf elsewhere."""
+        if window in self.masks:
+            return self.masks[window]
         layer = next(iter(self.cache.layers.values()))
         positions = self.positions.new_zeros(len(self.lengths), self.longest)
         positions[self.sequence, self.offset] = self.positions
         keys = torch.arange(self.block_table.shape[1] * self.cache.page_tokens, device=positions.device)
         hidden = keys > positions[:, None, :, None]
-        return torch.zeros(hidden.shape, dtype=layer.dtype, device=layer.device).masked_fill_(hidden, float("-inf"))
+        if window:
+            hidden |= keys <= positions[:, None, :, None] - window
+        mask = torch.zeros(hidden.shape, dtype=layer.dtype, device=layer.device).masked_fill_(hidden, float("-inf"))
+        return self.masks.setdefault(window, mask)
 
     def prepared(self, owner: torch.nn.Module, make: Callable[[], Tensor]) -> Tensor:
         """A weight in the form it is multiplied in: made once for as long as the cache's owner keeps the weights."""

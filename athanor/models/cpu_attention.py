@@ -11,6 +11,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -43,15 +44,27 @@ def query_blocks(length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
     return [(begin, min(begin + step, length)) for begin in range(0, length, step)]
 
 
-def new_mask(begin: int, end: int, dtype: torch.dtype) -> Tensor | None:
-    """[end - begin, end], to be added to the scores of queries begin..end; None where the kernel's own causal mask fits."""
-    return torch.full((end - begin, end), float("-inf"), dtype=dtype).triu_(begin + 1) if begin else None
+def first_key(begin: int, window: int) -> int:
+    """The first key that the query `begin` of a document sees."""
+    return max(0, begin - window + 1) if window else 0
+
+
+def new_mask(begin: int, end: int, dtype: torch.dtype, window: int = 0, device: torch.device | None = None) -> Tensor | None:
+    """[end - begin, end - first key], to be added to the scores of queries begin..end; None where the kernel's own causal mask
+    fits."""
+    first = first_key(begin, window)
+    if not begin and (not window or end <= window):
+        return None
+    hidden = torch.full((end - begin, end - first), float("-inf"), dtype=dtype, device=device)
+    mask = hidden.triu(begin - first + 1)
+    return mask + hidden.tril(begin - first - window) if window else mask
 
 
 causal_mask = lru_cache(maxsize=64)(new_mask)
 
 
-def attend(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def attend(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads: int,
+           window: int) -> tuple[Tensor, Tensor, Tensor]:
     """Attention within documents: (out [T, heads, head_dim], turned qkv, logsumexp of the scores, block by block)."""
     turned = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     rotate(qkv[:, :heads + kv_heads], rope, out=turned[:, :heads + kv_heads])
@@ -61,8 +74,8 @@ def attend(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_
         query, key, value = of_documents(rows, count).split([heads, kv_heads, kv_heads], 1)
         found = []
         for begin, end in query_blocks(length, qkv.dtype):
-            out, logsumexp = flash(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], 0.0, begin == 0,
-                                   attn_mask=causal_mask(begin, end, qkv.dtype))
+            mask, seen = causal_mask(begin, end, qkv.dtype, window), slice(first_key(begin, window), end)
+            out, logsumexp = flash(query[:, :, begin:end], key[:, :, seen], value[:, :, seen], 0.0, mask is None, attn_mask=mask)
             found.append(out.transpose(1, 2))  # as it lies in memory
             sums.append(logsumexp.flatten())
         outs.append(_joined(found, 1).flatten(0, 1))
@@ -70,7 +83,7 @@ def attend(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_
 
 
 def attend_backward(gradient: Tensor, turned: Tensor, rope: Tensor | None, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
-                    heads: int, kv_heads: int) -> Tensor:
+                    heads: int, kv_heads: int, window: int) -> Tensor:
     """The gradient of qkv [T, heads + 2 kv_heads, head_dim]."""
     result, start = torch.empty_like(turned), 0
     for count, length, rows, *others, into in _by_run(cu_seqlens, turned, gradient, out, result):
@@ -80,15 +93,16 @@ def attend_backward(gradient: Tensor, turned: Tensor, rope: Tensor | None, cu_se
         for begin, end in reversed(query_blocks(length, turned.dtype)):
             first = start + count * begin * heads
             logsumexp = sums[first:first + count * (end - begin) * heads].view(count, heads, end - begin)
-            to_query, *parts = flash_backward(flowing[:, :, begin:end], query[:, :, begin:end], key[:, :, :end],
-                                              value[:, :, :end], outs[:, :, begin:end], logsumexp, 0.0, begin == 0,
-                                              attn_mask=causal_mask(begin, end, turned.dtype))
+            mask, seen = causal_mask(begin, end, turned.dtype, window), slice(first_key(begin, window), end)
+            to_query, *parts = flash_backward(flowing[:, :, begin:end], query[:, :, begin:end], key[:, :, seen],
+                                              value[:, :, seen], outs[:, :, begin:end], logsumexp, 0.0, mask is None,
+                                              attn_mask=mask)
             queries.insert(0, to_query.transpose(1, 2))
-            if end == length:  # the block that sees all keys comes first; the others are added to its gradients
-                to_key, to_value = parts
+            if end == length:  # the block that sees the last keys comes first; the others are added to its gradients
+                to_key, to_value = (F.pad(part, (0, 0, seen.start, 0)) if seen.start else part for part in parts)
             else:
-                to_key[:, :, :end] += parts[0]
-                to_value[:, :, :end] += parts[1]
+                to_key[:, :, seen] += parts[0]
+                to_value[:, :, seen] += parts[1]
         torch.cat([_joined(queries, 1), to_key.transpose(1, 2), to_value.transpose(1, 2)], 2, out=into.unflatten(0, (count, -1)))
         start += count * length * heads
     if rope is not None:
@@ -115,7 +129,8 @@ packed_attention_backward = torch.library.custom_op("athanor::packed_attention_b
 
 
 @packed_attention.register_fake
-def _(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads: int,
+      window: int) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(qkv.dtype, torch.float32)
     tokens, _, head_dim = qkv.shape
     return (qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(qkv.shape), qkv.new_empty(tokens * heads, dtype=wide))
@@ -123,12 +138,12 @@ def _(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads
 
 @packed_attention_backward.register_fake
 def _(gradient: Tensor, turned: Tensor, rope: Tensor | None, cu_seqlens: Tensor, out: Tensor, sums: Tensor, heads: int,
-      kv_heads: int) -> Tensor:
+      kv_heads: int, window: int) -> Tensor:
     return torch.empty_like(turned)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, rope, cu_seqlens, ctx.heads, ctx.kv_heads = inputs
+    _, rope, cu_seqlens, *ctx.sizes = inputs
     out, turned, sums = output
     ctx.mark_non_differentiable(turned, sums)
     ctx.save_for_backward(turned, rope, cu_seqlens, out, sums)
@@ -136,8 +151,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
     turned, rope, cu_seqlens, out, sums = ctx.saved_tensors
-    found = packed_attention_backward(gradient, turned, rope, cu_seqlens, out, sums, ctx.heads, ctx.kv_heads)
-    return found, None, None, None, None
+    return packed_attention_backward(gradient, turned, rope, cu_seqlens, out, sums, *ctx.sizes), None, None, None, None, None
 
 
 packed_attention.register_autograd(_differentiate, setup_context=_save)
@@ -155,18 +169,19 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
         turned, rope, cu_seqlens, out, sums = ctx.saved_tensors
-        return attend_backward(gradient, turned, rope, cu_seqlens, out, sums, ctx.heads, ctx.kv_heads), None, None, None, None
+        return attend_backward(gradient, turned, rope, cu_seqlens, out, sums, *ctx.sizes), None, None, None, None, None
 
 
-def attend_within_documents(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads: int) -> Tensor:
+def attend_within_documents(qkv: Tensor, rope: Tensor | None, cu_seqlens: Tensor, heads: int, kv_heads: int,
+                            window: int) -> Tensor:
     """qkv [T, heads + 2 kv_heads, head_dim] -> [T, heads, head_dim], by the operator where somebody looks at operators."""
     how = packed_attention if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() else _Attend.apply
-    out, _, _ = how(qkv, rope, cu_seqlens, heads, kv_heads)
+    out, _, _ = how(qkv, rope, cu_seqlens, heads, kv_heads, window)
     return out  # type: ignore[no-any-return]
 
 
 class Piece(NamedTuple):
-    """The part of a document that a rank's queries belong to: its queries first..last, which see keys 0..last of it.
+    """The part of a document that a rank's queries belong to: its queries first..last, which see keys of it up to last.
 
     `queries` are rows among the rank's queries, `keys` rows among all keys.
     """
@@ -177,13 +192,14 @@ class Piece(NamedTuple):
     last: int
 
 
-def pieces(cu_seqlens: Tensor, begin: int, tokens: int) -> list[Piece]:
+def pieces(cu_seqlens: Tensor, begin: int, tokens: int, window: int) -> list[Piece]:
     """The documents' parts among the queries begin..begin + tokens, in order."""
     found = []
     for start, end in pairwise(accumulate(document_lengths(cu_seqlens), initial=0)):
         low, high = max(start, begin), min(end, begin + tokens)
         if low < high:
-            found.append(Piece(slice(low - begin, high - begin), slice(start, high), low - start, high - start))
+            keys = slice(start + first_key(low - start, window), high)
+            found.append(Piece(slice(low - begin, high - begin), keys, low - start, high - start))
     return found
 
 
@@ -194,52 +210,52 @@ def _of_piece(piece: Piece, query: Tensor, both: Tensor) -> tuple[Tensor, Tensor
 
 
 @torch.library.custom_op("athanor::part_attention", mutates_args=(), device_types="cpu")
-def part_attention(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+def part_attention(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, window: int) -> tuple[Tensor, Tensor]:
     """Queries begin.. [t, heads, head_dim] attend to all keys beside values [T, 2 kv_heads, head_dim], within documents.
 
     Both are turned already. Returns (out [t, heads, head_dim], logsumexp of the scores, piece by piece).
     """
     out, sums = torch.empty_like(query, memory_format=torch.contiguous_format), []
-    for piece in pieces(cu_seqlens, begin, query.shape[0]):
-        mask = new_mask(piece.first, piece.last, query.dtype)  # not kept: ragged lengths are hardly met again
-        found, logsumexp = flash(*_of_piece(piece, query, both), 0.0, piece.first == 0, attn_mask=mask)
+    for piece in pieces(cu_seqlens, begin, query.shape[0], window):
+        mask = new_mask(piece.first, piece.last, query.dtype, window)  # not kept: ragged lengths are hardly met again
+        found, logsumexp = flash(*_of_piece(piece, query, both), 0.0, mask is None, attn_mask=mask)
         of_documents(out[piece.queries], 1).copy_(found)
         sums.append(logsumexp.flatten())
     return out, torch.cat(sums)
 
 
 @torch.library.custom_op("athanor::part_attention_backward", mutates_args=(), device_types="cpu")
-def part_attention_backward(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, out: Tensor,
-                            sums: Tensor) -> tuple[Tensor, Tensor]:
+def part_attention_backward(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, window: int,
+                            out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `query` and of `both`: zero for keys that no query here sees."""
     to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     to_both = torch.zeros_like(both, memory_format=torch.contiguous_format)
     heads = query.shape[1]
-    for piece in pieces(cu_seqlens, begin, query.shape[0]):
+    for piece in pieces(cu_seqlens, begin, query.shape[0], window):
         logsumexp = sums[piece.queries.start * heads:piece.queries.stop * heads].view(1, heads, -1)
         flowing, outs = of_documents(gradient[piece.queries], 1), of_documents(out[piece.queries], 1)
-        parts = flash_backward(flowing, *_of_piece(piece, query, both), outs, logsumexp, 0.0, piece.first == 0,
-                               attn_mask=new_mask(piece.first, piece.last, query.dtype))
+        mask = new_mask(piece.first, piece.last, query.dtype, window)
+        parts = flash_backward(flowing, *_of_piece(piece, query, both), outs, logsumexp, 0.0, mask is None, attn_mask=mask)
         for part, target in zip(parts, _of_piece(piece, to_query, to_both), strict=True):
             target.copy_(part)
     return to_query, to_both
 
 
 @part_attention.register_fake
-def _(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, window: int) -> tuple[Tensor, Tensor]:
     sums = query.new_empty(query.shape[0] * query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
     return torch.empty_like(query, memory_format=torch.contiguous_format), sums
 
 
 @part_attention_backward.register_fake
-def _(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, out: Tensor,
+def _(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, window: int, out: Tensor,
       sums: Tensor) -> tuple[Tensor, Tensor]:
     to_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     return to_query, torch.empty_like(both, memory_format=torch.contiguous_format)
 
 
 def _save_part(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, both, cu_seqlens, ctx.begin = inputs
+    query, both, cu_seqlens, *ctx.numbers = inputs
     out, sums = output
     ctx.mark_non_differentiable(sums)
     ctx.save_for_backward(query, both, cu_seqlens, out, sums)
@@ -247,7 +263,7 @@ def _save_part(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 def _differentiate_part(ctx: Any, gradient: Tensor, unused: Tensor) -> Any:
     query, both, cu_seqlens, out, sums = ctx.saved_tensors
-    return *part_attention_backward(gradient, query, both, cu_seqlens, ctx.begin, out, sums), None, None
+    return *part_attention_backward(gradient, query, both, cu_seqlens, *ctx.numbers, out, sums), None, None, None
 
 
 part_attention.register_autograd(_differentiate_part, setup_context=_save_part)

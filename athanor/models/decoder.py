@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: DecoderShape, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.is_rotary = layer, shape.head_dim, shape.IS_ROTARY
+        self.layer, self.head_dim, self.is_rotary, self.window = layer, shape.head_dim, shape.IS_ROTARY, shape.window(layer)
         self.linear: Linear = F.linear
         self.group_heads = shape.num_attention_heads // shape.num_key_value_heads  # query heads of one key head
         has_bias = "qkv" in shape.biased
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key, value = qkv.split([heads, kv_heads, kv_heads], 1)
             qkv = torch.cat([self._normed(query, self.q_norm), self._normed(key, self.k_norm), value], 1)
-        return self.linear(attention(qkv, context, self.layer, heads, kv_heads), self.o_proj.weight)
+        return self.linear(attention(qkv, context, self.layer, heads, kv_heads, self.window), self.o_proj.weight)
 
     @property
     def closing_bias(self) -> Tensor | None:
@@ -184,11 +184,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape, self.is_first, self.is_last = shape, is_first, is_last
         self.on_disk = on_disk or {}
-        longest = shape.max_position_embeddings
-        window = min((shape.window(layer) or longest for layer in range(shape.num_hidden_layers)), default=longest)
-        if window < longest:
-            raise ModelError(f"max_position_embeddings = {longest}, but queries see a window of {window} keys, which is counted "
-                             f"and not computed here; a model of at most {window} positions feels no window")
         if shape.prediction_blocks():
             raise ModelError(f"num_nextn_predict_layers = {shape.prediction_blocks()}: blocks that predict further tokens are "
                              "counted and not computed here; set it to 0, and leave out their tensors")

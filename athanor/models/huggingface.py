@@ -41,7 +41,14 @@ def read_shape(folder: Path) -> DecoderShape:
 
 
 def load_model(folder: Path, dtype: str = "float32") -> Decoder:
-    """The model of a Hugging Face folder, ready to be called, on the CPU.
+    """The model of a Hugging Face folder, ready to be called, on the CPU. Raises as `describe_model` does."""
+    module = describe_model(folder, dtype).to_empty(device="cpu")
+    load_weights(module, folder)
+    return module.requires_grad_(False).eval()
+
+
+def describe_model(folder: Path, dtype: str = "float32") -> Decoder:
+    """The model of a Hugging Face folder that fits it, on the meta device: its weights take no memory yet.
 
     Raises ModelError for an unknown model_type, weights in a pickle, and tensors that are missing, surplus or mis-shaped.
     """
@@ -59,10 +66,8 @@ def load_model(folder: Path, dtype: str = "float32") -> Decoder:
             module: Decoder = load_architecture(shape.MODEL_TYPE).build(shape)
     except RuntimeError as error:
         raise ModelError(f"{folder / 'config.json'} describes a model of impossible size: {error}") from None
-    _check_tensors(module, folder)  # before memory is taken
-    module = module.to(DTYPES[dtype]).to_empty(device="cpu")
-    load_weights(module, folder)
-    return module.requires_grad_(False).eval()
+    _check_tensors(module, folder)
+    return module.to(DTYPES[dtype])
 
 
 def load_weights(module: Decoder, folder: Path) -> None:

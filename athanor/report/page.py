@@ -54,7 +54,7 @@ def render(record: RunRecord) -> str:
         stacked_bar=plots.stacked_bar, error_bar=plots.error_bar, draw=plots.draw,
         stages=[(stage, charts(stage, of_stage.get(stage.name)), _events(stage)) for stage in record.stages],
         flops_note=lambda name: flops_note(of_stage.get(name)), shown_events=SHOWN_EVENTS,
-        scores=sections.scores(record), funnel=sections.funnel(record),
+        scores=sections.scores(record.scores), funnel=sections.funnel(record),
         excerpts=sections.excerpts(record), chain=sections.chain(record),
         samples=[(stage.name, sections.samples(stage)) for stage in record.stages if stage.samples],
         machine=sections.machine(record), reasons=sections.reasons(record), script=SCRIPT,

@@ -63,7 +63,7 @@ def read_run(run: RunFolder) -> RunRecord:
     stages = _stage_names(run, recipe, plan)
     if len(missing) == len(EXPECTED) and not stages:
         raise UserError(f"{run.root} holds nothing of a run: neither recipe.toml, plan.toml, chain.jsonl nor a stage's folder")
-    scores = _read_scores(run.scores)
+    scores = check_scores(_read_optional(run.scores).get("models", {}), str(run.scores))
     return RunRecord(
         name=str(recipe.get("name") or run.root.resolve().name), books=reconcile_run(run.root, stages),
         stages=[_read_stage(run.stage(name), plan) for name in stages], funnel=_read_optional(run.data / "funnel.json"),
@@ -91,12 +91,12 @@ def _is_number(value: object, limit: float = math.inf) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < limit
 
 
-def _read_scores(path: Path) -> dict[str, dict[str, Row]]:
-    models = _read_optional(path).get("models", {})
+def check_scores(models: Any, where: str) -> dict[str, dict[str, Row]]:
+    """The scores by model and task. Raises UserError for what is none."""
     for model, tasks in models.items() if isinstance(models, dict) else [("", None)]:
         for task, score in tasks.items() if isinstance(tasks, dict) else [("", None)]:
             if not isinstance(score, dict) or not all(_is_number(score.get(key)) for key in ("value", "low", "high", "count")):
-                raise UserError(f"{path}: models.{model}.{task} is no score with the numbers value, low, high and count")
+                raise UserError(f"{where}: models.{model}.{task} is no score with the numbers value, low, high and count")
     return dict(models)
 
 

@@ -93,17 +93,17 @@ class ScoreRow:
     bar: Markup
 
 
-def scores(record: RunRecord) -> list[tuple[str, str, list[ScoreRow]]]:
-    """(task, what is counted, rows) for every task, the models in the order in which they were trained."""
+def scores(models: dict[str, dict[str, Row]]) -> list[tuple[str, str, list[ScoreRow]]]:
+    """(task, what is counted, rows) for every task, the models in the order given."""
     found = []
-    for task in dict.fromkeys(task for tasks in record.scores.values() for task in tasks):
-        held = {model: tasks[task] for model, tasks in record.scores.items() if task in tasks}
+    for task in dict.fromkeys(task for tasks in models.values() for task in tasks):
+        held = {model: tasks[task] for model, tasks in models.items() if task in tasks}
         ends = [score[key] for score in held.values() for key in ("low", "value", "high")]
         first = next(iter(held.values()))
         beside = baselines(first) if task == "bits_per_byte" else []
         ends += [value for _, value in beside] or ([0.0] if first.get("unit") == "share" else [])
         scale = min(ends), max(ends)
-        rows = [ScoreRow(model, _score(s["value"], s), f"{_score(s['low'], s)} … {_score(s['high'], s)}",
+        rows = [ScoreRow(model, score_text(s["value"], s), f"{score_text(s['low'], s)} … {score_text(s['high'], s)}",
                          interval_bar(s["low"], s["value"], s["high"], scale, f"model-{index}"))
                 for index, (model, s) in enumerate(held.items())]
         rows += [ScoreRow(f"{name} -9, same bytes", f"{value:.3f}", "exact", interval_bar(value, value, value, scale, "beside"))
@@ -113,7 +113,8 @@ def scores(record: RunRecord) -> list[tuple[str, str, list[ScoreRow]]]:
     return found
 
 
-def _score(value: float, score: Row) -> str:
+def score_text(value: float, score: Row) -> str:
+    """A score, or an end of its interval, in people's units."""
     return f"{100 * value:.1f} %" if score.get("unit") == "share" else f"{value:.3f}"
 
 

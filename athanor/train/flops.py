@@ -21,10 +21,22 @@ aten = torch.ops.aten
 Formula = Callable[..., int]
 
 
-def _causal_pairs(cu_seqlens: Tensor, tokens: int) -> int:
-    """Pairs of a query and a key that it sees, of `tokens` queries in all documents or in an average part of them."""
+def _pairs(length: int, window: int = 0) -> int:
+    """Pairs of a query and a key that it sees, in a document of so many tokens."""
+    seen = min(length, window or length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+def _causal_pairs(cu_seqlens: Tensor, tokens: int, window: int) -> int:
+    """Such pairs of `tokens` queries in all documents or in an average part of them."""
     lengths = document_lengths(cu_seqlens)
-    return sum(length * (length + 1) // 2 for length in lengths) * tokens // max(1, sum(lengths))
+    return sum(_pairs(length, window) for length in lengths) * tokens // max(1, sum(lengths))
+
+
+def _window(arguments: tuple[Any, ...], named: dict[str, Any]) -> int:
+    """Keys that a query of variable-length attention sees, from the one list among its arguments; 0: all."""
+    found = named.get("window_size") or next((each for each in arguments if isinstance(each, (list, tuple))), (-1, 0))
+    return int(found[0]) + 1
 
 
 def _raw(formula: Formula) -> Formula:
@@ -34,40 +46,41 @@ def _raw(formula: Formula) -> Formula:
 
 
 @_raw
-def packed_flop(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, **_: Any) -> int:
-    return 4 * _causal_pairs(cu_seqlens, len(qkv)) * heads * qkv.shape[-1]
+def packed_flop(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, window: int, **_: Any) -> int:
+    return 4 * _causal_pairs(cu_seqlens, len(qkv), window) * heads * qkv.shape[-1]
 
 
 @_raw
 def packed_backward_flop(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
-                         heads: int, kv_heads: int, **_: Any) -> int:
-    return 8 * _causal_pairs(cu_seqlens, len(turned)) * heads * turned.shape[-1]
+                         heads: int, kv_heads: int, window: int, **_: Any) -> int:
+    return 8 * _causal_pairs(cu_seqlens, len(turned), window) * heads * turned.shape[-1]
 
 
 @_raw
-def varlen_flop(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, *_: Any, **__: Any) -> int:
-    return 4 * _causal_pairs(cu_seq_q, len(query)) * math.prod(query.shape[1:])
+def varlen_flop(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, *rest: Any, **named: Any) -> int:
+    return 4 * _causal_pairs(cu_seq_q, len(query), _window(rest, named)) * math.prod(query.shape[1:])
 
 
 @_raw
 def varlen_backward_flop(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor,
-                         cu_seq_q: Tensor, *_: Any, **__: Any) -> int:
-    return 8 * _causal_pairs(cu_seq_q, len(query)) * math.prod(query.shape[1:])
+                         cu_seq_q: Tensor, *rest: Any, **named: Any) -> int:
+    return 8 * _causal_pairs(cu_seq_q, len(query), _window(rest, named)) * math.prod(query.shape[1:])
 
 
 @_raw
-def part_flop(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, **_: Any) -> int:
-    return 4 * _part_pairs(cu_seqlens, begin, len(query)) * math.prod(query.shape[1:])
+def part_flop(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, window: int, **_: Any) -> int:
+    return 4 * _part_pairs(cu_seqlens, begin, len(query), window) * math.prod(query.shape[1:])
 
 
 @_raw
-def part_backward_flop(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, *_: Any, **__: Any) -> int:
-    return 8 * _part_pairs(cu_seqlens, begin, len(query)) * math.prod(query.shape[1:])
+def part_backward_flop(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, window: int, *_: Any,
+                       **__: Any) -> int:
+    return 8 * _part_pairs(cu_seqlens, begin, len(query), window) * math.prod(query.shape[1:])
 
 
-def _part_pairs(cu_seqlens: Tensor, begin: int, tokens: int) -> int:
-    found = cpu_attention.pieces(cu_seqlens, begin, tokens)
-    return sum(piece.last * (piece.last + 1) // 2 - piece.first * (piece.first + 1) // 2 for piece in found)
+def _part_pairs(cu_seqlens: Tensor, begin: int, tokens: int, window: int) -> int:
+    found = cpu_attention.pieces(cu_seqlens, begin, tokens, window)
+    return sum(_pairs(piece.last, window) - _pairs(piece.first, window) for piece in found)
 
 
 def _causal(query: Tensor, per_pair: int) -> int:

@@ -84,7 +84,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize(("more", "words"), [
     (b"\x1a\x06\x12\x04junk", "Precompiled"),  # normalizer_spec.precompiled_charsmap
-    (b"\x1a\x02\x10\x05", "int"),
+    (b"\x1a\x02\x10\x05", "a number"),
     (b"\x12\x05\xf2\x02\x02\xff\xfe", "utf-8"),  # trainer_spec.bos_piece
     (b"\x0a\x06\x0a\x04</s>", "it has the piece '</s>' twice")])
 def test_what_is_damaged_behind_the_pieces_is_refused(folder: Path, tmp_path: Path, more: bytes, words: str) -> None:

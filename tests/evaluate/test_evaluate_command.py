@@ -18,6 +18,10 @@ from athanor.evaluate.subject import spread
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder
+from athanor.models.decoder import Decoder
+from athanor.models.huggingface import save_model
+from athanor.models.initialize import initialize
+from athanor.models.shapes.decoder import DecoderShape
 from athanor.registry.store import register
 
 RECIPE = """name = "tiny"
@@ -73,6 +77,9 @@ def test_a_recipe_scores_its_stages_and_keeps_other_scores(run: RunFolder, tmp_p
     assert (base["details"]["asked"], tuned["details"]["asked"]) == ("plain text", "chat template")
     assert base["count"] == tuned["count"] == 2
     assert set(found["seconds"]["chat"]) == {"bits_per_byte", "python_parses"}
+    for task in ("bits_per_byte", "python_parses"):
+        items = [written[stage][task]["details"]["items"] for stage in ("pretrain", "chat")]
+        assert items[0]["hash"] == items[1]["hash"] and len(items[0]["above"].split()) == written["chat"][task]["count"]
 
 
 def test_a_model_folder_on_its_own(run: RunFolder) -> None:
@@ -113,6 +120,54 @@ def test_progress_reaches_every_model_and_task(run: RunFolder, tmp_path: Path) -
     assert list(result.scores) == ["a", "b", "c"]
     assert result.scores["a"] == result.scores["b"] == result.scores["c"], "the same model scores the same, bit for bit"
     assert {m["model"] for m in messages if m["done"] == m["total"]} == {"a", "b", "c"}
+
+
+def write_llama(folder: Path, tokenizer: Tokenizer, seed: int = 0) -> Path:
+    """A Llama whose random weights are large enough for its answers to differ."""
+    vocab_size = tokenizer.vocab_size + tokenizer.vocab_size % 2
+    module = Decoder(DecoderShape(vocab_size, 64, 96, 2, 4, 2, max_position_embeddings=256, initializer_range=0.2))
+    initialize(module, seed)
+    save_model(module, folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def test_ranks_that_share_a_model_score_as_one_does(run: RunFolder, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The tasks that ask for answers are equal item by item; log-probabilities are sums in another order."""
+    folder = write_llama(tmp_path / "m", tokenizer)
+    tasks = [part for task in ("bits_per_byte", "identifiers", "python_parses") for part in ("--task", task)]
+    one, two = (call(folder, "--data", run.data, *tasks, "--ask", "text", "--tp", tp)["models"]["m"] for tp in (1, 2))
+    for task in ("identifiers", "python_parses"):
+        assert one[task] == two[task]
+    first, second = one["bits_per_byte"], two["bits_per_byte"]
+    assert first["details"]["items"]["hash"] == second["details"]["items"]["hash"]
+    for key in ("value", "low", "high"):
+        assert first[key] == pytest.approx(second[key], rel=1e-6)
+
+
+def test_groups_of_ranks_share_out_the_models(run: RunFolder, tmp_path: Path, tokenizer: Tokenizer,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three models on two groups of two: a group may have more of them than the other."""
+    folders = {str(seed): write_llama(tmp_path / f"m{seed}", tokenizer, seed) for seed in range(3)}
+    candidates = [Candidate(name, folder, False) for name, folder in folders.items()]
+    alone = evaluate(candidates, ["bits_per_byte"], run.data, log_folder=tmp_path / "alone", limit=2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(4))
+    messages: list[dict[str, Any]] = []
+    shared = evaluate(candidates, ["bits_per_byte"], run.data, log_folder=tmp_path / "shared", limit=2, tp=2,
+                      on_progress=messages.append)
+    assert list(shared.scores) == ["0", "1", "2"] and len(list((tmp_path / "shared").glob("rank-*.log"))) == 4
+    for name in folders:
+        assert shared.scores[name]["bits_per_byte"].value == pytest.approx(alone.scores[name]["bits_per_byte"].value, rel=1e-6)
+    ends = [message["model"] for message in messages if message["done"] == message["total"]]
+    assert sorted(ends) == ["0", "1", "2"], "one rank of a group speaks"
+
+
+def test_a_recipe_says_how_many_share_a_model_and_what_cannot_be_is_refused(run: RunFolder, tmp_path: Path,
+                                                                            tokenizer: Tokenizer) -> None:
+    with pytest.raises(AthanorError, match=r"tp = 3 does not divide num_attention_heads = 2; tp may be 1, 2"):
+        call(tmp_path / "tiny.toml", "evaluate.tp=3", "--stage", "pretrain", "--task", "bits_per_byte")
+    with pytest.raises(AthanorError, match=r"evaluate\.tp"):
+        call(tmp_path / "tiny.toml", "evaluate.tp=0")
 
 
 def test_only_stages_with_a_model(run: RunFolder, tmp_path: Path) -> None:

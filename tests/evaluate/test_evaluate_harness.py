@@ -19,10 +19,10 @@ from athanor.cli.evaluate import command
 from athanor.cli.preflight import refuse_early
 from athanor.data.text.tokenizer import Tokenizer, train_tokenizer
 from athanor.evaluate import find
+from athanor.evaluate.ranks import Candidate, evaluate
 from athanor.evaluate.scores import bootstrap, wilson
 from athanor.evaluate.subject import Subject, open_subject
 from athanor.foundation.errors import UserError
-from athanor.foundation.launch import run_ranks
 from athanor.foundation.recipe import load_recipe
 from athanor.models.decoder import Decoder
 from athanor.models.huggingface import save_model
@@ -134,6 +134,8 @@ def test_a_share_has_wilsons_interval_and_another_metric_a_bootstrap(subject: Su
     score = find.load("tasks", "lm_eval:blimp_adjunct_island").run(subject, data, 9, nothing)
     assert score.count == 9 and (score.low, score.high) == pytest.approx(wilson(9 * score.value, 9))
     assert (score.unit, score.details["interval"], score.details["shots"]) == ("acc", "95 % Wilson", 0)
+    right = [float(value) for value in score.details["items"]["above"].split()]
+    assert len(right) == 9 and sum(right) == pytest.approx(9 * score.value)
     low, high = bootstrap([1.0, 2.0, 3.0] * 30, lambda items: math.fsum(items) / len(items))
     assert low < 2 < high and high - low == pytest.approx(2 * 1.96 * math.sqrt(2 / 3 / 90), rel=0.15)
 
@@ -151,10 +153,10 @@ def test_a_chat_model_is_asked_through_its_template(tmp_path: Path, data: Path, 
 
 @pytest.mark.slow
 def test_two_tensor_parallel_ranks_score_as_one_does(subject: Subject, data: Path, tmp_path: Path) -> None:
-    arguments = {"folder": subject.folder, "data": data, "tasks": ["lm_eval:arc_easy", "lm_eval:gsm8k"]}
-    whole = [find.load("tasks", task).run(subject, data, None, nothing) for task in arguments["tasks"]]
-    first, second = run_ranks("evaluate_ranks:tensor_parallel_scores", arguments, 2, log_folder=tmp_path, threads=1, timeout=120)
-    assert first == second == [asdict(score) for score in whole]
+    tasks = ["lm_eval:arc_easy", "lm_eval:gsm8k"]
+    whole = {task: asdict(find.load("tasks", task).run(subject, data, None, nothing)) for task in tasks}
+    found = evaluate([Candidate("m", subject.folder, False)], tasks, data, log_folder=tmp_path, lm_eval_data=data, tp=2)
+    assert {task: asdict(score) for task, score in found.scores["m"].items()} == whole
 
 
 @pytest.mark.slow  # the index of all the harness's tasks takes 10 s

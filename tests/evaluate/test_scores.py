@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from athanor.evaluate.scores import Score, bootstrap_ratio, merge_scores, read_scores, share, wilson
+from athanor.evaluate.scores import (
+    MOST_ITEMS,
+    Score,
+    bootstrap_ratio,
+    items,
+    merge_scores,
+    paired_difference,
+    read_scores,
+    share,
+    wilson,
+)
 from athanor.foundation.errors import UserError
 
 
@@ -89,3 +100,33 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a scores"):
         merge_scores(path, {})
     assert path.read_text() == "[1]"
+
+
+def test_paired_differences_cover_the_truth_and_are_narrower_than_unpaired_ones() -> None:
+    """Both models find the same items hard: their difference has far less spread than either."""
+    generator, hits, widths = np.random.default_rng(2), 0, []
+    for trial in range(100):
+        ease = generator.uniform(0, 1, 200)
+        draw = generator.uniform(0, 1, 200)
+        first, second = (draw < ease * 0.8).astype(float), (draw < ease * 0.9).astype(float)  # expected shares 0.4 and 0.45
+        scores = [asdict(share(list(values), identity="them")) for values in (first, second)]
+        found = paired_difference(*scores, resamples=400, seed=trial)
+        assert found is not None and found[0] == pytest.approx(second.mean() - first.mean())
+        hits += found[1] <= 0.05 <= found[2]
+        widths.append(found[2] - found[1])
+    assert hits >= 88 and np.mean(widths) < 0.5 * 2 * 1.96 * np.sqrt(2 * 0.4 * 0.6 / 200)
+
+
+def test_ratios_are_paired_with_their_denominators() -> None:
+    sizes = [10.0, 30.0, 20.0]
+    scores = [asdict(Score(sum(bits) / 60, 0, 9, 3, "bits per byte", False, items("text", bits, sizes)))
+              for bits in ([20.0, 60.0, 40.0], [10.0, 30.0, 20.0])]
+    assert paired_difference(*scores) == (-1.0, -1.0, -1.0), "one bit less of every byte, whichever documents are drawn"
+
+
+def test_only_the_same_items_are_paired() -> None:
+    first, second, other = (asdict(share([0.0, 1.0, 1.0], identity=which)) for which in ("a", "a", "b"))
+    assert paired_difference(first, second) == (0.0, 0.0, 0.0)
+    assert paired_difference(first, other) is None and paired_difference(first, asdict(share([1.0]))) is None
+    assert paired_difference(first, {"value": 1.0}) is None
+    assert items("too many", [1.0] * (MOST_ITEMS + 1)) == {}

@@ -83,7 +83,7 @@ def test_the_operator_is_attention_of_plain_torch(lengths: list[int]) -> None:
     qkv = torch.randn(size, 8, 16, dtype=torch.float64, generator=generator, requires_grad=True)
     flowing = torch.randn(size, 4, 16, dtype=torch.float64, generator=generator)
     rope = rope_table(context.positions, 16, 100.0, torch.float64)
-    out, _, _ = packed_attention(qkv, rope, context.cu_seqlens, 4, 2)
+    out, _, _ = packed_attention(qkv, rope, context.cu_seqlens, 4, 2, 0)
     (found,) = torch.autograd.grad(out, qkv, flowing)
     cos, sin = rope.unbind(-1)
     even, odd = qkv[:, :6, 0::2], qkv[:, :6, 1::2]

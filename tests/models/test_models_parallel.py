@@ -15,7 +15,7 @@ from athanor.models.context import Packed
 from athanor.models.initialize import initialize
 
 
-def alone(is_tied: bool, weighted: bool, lengths: list[int] = models_ranks.LENGTHS, **changes: int) -> tuple[Any, Any]:
+def alone(is_tied: bool, weighted: bool, lengths: list[int] = models_ranks.LENGTHS, **changes: Any) -> tuple[Any, Any]:
     model = models_ranks.build(is_tied, **changes)
     models_ranks.initialize(model, 7)
     return model, models_ranks.results(model, replace(Packed.of(lengths), z_loss=models_ranks.Z_LOSS), weighted)
@@ -55,6 +55,18 @@ def test_context_parallel_ranks_compute_what_one_rank_does(count: int, lengths: 
         assert close(found["gradients"], wanted["gradients"])
         exchanges = 4 if kv_heads % count == 0 else 2  # heads go forth and back, keys and values go once; and backward
         assert found["intervals"] == ["context"] * 2 * exchanges  # of two blocks
+
+
+@pytest.mark.parametrize(("count", "kv_heads"), [(2, 2), (2, 1)])
+def test_windows_of_keys_reach_over_ranks(count: int, kv_heads: int, tmp_path: Path) -> None:
+    """Whether heads are exchanged or keys gathered."""
+    sizes: dict[str, Any] = {"num_key_value_heads": kv_heads, "use_sliding_window": True, "sliding_window": 6,
+                             "max_window_layers": 1}
+    lengths = [5, 16, 11]
+    _, wanted = alone(False, True, lengths, architecture="qwen2", **sizes)
+    for found in ranks("context_parallel", {"lengths": lengths, "architecture": "qwen2", **sizes}, count, tmp_path):
+        assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-12)
+        assert close(found["gradients"], wanted["gradients"])
 
 
 @pytest.mark.slow

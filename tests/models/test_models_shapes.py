@@ -27,7 +27,8 @@ PUBLISHED = {
 ROUNDED = {"gpt-3-175b": (174.6, 174.6), "mt-nlg-530b": (530, 530), "yuan-1.0": (245.73, 245.73),
            "deepseek-v3": (671.03, 37.6), "yuan2-2b": (2.0887, 2.0887), "yuan2-51b": (51.842, 51.842),
            "yuan2-102b": (102.578, 102.578),
-           "yuan2-m32": (39.94, 3.70), "qwen3-235b-a22b": (235, 22), "mixtral-8x7b": (46.7, 12.9)}
+           "yuan2-m32": (39.94, 3.70), "qwen3-235b-a22b": (235, 22), "mixtral-8x7b": (46.7, 12.9),
+           "mixtral-8x22b": (140.6, 39.1)}
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 PLAIN: dict[str, list[dict[str, Any]]] = {  # configurations as transformers' classes take them
     "gpt2": [{"vocab_size": 97, "n_embd": 36, "n_layer": 2, "n_head": 3, "n_positions": 50},

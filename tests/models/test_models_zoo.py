@@ -38,13 +38,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
               {"rope_scaling": RopeScaling("yarn", 2.0, 64, beta_fast=8.0, attention_factor=1.0, truncate=False)}],
     "gemma": [{**GROUPED, "num_key_value_heads": 1, "head_dim": 24}, {"rope_theta": 300.0, "rms_norm_eps": 1e-3}],
     "gpt2": [{"tie_word_embeddings": False}, {"hidden_size": 60, "head_dim": 15, "intermediate_size": 70, "rms_norm_eps": 1e-3}],
-    "mistral": [{**GROUPED, "sliding_window": 128}],
+    "mistral": [{**GROUPED, "sliding_window": 128}, {**GROUPED, "sliding_window": 9}],
     "qwen3_moe": [{"mlp_only_layers": (1,), "norm_topk_prob": True}, {"decoder_sparse_step": 2, "num_experts_per_tok": 1}],
     "deepseek_v3": [{"q_lora_rank": 0, "topk_group": 2, "v_head_dim": 24, "n_shared_experts": 2},
                     {"rope_scaling": RopeScaling("yarn", 4.0, 32, attention_factor=1.1, mscale_all_dim=0.8), "n_group": 1,
                      "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0, "tie_word_embeddings": True}],
-    "qwen2": [{**GROUPED, "tie_word_embeddings": True}, {**GROUPED, "rope_theta": 500.0, "rms_norm_eps": 1e-3}],
-    "qwen3": [{**GROUPED, "head_dim": 24, "tie_word_embeddings": True}, {"num_key_value_heads": 1, "attention_bias": True}],
+    "qwen2": [{**GROUPED, "tie_word_embeddings": True}, {**GROUPED, "rope_theta": 500.0, "rms_norm_eps": 1e-3},
+              {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}],
+    "qwen3": [{**GROUPED, "head_dim": 24, "tie_word_embeddings": True}, {"num_key_value_heads": 1, "attention_bias": True},
+              {**GROUPED, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}],
 }
 SMALL = {"deepseek_v3": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "kv_lora_rank": 20,
                          "q_lora_rank": 28, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_group": 4,
@@ -54,7 +56,8 @@ WHOLE = "positions", "q_a_proj", "kv_a_proj_with_mqa", ".gate.", ".conv"  # matr
 WITH_PEER = [name for name in architectures() if name != "yuan"]  # those that transformers has
 CASES = [(name, seed, changes) for name in WITH_PEER
          for seed, changes in enumerate([{}, GROUPED if name not in ("gpt2", "deepseek_v3") else {}, *VARIANTS.get(name, [])])]
-KINDS = [*((name, {}) for name in architectures()), ("yuan", {"num_experts": 4, "head_dim": 24})]
+KINDS = [*((name, {}) for name in architectures()), ("yuan", {"num_experts": 4, "head_dim": 24}),
+         ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1})]
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
@@ -200,11 +203,11 @@ def test_a_document_beyond_learned_positions_is_refused() -> None:
 
 
 def test_a_shape_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ModelError, match="max_position_embeddings = 128, but queries see a window of 127 keys"):
-        build("mistral", sliding_window=127)
-    with pytest.raises(ModelError, match="window of 64 keys"):
-        build("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=2)
-    build("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=3)
+    windowed = build("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=2).shape.to_config()
+    kinds = ["full_attention", "full_attention", "sliding_attention"]
+    assert shape_class("qwen2").from_config({**windowed, "layer_types": kinds}).window(2) == 5
+    with pytest.raises(ModelError, match="are not the blocks that its other keys give a window to"):
+        shape_class("qwen2").from_config({**windowed, "layer_types": kinds[::-1]})
     with pytest.raises(ModelError, match="num_key_value_heads = 2, head_dim = 16"):
         build("gpt2", **GROUPED)
     config = build("gpt2").shape.to_config()

@@ -35,7 +35,20 @@ SCALED = RopeScaling("llama3", 8.0, 64, 1.0, 4.0)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}), "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "scaled": ("llama", {"rope_scaling": SCALED, "rope_theta": 500000.0}),
-    "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {"head_dim": 32})}
+    "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {"head_dim": 32}),
+    "mixtral": ("mixtral", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+                                "norm_topk_prob": True}),
+    "gemma": ("gemma", {"head_dim": 32})}
+PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm",
+         "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp",
+         "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps", "mlp.experts.down_proj": "ffn_down_exps",
+         "block_sparse_moe.experts.w1": "ffn_gate_exps", "block_sparse_moe.experts.w3": "ffn_up_exps",
+         "block_sparse_moe.experts.w2": "ffn_down_exps"}
+OUTER = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+         "lm_head.weight": "output.weight"}
 
 
 def bpe(cut: Any) -> Tokenizer:
@@ -96,48 +109,81 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows[order]
 
 
+def expected(folder: Path, which: str) -> dict[str, np.ndarray]:
+    """The folder's numbers under llama.cpp's names, in its order of rows, experts stacked by their numbers."""
+    found: dict[str, np.ndarray] = {}
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if which == "gemma" and name.endswith("norm.weight"):
+            values = values + 1
+        if name in OUTER:
+            found[OUTER[name]] = values
+            continue
+        _, _, layer, *inner, suffix = name.split(".")
+        number = next((int(part) for part in inner if part.isdigit()), None)
+        target = f"blk.{layer}.{PARTS['.'.join(part for part in inner if not part.isdigit())]}.{suffix}"
+        if SHAPES[which][0] in ("llama", "mixtral") and inner[-1] in ("q_proj", "k_proj"):
+            heads = 4 if inner[-1] == "q_proj" else SHAPES[which][1].get("num_key_value_heads", 2)
+            values = interleaved(values, heads)
+        if number is None:
+            found[target] = values
+        else:
+            experts.setdefault(target, {})[number] = values
+    return found | {target: np.stack([held[i] for i in range(len(held))]) for target, held in experts.items()}
+
+
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
 @pytest.mark.parametrize("which", SHAPES)
 def test_tensors_are_those_of_the_folder_within_rounding(tmp_path: Path, which: str, kind: str) -> None:
     folder = make(tmp_path / "m", which)
     assert write_gguf(folder, tmp_path / "m.gguf", "m@1", kind) == []
     _, found, types = read(tmp_path / "m.gguf")
-    held = load_file(folder / "model.safetensors")
-    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm",
-             "self_attn.k_norm": "attn_k_norm"}
-    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-             "lm_head.weight": "output.weight"}
-    used = {"rope_freqs.weight"} if which == "scaled" else set()
-    for name, values in held.items():
-        if name in outer:
-            target = outer[name]
-        else:
-            _, _, layer, *inner, suffix = name.split(".")
-            target = f"blk.{layer}.{parts['.'.join(inner)]}.{suffix}"
-            if SHAPES[which][0] == "llama" and inner[-1] in ("q_proj", "k_proj"):
-                heads = 4 if inner[-1] == "q_proj" else SHAPES[which][1].get("num_key_value_heads", 2)
-                values = interleaved(values, heads)
-        used.add(target)
-        if values.ndim == 1:
+    wanted = expected(folder, which)
+    assert set(wanted) == set(found) - {"rope_freqs.weight"} and ("rope_freqs.weight" in found) == (which == "scaled")
+    for target, values in wanted.items():
+        assert found[target].shape == values.shape
+        if values.ndim == 1 or "ffn_gate_inp" in target:
             assert types[target] == "F32" and np.array_equal(found[target], values)
         elif kind == "f16":
             assert types[target] == "F16" and np.array_equal(found[target], values.astype(np.float16).astype(np.float32))
         else:
-            largest = np.abs(values.reshape(len(values), -1, 32)).max(-1, keepdims=True)
-            off = np.abs(found[target] - values).reshape(len(values), -1, 32)
+            groups = values.reshape(-1, 32)
+            largest = np.abs(groups).max(-1, keepdims=True)
+            off = np.abs(found[target].reshape(-1, 32) - groups)
             assert types[target] == "Q8_0" and (off <= largest / 127 * 0.5 + largest * 2**-10).all()
-    assert used == set(found)
+
+
+def test_mixtures_say_how_many_experts_they_have_and_ask(tmp_path: Path) -> None:
+    write_gguf(make(tmp_path / "m", "mixtral"), tmp_path / "m.gguf", "m", "f16")
+    fields, _, _ = read(tmp_path / "m.gguf")
+    assert (fields["general.architecture"], fields["llama.expert_count"], fields["llama.expert_used_count"],
+            fields["llama.feed_forward_length"]) == ("llama", 4, 2, 96)
+    write_gguf(make(tmp_path / "q", "qwen3_moe"), tmp_path / "q.gguf", "q", "f16")
+    fields, _, _ = read(tmp_path / "q.gguf")
+    assert (fields["general.architecture"], fields["qwen3moe.expert_count"], fields["qwen3moe.expert_used_count"],
+            fields["qwen3moe.expert_feed_forward_length"]) == ("qwen3moe", 12, 3, 32)
+    with pytest.raises(ModelError, match="norm_topk_prob = false cannot be written as GGUF"):
+        write_gguf(make(tmp_path / "n", "qwen3_moe", norm_topk_prob=False), tmp_path / "n.gguf", "n", "f16")
+
+
+def test_experts_that_are_not_all_there_are_named(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", "mixtral")
+    held = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    held[name.format(9)] = held.pop(name.format(2))
+    save_file(held, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"experts of blk\.1\.ffn_down_exps\.weight are not all there"):
+        write_gguf(folder, tmp_path / "m.gguf", "m", "f16")
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("which", ["llama", "tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize("which", ["llama", "tied", "qwen2", "qwen3", "qwen3_moe"])
 def test_transformers_computes_the_same_from_the_file(tmp_path: Path, which: str) -> None:
     """Its own reader undoes the order of rows, so that a wrong one, or a wrong size, shows in the logits."""
     from transformers import AutoModelForCausalLM
 
-    folder = make(tmp_path / "m", which, **({"head_dim": 128} if which == "qwen3" else {}))  # the only one its reader knows
+    known = {"qwen3": {"head_dim": 128}, "qwen3_moe": {"head_dim": 128, "moe_intermediate_size": 768}}  # to its reader
+    folder = make(tmp_path / "m", which, **known.get(which, {}))
     write_gguf(folder, tmp_path / "m" / "m.gguf", "m@1", "f16")
     ids = [0, *Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXTS[0]).ids]
     ours = logits(load_model(folder), ids)
@@ -248,24 +294,19 @@ def _configure(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize(("damage", "words"), [
     (lambda folder: _configure(folder, model_type="gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=128),
-     "'gpt2' cannot be written as GGUF: only llama, mistral, qwen2, qwen3 can"),
-    (lambda folder: _configure(folder, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
-     "'mixtral' cannot be written as GGUF: .*no mixture of experts"),
-    (lambda folder: _configure(folder, model_type="gemma", head_dim=16, hidden_act="gelu_pytorch_tanh"),
-     "'gemma' cannot be written as GGUF"),
-    (lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"), "pieces of SentencePiece are not exported"),
+     "'gpt2' cannot be written as GGUF; only llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma can"),
     (lambda folder: _configure(folder, model_type="lama"), "did you mean 'llama'"),
     (lambda folder: _spoil(folder, "model.layers.0.mlp.up_proj.weight", 7e4), "blk.0.ffn_up.weight holds values beyond 65504"),
     (lambda folder: _spoil(folder, "lm_head.weight", np.nan), "output.weight holds values beyond 65504"),
     (lambda folder: _drop(folder, "model.layers.1.mlp.up_proj.weight"), "the weights do not fit config.json"),
     (lambda folder: (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}'),
-     "its tokenizer is not byte-level BPE"),
+     "its tokenizer is neither byte-level BPE"),
     (lambda folder: _configure(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}),
      "only its usual numbers can"),
     (lambda folder: _spoil(folder, "model.norm.weight", np.inf), "output_norm.weight holds values beyond"),
     (lambda folder: _retoken(folder, merges=None), "tokenizer.json is not a tokenizer"),
     (lambda folder: _retoken(folder, merges=[["a", "b", "c"]]), "tokenizer.json is not a tokenizer"),
-    (lambda folder: (folder / "tokenizer.json").write_text("[]"), "its tokenizer is not byte-level BPE"),
+    (lambda folder: (folder / "tokenizer.json").write_text("[]"), "its tokenizer is neither byte-level BPE"),
     (lambda folder: make(folder, vocab_size=290), "tokens have .* ids up to .*, and vocab_size is 290"),
     (lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja is not a text in UTF-8")])
 def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(tmp_path: Path, damage: Any, words: str) -> None:

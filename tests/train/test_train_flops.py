@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def test_flops_of_the_shape_are_those_of_the_operators(lengths: list[int]) -> No
 
 
 def test_full_squares_are_those_of_full_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def square(cu_seqlens: torch.Tensor, tokens: int) -> int:
+    def square(cu_seqlens: torch.Tensor, tokens: int, window: int) -> int:
         return int(cu_seqlens.diff().square().sum())
 
     monkeypatch.setattr(flops, "_causal_pairs", square)
@@ -54,5 +55,21 @@ def test_every_way_of_attending_counts_the_same() -> None:
         torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
     assert counter.get_total_flops() == 12 * 2 * (16 * 17 // 2) * 3 * 8
     ends: Any = torch.tensor([0, 5, 12, 12], dtype=torch.int32)
-    parts = sum(flops.part_flop(torch.empty(6, 3, 8), torch.empty(12, 6, 8), ends, begin) for begin in (0, 6))
-    assert parts == 4 * (5 * 6 // 2 + 7 * 8 // 2) * 3 * 8 == flops.packed_flop(torch.empty(12, 9, 8), ends, ends, 3, 3)
+    parts = sum(flops.part_flop(torch.empty(6, 3, 8), torch.empty(12, 6, 8), ends, begin, 0) for begin in (0, 6))
+    assert parts == 4 * (5 * 6 // 2 + 7 * 8 // 2) * 3 * 8 == flops.packed_flop(torch.empty(12, 9, 8), ends, ends, 3, 3, 0)
+
+
+@pytest.mark.parametrize("window", [1, 3, 6, 7, 50])
+def test_a_window_counts_the_pairs_that_it_leaves(window: int) -> None:
+    ends: Any = torch.tensor([0, 5, 12, 12], dtype=torch.int32)
+    pairs = sum(min(i + 1, window) for length in (5, 7) for i in range(length))
+    parts = sum(flops.part_flop(torch.empty(6, 3, 8), torch.empty(12, 6, 8), ends, begin, window) for begin in (0, 6))
+    assert parts == 4 * pairs * 3 * 8 == flops.packed_flop(torch.empty(12, 9, 8), ends, ends, 3, 3, window)
+    query = torch.empty(12, 3, 8)
+    left = [window - 1, 0]
+    for found in (flops.varlen_flop(query, query, query, ends, ends, 7, 7, False, None, left),
+                  flops.varlen_flop(query, query, query, ends, ends, 7, 7, window_size=left)):
+        assert found == 4 * pairs * 3 * 8
+    shape = DecoderShape(96, 32, 48, 1, 4)
+    windowed = replace(shape.block_attended(0), window=window)
+    assert windowed.keys((7 + 1) / 2) * 7 == pytest.approx(sum(min(i + 1, window) for i in range(7)))

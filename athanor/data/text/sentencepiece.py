@@ -1,15 +1,9 @@
-"""Tokenizers of SentencePiece (`tokenizer.model`) as those of the tokenizers library: BPE and unigram, read without its package.
-
-The file is a protocol buffer (google/sentencepiece, sentencepiece_model.proto): pieces with scores and kinds, how they were
-trained, and how text is normalised.
-"""
+"""Tokenizers of SentencePiece (`tokenizer.model`) as those of the tokenizers library: BPE and unigram."""
 
 from __future__ import annotations
 
 import re
-import struct
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +11,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from athanor.foundation.errors import DataError
+from athanor.foundation.pieces import BPE, BYTE, CONTROL, NORMAL, SPACE, UNIGRAM, UNKNOWN, USER_DEFINED, read_pieces
 
-FILE = "tokenizer.model"
-UNIGRAM, BPE = 1, 2  # model_type
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
-SPACE = "\u2581"  # stands for a space in pieces
 NEVER = -1e6  # score of a piece that no text is
-NAMES = {"bos_token": (46, "<s>"), "eos_token": (47, "</s>"), "pad_token": (48, "<pad>")}  # fields of how it was trained
-VARINT, EIGHT, LENGTH, FOUR = 0, 1, 2, 5  # wire types
 
 
 def read(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
@@ -32,23 +21,12 @@ def read(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
 
     Raises DataError for what is no SentencePiece model, or one of words or characters.
     """
-    pieces: list[tuple[str, float, int]] = []
-    trained: dict[int, Any] = {}
-    normalised: dict[int, Any] = {}
+    held = read_pieces(file)
+    pieces, kind, names = held.pieces, held.kind, held.names
     try:
-        for number, value in _fields(file.read_bytes()):
-            if number == 1:
-                part = dict(_fields(value))
-                score = struct.unpack("<f", part[2])[0] if 2 in part else 0.0
-                pieces.append((part.get(1, b"").decode(), score, part.get(3, NORMAL)))
-            elif number in (2, 3):
-                (trained if number == 2 else normalised).update(_fields(value))
-        names = {key: _name(trained, field, usual) for key, (field, usual) in NAMES.items()}
-        charsmap = normalised.get(2)
-        steps: list[Any] = [_precompiled(charsmap)] if charsmap else []
-    except (OSError, ValueError, IndexError, struct.error, TypeError, AttributeError) as error:
+        steps: list[Any] = [_precompiled(held.characters)] if held.characters else []
+    except ValueError as error:
         raise DataError(f"{file} is not a SentencePiece model: {error}") from None
-    kind = trained.get(3, UNIGRAM)
     unknown = [number for number, (_, _, of) in enumerate(pieces) if of == UNKNOWN]
     if not pieces or len(unknown) != 1 or kind not in (UNIGRAM, BPE):
         raise DataError(f"{file} is not a SentencePiece model of subwords: it has {len(pieces)} pieces, {len(unknown)} of them "
@@ -57,8 +35,8 @@ def read(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     if twice:
         raise DataError(f"{file} is not a SentencePiece model: it has the piece {twice[0]!r} twice")
     inner = tokenizers.Tokenizer(_model(pieces, kind, unknown[0]))
-    prefix = normalised.get(3, 1)
-    if normalised.get(4, 1):
+    prefix = held.has_prefix
+    if held.joins_spaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(SPACE)] if prefix else []
     inner.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
@@ -90,11 +68,6 @@ def _precompiled(charsmap: bytes) -> Any:
         raise ValueError(error) from None
 
 
-def _name(trained: dict[int, Any], field: int, usual: str) -> str:
-    value: Any = trained.get(field)
-    return value.decode() if isinstance(value, bytes) and value else usual
-
-
 def _model(pieces: list[tuple[str, float, int]], kind: int, unknown: int) -> Any:
     has_bytes = any(of == BYTE for _, _, of in pieces)
     if kind == UNIGRAM:
@@ -109,31 +82,3 @@ def _model(pieces: list[tuple[str, float, int]], kind: int, unknown: int) -> Any
     merges.sort(key=lambda merge: merge[0])  # the pair whose joined piece has the best score is merged first
     return models.BPE(vocab, [pair for _, pair in merges], unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=has_bytes,
                       ignore_merges=any(of == USER_DEFINED for _, _, of in pieces))  # no merges lead to these
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values of a message: whole numbers, and bytes (of strings, messages and floats)."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, wire = key >> 3, key & 7
-        if wire == VARINT:
-            value, at = _varint(data, at)
-            yield number, value
-            continue
-        if wire not in (LENGTH, FOUR, EIGHT):
-            raise ValueError(f"wire type {wire}")
-        size, at = _varint(data, at) if wire == LENGTH else ((4, at) if wire == FOUR else (8, at))
-        if at + size > len(data):
-            raise ValueError("it ends too early")
-        yield number, data[at:at + size]
-        at += size
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
-        if byte < 128:
-            return value, at

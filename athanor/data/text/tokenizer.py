@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from athanor.data.text import sentencepiece
 from athanor.foundation.errors import DataError
+from athanor.foundation.pieces import FILE as PIECES
 from athanor.foundation.run_folder import read_json, write_atomic, write_json
 
 BEGIN, END, PAD, SYSTEM, USER, ASSISTANT = (
@@ -57,13 +58,13 @@ class Tokenizer:
                 inner = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
             except Exception as error:  # the library raises nothing more exact
                 raise DataError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from None
-        elif (folder / sentencepiece.FILE).is_file():
-            inner, usual = sentencepiece.read(folder / sentencepiece.FILE)
+        elif (folder / PIECES).is_file():
+            inner, usual = sentencepiece.read(folder / PIECES)
             sentencepiece.add_tokens(inner, _added_tokens(folder), str(folder))
             names = usual | names
         else:
             raise DataError(f"{folder} has no tokenizer.json; a tokenizer is a folder with tokenizer.json, or with "
-                            f"{sentencepiece.FILE}, in it")
+                            f"{PIECES}, in it")
         eos_id = inner.token_to_id(names.get("eos_token") or "")
         if eos_id is None:
             raise DataError(f"{folder / 'tokenizer_config.json'} names no eos_token that its tokenizer.json knows")

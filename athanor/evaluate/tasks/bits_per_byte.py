@@ -9,13 +9,14 @@ document has that much.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import lzma
 import math
 from pathlib import Path
 from typing import Any
 
 from athanor.data.text.tokenizer import Tokenizer
-from athanor.evaluate.scores import Score, bootstrap_ratio
+from athanor.evaluate.scores import Score, bootstrap_ratio, items
 from athanor.evaluate.subject import Progress, Subject, held_out, spread
 from athanor.foundation.errors import ModelError, UserError
 
@@ -79,5 +80,5 @@ def _score(nats: list[float], end_nats: list[float], raw: list[bytes], details: 
         "gzip": 8 * len(gzip.compress(whole, 9, mtime=0)) / total,
         "xz": 8 * len(lzma.compress(whole, preset=9)) / total,
         "gzip_each": 8 * sum(len(gzip.compress(content, 9, mtime=0)) for content in raw) / total,
-        "interval": "95 % bootstrap over documents"}
+        "interval": "95 % bootstrap over documents", **items(hashlib.sha256(whole).hexdigest(), bits, sizes)}
     return Score(math.fsum(bits) / total, low, high, len(raw), "bits per byte", False, details)

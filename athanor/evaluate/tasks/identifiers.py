@@ -61,7 +61,8 @@ def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> 
     return share(values, {
         "documents": len(texts), "context_tokens": room, "new_tokens": NEW_TOKENS, "interval": "95 % Wilson",
         "without_a_sign": {"right": int(sum(plain)), "count": len(plain)},
-        "examples": [{"expected": wanted, "answer": text} for (text, _), wanted in zip(answers[:5], expected, strict=False)]})
+        "examples": [{"expected": wanted, "answer": text} for (text, _), wanted in zip(answers[:5], expected, strict=False)]},
+        [(rows[place.document]["doc_id"], place.offset, place.identifier) for place in places])
 
 
 def right(answer: str, finish_reason: str, expected: str) -> float:

@@ -41,7 +41,8 @@ def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> 
         "interval": "95 % Wilson", "reasons": python_parses.reasons(results),
         "ended": {reason: sum(r == reason for _, r in answers) for reason in ("stop", "cancelled", "length")},
         "examples": [{"function": functions[index]["name"], "body": text, "verdict": results[index][1]}
-                     for index, text in list(zip(fitting, bodies, strict=True))[:5]]})
+                     for index, text in list(zip(fitting, bodies, strict=True))[:5]]},
+        [(function["before"], function["prompt"]) for function in functions])
 
 
 def make_prompts(subject: Subject, functions: list[dict[str, Any]]) -> list[list[int]]:

@@ -10,6 +10,8 @@ from athanor.foundation.errors import ModelError
 from athanor.models.shapes.products import Attended, Counted, Product, feed_forward
 from athanor.models.shapes.rope import RopeScaling
 
+WINDOWS = ("full_attention", "sliding_attention")  # without and with a window, in `layer_types`
+
 
 @dataclass(frozen=True)
 class DecoderShape(Counted):
@@ -159,7 +161,11 @@ class DecoderShape(Counted):
         if for_training:
             longest = values.get("max_position_embeddings", cls.max_position_embeddings)
             values["rope_scaling"] = RopeScaling.from_config(rope, longest, where)
-        return cls(**values)
+        made = cls(**values)
+        kinds = config.get("layer_types")
+        if for_training and kinds not in (None, [WINDOWS[made.window(layer) > 0] for layer in range(made.num_hidden_layers)]):
+            raise ModelError(f"{where}: layer_types = {kinds!r} are not the blocks that its other keys give a window to")
+        return made
 
     def to_config(self) -> dict[str, Any]:
         """A config.json that transformers loads as ARCHITECTURE."""
