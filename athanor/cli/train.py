@@ -139,7 +139,8 @@ def describe_machine(recipe: Recipe, run: RunFolder, stage: str) -> dict[str, An
     else:
         import torch
 
-        device_type, threads = "cuda" if torch.cuda.is_available() else "cpu", None
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        threads = 1 if recipe.get_stage(stage).reduction == "exact" else None  # or fewer ranks would have more of them
         found = torch.cuda.device_count() if device_type == "cuda" else len(os.sched_getaffinity(0))
         devices, arguments = recipe.cluster.devices or found, {"device_type": device_type, "accelerator": device_type}
     return {"world_size": world_size_of(recipe, devices), "threads": threads, "arguments": arguments}

@@ -208,10 +208,11 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
     """Go on from the newest intact checkpoint, if there is one; damaged ones are named in events.jsonl."""
     folder, mesh = job.folder, trainee.mesh
     found: Path | None = None
-    tail_seconds = 0.0
+    tail_seconds, ranks_before = 0.0, job.layout.world_size
     if mesh.rank == 0:
         tail_seconds = unwritten_seconds(folder)
-        progress.attempt = sum(row.get("kind") == "start" for row in read_jsonl(folder.events))
+        starts = [row for row in read_jsonl(folder.events) if row.get("kind") == "start"]
+        progress.attempt, ranks_before = len(starts), starts[-1].get("ranks", ranks_before) if starts else ranks_before
 
         def on_damage(path: Path, reason: str) -> None:
             log_event(folder.events, "damaged", f"checkpoint {path.name} cannot be used: {reason}", attempt=progress.attempt)
@@ -225,9 +226,9 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
     if mesh.rank == 0:
         name, ranks = job.settings.stage, job.layout.world_size
         log_event(folder.events, "start", f"{name} starts on {ranks} rank{'s' if ranks > 1 else ''}: {job.layout}",
-                  attempt=progress.attempt, step=progress.step, load_seconds=time.perf_counter() - begin)
+                  attempt=progress.attempt, step=progress.step, ranks=ranks, load_seconds=time.perf_counter() - begin)
         if progress.attempt > 0:
-            roll_back(folder.root / "ledger.jsonl", progress.step, progress.attempt, tail_seconds, job.layout.world_size)
+            roll_back(folder.root / "ledger.jsonl", progress.step, progress.attempt, tail_seconds, ranks_before)
             log_event(folder.events, "restart", f"goes on from step {progress.step}", attempt=progress.attempt,
                       step=progress.step)
 
