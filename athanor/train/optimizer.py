@@ -183,17 +183,16 @@ class Optimizer:
                 gradients = [gradient.to(wide) for gradient in gradients]
                 torch._foreach_mul_(gradients, factor.to(wide))
                 first, second = ([moment.to(wide) for moment in kept] for kept in moments)
-                updated = [weights, gradients, first, second]
+                used = [weights, gradients, first, second]
                 if self.is_exact:
-                    updated = [[join(tensors)] for tensors in updated]
+                    used = [[join(tensors)] for tensors in used]
                 torch._fused_adamw_(
-                    *updated, [], [step] * len(updated[0]), lr=learning_rate * rate, beta1=BETAS[0], beta2=BETAS[1],
-                    weight_decay=decay, eps=EPSILON, amsgrad=False, maximize=False, found_inf=is_skipped)
+                    used[0], used[1], used[2], used[3], [], [step] * len(used[0]), lr=learning_rate * rate, beta1=BETAS[0],
+                    beta2=BETAS[1], weight_decay=decay, eps=EPSILON, amsgrad=False, maximize=False, found_inf=is_skipped)
                 if self.is_exact:
-                    updated = [take_apart(*whole, like=weights) for whole in updated]
-                    torch._foreach_copy_(weights, updated[0])
-                for kept, found in zip(moments, updated[2:], strict=True):
-                    if kept[0].dtype != wide or self.is_exact:
+                    used = [take_apart(row[0], weights) for row in used]
+                for kept, found in zip((weights, *moments), (used[0], *used[2:]), strict=True):
+                    if kept[0] is not found[0]:  # widened, or joined
                         torch._foreach_copy_(kept, found)
 
     def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[tuple[torch.Tensor, ...]]]:
