@@ -24,20 +24,16 @@ def fixed_shards(recipe: Recipe, stage: Stage, layout: Layout, seq_len: int) -> 
 
     Raises LayoutError with what would work when the data ranks cannot share them out, or cannot do so exactly.
     """
-    shards, where = stage.data_shards, f"stage.{stage.name}"
+    shards, where, micro = stage.data_shards, f"stage.{stage.name}", stage.micro_batch_size or 1
+    rows = math.gcd((stage.global_batch_tokens or 0) // seq_len, *(stage.batch_ramp or ())[:2])  # 0: the layout's choice
     if stage.reduction == "exact":
         _check_exact(recipe, stage, layout)
-        assert stage.global_batch_tokens is not None and stage.micro_batch_size is not None, "an exact stage says so"
-        rows = stage.global_batch_tokens // seq_len
-        if stage.batch_ramp is not None:
-            rows = math.gcd(rows, *stage.batch_ramp[:2])
-        micro = stage.micro_batch_size
         shards = shards or rows // micro
         if not shards or rows % (shards * micro):
             fitting = [count for count in range(1, rows // micro + 1) if rows % (count * micro) == 0]
             raise LayoutError(f"{where}.data_shards = {shards}, but {rows} rows in micro-batches of {micro} make "
                               f"{', '.join(map(str, fitting)) or 'no'} shards of whole micro-batches")
-    if shards is not None and shards % layout.data_ranks:
+    if shards is not None and shards % layout.data_ranks and rows % (shards * micro) == 0:
         sizes = ", ".join(map(str, world_sizes(layout, shards)))
         raise LayoutError(f"{where} has {shards} virtual data shards, which {layout.data_ranks} data ranks cannot share out "
                           f"equally; with the other degrees as they are it runs on {sizes} ranks (parallel.dp_shard)")
