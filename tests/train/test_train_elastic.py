@@ -179,8 +179,8 @@ def test_adamw_rounds_an_element_alike_wherever_it_lies() -> None:
     begin, *gradients = (torch.randn(1000, generator=draw) for _ in range(4))
     ends = []
     for length in (1000, 10, 7):
-        model = torch.nn.ParameterDict({f"{i:03}": torch.nn.Parameter(part.clone()) for i, part in enumerate(begin.split(length))})
-        optimizer = Optimizer(Stages.alone(model), "adamw", 0.1, is_exact=True)
+        parts = {f"{i:03}": torch.nn.Parameter(part.clone()) for i, part in enumerate(begin.split(length))}
+        optimizer = Optimizer(Stages.alone(torch.nn.ParameterDict(parts)), "adamw", 0.1, is_exact=True)
         for gradient in gradients:
             for piece, part in zip(optimizer.pieces, gradient.split(length), strict=True):
                 piece.give(part.clone())
