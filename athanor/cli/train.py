@@ -134,12 +134,15 @@ def describe_machine(recipe: Recipe, run: RunFolder, stage: str) -> dict[str, An
     if file.exists():
         spec = read_cluster(file)
         peak_flops = spec.peak_flops.get(recipe.get_stage(stage).precision or "fp32")
-        devices, threads = recipe.cluster.devices or spec.devices, spec.threads_per_device
+        devices: int = recipe.cluster.devices or spec.devices
+        threads: int | None = spec.threads_per_device
         arguments = {"device_type": spec.device_type, "accelerator": spec.accelerator, "peak_flops": peak_flops}
     else:
         import torch
 
-        device_type, threads = "cuda" if torch.cuda.is_available() else "cpu", None
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        is_exact = recipe.get_stage(stage).reduction == "exact"
+        threads = 1 if is_exact else None  # or fewer ranks would have more of them, and other bits
         found = torch.cuda.device_count() if device_type == "cuda" else len(os.sched_getaffinity(0))
         devices, arguments = recipe.cluster.devices or found, {"device_type": device_type, "accelerator": device_type}
     return {"world_size": world_size_of(recipe, devices), "threads": threads, "arguments": arguments}

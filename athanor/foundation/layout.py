@@ -103,8 +103,9 @@ def check_batch(*, global_batch_tokens: int, seq_len: int, micro_batch_size: int
     rows = global_batch_tokens // seq_len
     unit = micro_batch_size * data_ranks
     if rows % unit:
+        working = f", or {_divisors(rows // micro_batch_size)} data ranks" if rows % micro_batch_size == 0 else ""
         raise LayoutError(f"{rows} rows per step do not split into micro-batches of {micro_batch_size} on {data_ranks} ranks; "
-                          f"the nearest global_batch_tokens is {max(1, round(rows / unit)) * unit * seq_len}")
+                          f"the nearest global_batch_tokens is {max(1, round(rows / unit)) * unit * seq_len}{working}")
     if micro_batch_size * seq_len % tp:
         raise LayoutError(f"tp = {tp} does not divide the {micro_batch_size * seq_len} tokens of a micro-batch")
     return rows, rows // unit

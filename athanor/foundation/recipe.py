@@ -150,6 +150,8 @@ class Stage(Section):
     evaluate_every: Whole | None = Field(None, ge=1, description="steps between validations")
     evaluate_rows: Whole | None = Field(None, ge=1, description="held-out rows of a validation; all unless set or planned")
     data_shards: Whole | None = Field(None, ge=1, description="virtual data shards; micro-batches of a global batch unless set")
+    reduction: Literal["fast", "exact"] = Field("fast", description="'exact': any number of data ranks that divides data_shards "
+                                                "trains the same bits, at some cost")
 
 
 class Evaluate(Section):

@@ -18,13 +18,14 @@ COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bf
 
 @dataclass(frozen=True)
 class Choices:
-    """How a model is computed, besides where: which blocks are computed twice, whether compiled, in which dtype, and
-    whether weights and gradients stay whole during a step."""
+    """How a model is computed, besides where: which blocks are computed twice, whether compiled, in which dtype, whether weights
+    and gradients stay whole during a step, and over how many virtual shards a fixed tree adds gradients up, if one does."""
 
     recompute: str = "none"
     is_compiled: bool = False
     precision: str = "fp32"
     keeps_whole: bool = False
+    data_shards: int | None = None
 
 
 def parallelize(model: nn.Module, mesh: Mesh, tensor_dims: Mapping[str, int | None],
@@ -42,7 +43,7 @@ def parallelize(model: nn.Module, mesh: Mesh, tensor_dims: Mapping[str, int | No
             block.compile(fullgraph=getattr(block, "is_one_graph", True), dynamic=False)
     if mesh.axis("shard") is None:
         return None
-    return fully_shard.apply(model, blocks, mesh, compute_dtype(choices.precision), choices.keeps_whole)
+    return fully_shard.apply(model, blocks, mesh, compute_dtype(choices.precision), choices.keeps_whole, choices.data_shards)
 
 
 def storage_dtype(precision: str) -> torch.dtype:

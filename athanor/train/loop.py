@@ -39,6 +39,7 @@ from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
 from athanor.train.balance import Balancer
+from athanor.train.exact import Exact
 from athanor.train.masters import Masters
 from athanor.train.memory import explain, is_out_of_memory
 from athanor.train.meter import Meter
@@ -170,7 +171,7 @@ def lay_out(job: Job, mesh: Mesh) -> tuple[Stages, list[DataParallel]]:
     tensor_dims = load_architecture(job.recipe.model.architecture).TENSOR_DIMS
     chosen = job.recipe.parallel.keep_whole
     is_whole = keeps_whole(mesh.layout, job.shape.parameters()) if chosen is None else chosen
-    choices = Choices(settings.recompute, settings.compile, settings.precision, is_whole)
+    choices = Choices(settings.recompute, settings.compile, settings.precision, is_whole, settings.exact_shards)
     last = len(pipeline.blocks) - 1
     described = {number: describe_model(job, blocks, number == 0, number == last)
                  for number, blocks in enumerate(pipeline.blocks)}
@@ -189,9 +190,12 @@ def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
     if dtype is not None and keeps_masters(job):
         masters = Masters((p for _, p in stages.named_parameters()), dtype, is_accumulated=settings.num_microbatches > 1)
     optimizer = Optimizer(stages, settings.optimizer, settings.weight_decay, groups=settings.groups or (),
-                          state_dtype=STATE_DTYPES[settings.optimizer_state_dtype], masters=masters)
+                          state_dtype=STATE_DTYPES[settings.optimizer_state_dtype], masters=masters,
+                          is_exact=settings.exact_shards is not None)
     trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded, z_loss=settings.z_loss,
                       balancer=Balancer(stages, optimizer.placed, settings.expert_bias_rate))
+    if settings.exact_shards is not None:
+        trainee.exact = Exact(settings.exact_shards, trainee)
     if mesh.layout.pp > 1:
         tokens = settings.micro_batch_size * settings.seq_len
         dtype = compute_dtype(settings.precision) or storage_dtype(settings.precision)
@@ -204,10 +208,11 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
     """Go on from the newest intact checkpoint, if there is one; damaged ones are named in events.jsonl."""
     folder, mesh = job.folder, trainee.mesh
     found: Path | None = None
-    tail_seconds = 0.0
+    tail_seconds, ranks_before = 0.0, job.layout.world_size
     if mesh.rank == 0:
         tail_seconds = unwritten_seconds(folder)
-        progress.attempt = sum(row.get("kind") == "start" for row in read_jsonl(folder.events))
+        starts = [row for row in read_jsonl(folder.events) if row.get("kind") == "start"]
+        progress.attempt, ranks_before = len(starts), starts[-1].get("ranks", ranks_before) if starts else ranks_before
 
         def on_damage(path: Path, reason: str) -> None:
             log_event(folder.events, "damaged", f"checkpoint {path.name} cannot be used: {reason}", attempt=progress.attempt)
@@ -221,9 +226,9 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
     if mesh.rank == 0:
         name, ranks = job.settings.stage, job.layout.world_size
         log_event(folder.events, "start", f"{name} starts on {ranks} rank{'s' if ranks > 1 else ''}: {job.layout}",
-                  attempt=progress.attempt, step=progress.step, load_seconds=time.perf_counter() - begin)
+                  attempt=progress.attempt, step=progress.step, ranks=ranks, load_seconds=time.perf_counter() - begin)
         if progress.attempt > 0:
-            roll_back(folder.root / "ledger.jsonl", progress.step, progress.attempt, tail_seconds, job.layout.world_size)
+            roll_back(folder.root / "ledger.jsonl", progress.step, progress.attempt, tail_seconds, ranks_before)
             log_event(folder.events, "restart", f"goes on from step {progress.step}", attempt=progress.attempt,
                       step=progress.step)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from athanor.parallel.exact import join, take_apart
 from athanor.parallel.stages import Stages
 from athanor.parallel.tensor import local
 from athanor.train.groups import Group, group_of
@@ -47,6 +48,13 @@ class Piece:
             return self.masters.gradient(self.parameter)
         return None if self.parameter.grad is None else local(self.parameter.grad)
 
+    def give(self, gradient: torch.Tensor) -> None:
+        """Let this be the gradient of a parameter that is not sharded."""
+        if self.masters is not None:
+            self.masters.sums[self.parameter] = gradient
+        else:
+            self.parameter.grad = gradient
+
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay applies: to matrices, but not to the embedding, whose rare rows would only ever shrink."""
@@ -63,7 +71,7 @@ class Optimizer:
 
     State has one tensor per slot and parameter, of the shape of its shard: exp_avg and exp_avg_sq (AdamW),
     momentum (Muon), kept in `state_dtype` (None: that of the weights), computed with in that of the weights. With `masters`
-    those are what is updated, and the model gets copies of them.
+    those are what is updated, and the model gets copies of them. `is_exact`: no bit depends on how weights are sharded.
 
     State is rounded to the nearest: both moments change by a twentieth or more of what is new, far above bf16's 1/256. After
     500 steps of 1,024 bytes of Python (width 64, two orders of data) the held-out loss with bf16 state differed from that with
@@ -72,8 +80,8 @@ class Optimizer:
     """
 
     def __init__(self, stages: Stages, kind: str, weight_decay: float, *, groups: Sequence[Group] = (),
-                 state_dtype: torch.dtype | None = None, masters: Masters | None = None) -> None:
-        self.stages, self.device, self.masters = stages, stages.mesh.device, masters
+                 state_dtype: torch.dtype | None = None, masters: Masters | None = None, is_exact: bool = False) -> None:
+        self.stages, self.device, self.masters, self.is_exact = stages, stages.mesh.device, masters, is_exact
         self.owned, self.placed = stages.owned(), stages.placed()
         self.adamw: list[Piece] = []
         self.muon: list[Piece] = []
@@ -175,11 +183,16 @@ class Optimizer:
                 gradients = [gradient.to(wide) for gradient in gradients]
                 torch._foreach_mul_(gradients, factor.to(wide))
                 first, second = ([moment.to(wide) for moment in kept] for kept in moments)
+                used = [weights, gradients, first, second]
+                if self.is_exact:
+                    used = [[join(tensors)] for tensors in used]
                 torch._fused_adamw_(
-                    weights, gradients, first, second, [], [step] * len(weights), lr=learning_rate * rate, beta1=BETAS[0],
+                    used[0], used[1], used[2], used[3], [], [step] * len(used[0]), lr=learning_rate * rate, beta1=BETAS[0],
                     beta2=BETAS[1], weight_decay=decay, eps=EPSILON, amsgrad=False, maximize=False, found_inf=is_skipped)
-                for kept, found in zip(moments, (first, second), strict=True):
-                    if kept[0].dtype != wide:
+                if self.is_exact:
+                    used = [take_apart(row[0], weights) for row in used]
+                for kept, found in zip((weights, *moments), (used[0], *used[2:]), strict=True):
+                    if kept[0] is not found[0]:  # widened, or joined
                         torch._foreach_copy_(kept, found)
 
     def _chunks(self, pieces: Sequence[Piece]) -> Iterator[list[tuple[torch.Tensor, ...]]]:

@@ -10,6 +10,7 @@ from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import AXES, Layout, check_batch, check_model, resolve
 from athanor.foundation.recipe import Recipe, Stage
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.train.elastic import fixed_shards
 from athanor.train.groups import Group
 from athanor.train.ramp import Ramp, read_ramp
 from athanor.train.schedule import SCHEDULES
@@ -34,6 +35,7 @@ class Settings:
     micro_batch_size: int
     num_microbatches: int
     data_shards: int
+    reduction: str
     learning_rate: float
     learning_rate_schedule: str
     warmup_steps: int
@@ -62,6 +64,11 @@ class Settings:
         return self.rows_per_step if self.ramp is None else self.ramp.rows_of_step(samples)
 
     @property
+    def exact_shards(self) -> int | None:
+        """The virtual shards over which a fixed tree adds gradients up; None where they are added up fast."""
+        return self.data_shards if self.reduction == "exact" else None
+
+    @property
     def micro_batch_counts(self) -> list[int]:
         """Every number of micro-batches that a rank may have in a step."""
         rungs = [self.rows_per_step] if self.ramp is None else self.ramp.rungs
@@ -69,8 +76,8 @@ class Settings:
 
 
 # keys that may change between two attempts of a stage: they alter how it is computed, not what
-INCIDENTAL = ("micro_batch_size", "num_microbatches", "data_shards", "compile", "recompute", "checkpoint_every", "evaluate_every",
-              "evaluate_rows")
+INCIDENTAL = ("micro_batch_size", "num_microbatches", "data_shards", "reduction", "compile", "recompute", "checkpoint_every",
+              "evaluate_every", "evaluate_rows")
 
 
 def layout_of(recipe: Recipe) -> Layout:
@@ -96,13 +103,14 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
                 intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
                 num_hidden_layers=shape.num_hidden_layers, seq_len=seq_len)
+    shards = fixed_shards(recipe, stage, layout, seq_len)
     micro_batch_size, batch_tokens = _batch(recipe, stage, seq_len, layout.data_ranks)
     rows, num_microbatches = check_batch(global_batch_tokens=batch_tokens, seq_len=seq_len, micro_batch_size=micro_batch_size,
                                          data_ranks=layout.data_ranks, tp=layout.tp)
     ramp = None
     if stage.batch_ramp is not None:
         ramp = read_ramp(stage.batch_ramp, rows, rows // num_microbatches, stage.data_shards, f"stage.{stage.name}.batch_ramp")
-    data_shards = stage.data_shards or (math.gcd(*ramp.rungs) if ramp else rows) // micro_batch_size
+    data_shards = shards or (math.gcd(*ramp.rungs) if ramp else rows) // micro_batch_size
     if rows % data_shards or data_shards % layout.data_ranks:
         raise LayoutError(f"data_shards = {data_shards} must divide the {rows} rows of a step and be a multiple of the "
                           f"{layout.data_ranks} data ranks")
@@ -122,7 +130,7 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     return Settings(
         stage=stage.name, objective=stage.objective, data=stage.data, start_from=stage.start_from, seed=recipe.seed,
         seq_len=seq_len, steps=steps, global_batch_tokens=batch_tokens, micro_batch_size=micro_batch_size,
-        num_microbatches=num_microbatches, data_shards=data_shards,
+        num_microbatches=num_microbatches, data_shards=data_shards, reduction=stage.reduction,
         learning_rate=stage.learning_rate or default_learning_rate(optimizer, shape.hidden_size, stage.start_from is not None),
         learning_rate_schedule=stage.learning_rate_schedule or SCHEDULES[1], warmup_steps=warmup,
         weight_decay=0.1 if stage.weight_decay is None else stage.weight_decay, gradient_clip=stage.gradient_clip or 1.0,

@@ -27,6 +27,7 @@ from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import filled_up, new_shape, shape_class
 from athanor.objectives.find import load_objective
 from athanor.parallel.recompute import recomputed
+from athanor.train.elastic import decides_bits
 from athanor.train.groups import check_groups
 from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
 
@@ -52,7 +53,8 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides what the stage learns."""
-        return identity(self.settings, self.shape, self.hashes)
+        kept = identity(self.settings, self.shape, self.hashes)
+        return kept | decides_bits(self.settings, self.layout, torch.get_num_threads())
 
 
 def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) -> Job:

@@ -19,6 +19,7 @@ from athanor.parallel.mesh import Mesh
 from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
 from athanor.train.balance import Balancer
+from athanor.train.exact import Exact
 from athanor.train.optimizer import Optimizer
 
 COLUMNS = ("tokens", "targets", "weight", "positions", "cu_seqlens")
@@ -38,6 +39,12 @@ class Tally:
             before = self.metrics.get(name, (0.0, 0.0))
             self.metrics[name] = before[0] + value.detach().double(), before[1] + count
 
+    def values(self, metrics: Sequence[str]) -> Tensor:
+        """The loss, and of each of these metrics the sum and the count [1 + 2 x metrics]."""
+        zero = torch.zeros_like(self.loss)
+        found = [value for name in metrics for value in self.metrics.get(name, (zero, 0.0))]
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=zero.device) for value in (self.loss, *found)])
+
 
 @dataclass
 class Trainee:
@@ -53,6 +60,7 @@ class Trainee:
     tally: Tally | None = None
     z_loss: float = 0.0
     balancer: Balancer | None = None
+    exact: Exact | None = None
 
     def score(self, part: nn.Module, x: Tensor, batch: Batch) -> Tensor | Scored:
         """Run one stage on a batch whose columns are on the device: its hidden states, or what the last says of the targets."""
@@ -73,20 +81,25 @@ class Trainee:
         self.tally.add(loss, found)
         return loss
 
+    def end_micro_batch(self, ends_shard: bool) -> None:
+        """Where sums are exact: hand on what a micro-batch gave, whose virtual shard may end with it."""
+        if self.exact is not None and self.tally is not None:
+            self.exact.end_micro_batch(self.tally.values(self.objective.METRICS), ends_shard)
+            self.tally = Tally(self.mesh.device)
+
     def report(self, is_asked_to_stop: bool) -> Tensor:
-        """This rank's share of a step's outcome, to be summed over all ranks; a NaN anywhere reaches every rank.
+        """A step's outcome, summed over all ranks; a NaN anywhere reaches every rank.
 
         The squared norm of the gradient, the wish to stop, the loss, and each metric with its count.
         """
-        tally, device = self.tally, self.mesh.device
-        assert tally is not None, "a step has begun"
-        zero = torch.zeros_like(tally.loss)
-        values = [value for name in self.objective.METRICS for value in tally.metrics.get(name, (zero, 0.0))]
-        sums = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in (tally.loss, *values)])
+        assert self.tally is not None, "a step has begun"
+        asked = torch.tensor([float(is_asked_to_stop)], dtype=torch.float64, device=self.mesh.device)
+        if self.exact is not None:
+            return self.exact.outcome(asked)
+        sums = self.tally.values(self.objective.METRICS)
         if not self.mesh.counts_tokens:
             sums.zero_()
-        asked = torch.tensor([float(is_asked_to_stop)], dtype=torch.float64, device=device)
-        return torch.cat([self.optimizer.squared_norm().reshape(1), asked, sums])
+        return self.mesh.sum(torch.cat([self.optimizer.squared_norm().reshape(1), asked, sums]))
 
 
 @dataclass(frozen=True)
@@ -133,11 +146,12 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
     mesh, optimizer = trainee.mesh, trainee.optimizer
     with interval("input"):
         names, counts = count_rows(trainee.objective, batches, mesh)
-        *totals, kept_tokens, keys_seen = mesh.sum(counts).tolist()
+        summed = mesh.sum(counts.sum(0)) if trainee.exact is None else trainee.exact.sum(counts)
+        *totals, kept_tokens, keys_seen = summed.tolist()
         trainee.totals = {name: max(total, 1e-9) for name, total in zip(names, totals, strict=True)}
     run_batches(trainee, batches)
     with interval("optimizer"):
-        sums = mesh.sum(trainee.report(is_asked_to_stop))
+        sums = trainee.report(is_asked_to_stop)
         is_made = optimizer.step(learning_rate, sums[0], sums[2], gradient_clip)
         optimizer.clear()
         if trainee.balancer is not None:
@@ -160,12 +174,14 @@ def run_batches(trainee: Trainee, batches: Sequence[Batch]) -> None:
 
 def run_micro_batches(trainee: Trainee, batches: Sequence[Batch]) -> None:
     """Forward and backward through the whole model, one micro-batch after another."""
-    for number, batch in enumerate(batches):
+    together = len(batches) if trainee.exact is None else len(batches) // trainee.exact.shards.count  # in a virtual shard
+    for number, batch in enumerate(batches, 1):
         with interval("compute"):
             for sharded in trainee.sharded:
-                sharded.begin(number == len(batches) - 1)
+                sharded.begin(number == len(batches), ends_shard=number % together == 0)
             columns = to_device(batch, trainee.mesh)
             trainee.compute(trainee.stages.last, columns["tokens"], columns).backward()
+            trainee.end_micro_batch(ends_shard=number % together == 0)
 
 
 def run_pipeline(runner: Runner, batches: Sequence[Batch], mesh: Mesh) -> None:
@@ -179,9 +195,8 @@ def run_pipeline(runner: Runner, batches: Sequence[Batch], mesh: Mesh) -> None:
 
 
 def count_rows(objective: Objective, batches: Sequence[Batch], mesh: Mesh) -> tuple[list[str], Tensor]:
-    """This rank's share of the denominators N, by name, then of the tokens kept and the keys that their queries see."""
+    """Each micro-batch's share of the denominators N, by name, then of the tokens kept and the keys that their queries see."""
     counts = [objective.count(batch) for batch in batches]
     names = sorted(counts[0])
-    kept = [count_kept(batch) for batch in batches]
-    values = [sum(count[name] for count in counts) for name in names] + [sum(pair[i] for pair in kept) for i in (0, 1)]
+    values = [[*(count[name] for name in names), *count_kept(batch)] for count, batch in zip(counts, batches, strict=True)]
     return names, torch.tensor(values, dtype=torch.float64, device=mesh.device) * float(mesh.counts_rows)

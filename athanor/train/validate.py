@@ -18,6 +18,7 @@ from athanor.inference.engine import Engine
 from athanor.inference.scheduler import Sampling
 from athanor.models.decoder import Decoder
 from athanor.objectives.batch import empty_row
+from athanor.parallel.exact import fold
 from athanor.train.meter import Meter
 from athanor.train.step import Trainee, to_device
 
@@ -46,7 +47,7 @@ def validate(trainee: Trainee, rows: Rows, seq_len: int, micro_batch_size: int, 
     """
     mesh, objective = trainee.mesh, trainee.objective
     together, chosen = micro_batch_size * mesh.layout.data_ranks, spread(range(rows.count), most_rows)
-    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(-(-len(chosen) // micro_batch_size), 2, dtype=torch.float64, device=mesh.device)  # of each micro-batch
     for first in range(0, len(chosen), together):
         begin = first + mesh.data_rank * micro_batch_size
         mine = [row for index in chosen[begin:begin + micro_batch_size] for row in rows.take(index, 1)]
@@ -57,15 +58,15 @@ def validate(trainee: Trainee, rows: Rows, seq_len: int, micro_batch_size: int, 
             scored = trainee.runner.forward(columns, trainee.score)
         else:
             scored = trainee.score(trainee.stages.last, columns["tokens"], columns)
-        if scored is not None:
+        if scored is not None and begin < len(chosen):
             _, found = objective.loss(scored, columns, dict.fromkeys(objective.count(batch), 1.0))
             summed, count = found["loss"]
-            sums += torch.stack([summed.double(), torch.full_like(summed, count, dtype=torch.float64)])
+            sums[begin // micro_batch_size] = torch.stack([summed.double(), torch.full_like(summed, count, dtype=torch.float64)])
     for sharded in trainee.sharded:
         sharded.rest()
     if not mesh.counts_tokens:
         sums.zero_()
-    loss, count = mesh.sum(sums).tolist()
+    loss, count = fold(mesh.sum(sums).t()).tolist() if len(sums) else (0.0, 0.0)
     return loss / count if count else None
 
 

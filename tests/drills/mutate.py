@@ -75,7 +75,7 @@ MUTANTS = (
     m("replicas forget the gradients of earlier micro-batches", "parallel/fully_shard:Replicas.hook",
       "gradient.add_(held)", "gradient", "dense-dp_replicate=2 keep_whole=false"),
     m("every micro-batch counts as the last one", "parallel/fully_shard:DataParallel.begin",
-      "self.model.set_requires_gradient_sync(is_last_micro_batch)", "self.model.set_requires_gradient_sync(False)", DP),
+      "self.model.set_requires_gradient_sync(is_reduced)", "self.model.set_requires_gradient_sync(False)", DP),
     m("tied embeddings learn from the last stage alone", "parallel/stages:Stages.complete",
       "grads[0] + theirs if first in self.parts else theirs + grads[0]", "theirs if first in self.parts else grads[0]", PP),
     m("tied embeddings within one rank are not added up", "parallel/stages:Stages.complete",

@@ -42,6 +42,8 @@ def test_batches_divide_or_name_the_nearest() -> None:
         check_batch(global_batch_tokens=4097, seq_len=256, micro_batch_size=4, data_ranks=2)
     with pytest.raises(LayoutError, match="nearest global_batch_tokens is 4096"):
         check_batch(global_batch_tokens=256 * 17, seq_len=256, micro_batch_size=8, data_ranks=2)
+    with pytest.raises(LayoutError, match=r"nearest global_batch_tokens is 3072, or 1, 2, 4 data ranks$"):
+        check_batch(global_batch_tokens=4096, seq_len=256, micro_batch_size=4, data_ranks=3)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 4))
