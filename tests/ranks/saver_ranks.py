@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,18 @@ def train_on_slow_disk(channel: Channel, seconds: float, **arguments: Any) -> di
 
     os.fsync = slow
     return train_stage(channel, **arguments)
+
+
+def train_and_do(channel: Channel, commands: dict[int, str], **arguments: Any) -> dict[str, Any]:
+    """Train, and run commands of the shell when steps are done, before what follows is saved."""
+    from athanor.train.loop import train_stage
+
+    def tell(**message: Any) -> None:
+        channel(**message)
+        if message["step"] in commands:
+            subprocess.run(commands[message["step"]], shell=True, check=True)
+
+    return train_stage(tell, **arguments)
 
 
 def train_and_die_saving(channel: Channel, save: int, moment: float, who: list[int], **arguments: Any) -> dict[str, Any]:
@@ -90,12 +103,12 @@ def load_and_save(channel: Channel, recipe: Any, source: str, folder: str, steps
     from athanor.train.saver import Saver
 
     meta = checkpoint.load(Path(source), trainee.stages, trainee.optimizer)
-    whole = {name: trainee.stages.whole(name) for name in trainee.stages.holders}
+    whole = {name: found.clone().numpy() for name in trainee.stages.holders
+             if (found := trainee.stages.whole(name)) is not None}  # on rank 0
     Saver(StageFolder(Path(folder)), trainee.stages, trainee.optimizer, is_async=False).save(meta)
     after = go_on(steps)
     leave()
-    return {**after, "weights": {name: found.numpy() for name, found in whole.items() if found is not None},
-            "updates": meta.updates}
+    return {**after, "weights": whole, "updates": meta.updates}
 
 
 def _prepare(recipe: Any) -> Any:
