@@ -30,7 +30,7 @@ from athanor.train.optimizer import Optimizer
 
 MOST_FAILED_SAVES = 3  # in a row
 LOOK_SECONDS = 0.05  # how often rank 0 looks whether the others have written
-NICENESS = 10  # of a writing thread: on a core that the step loop wants, it gets a tenth of the time (sched_prio_to_weight)
+NICENESS = 13  # of a writing thread: of a core that the step loop wants, Linux gives it a twentieth
 PAGE_BYTES = 4096
 SPARE = 1.02  # of a disk's free bytes that a checkpoint leaves to others
 
