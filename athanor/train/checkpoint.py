@@ -14,6 +14,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -196,20 +197,27 @@ def find_intact(folder: Path, on_damage: Callable[[Path, str], None]) -> Path | 
 
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
-    name = "COMPLETE"
     try:
-        hashes = read_json(path / name)
-        if not isinstance(hashes, dict) or not {"index.json", "meta.json"} <= set(hashes):
-            return "COMPLETE does not list its files"
-        for name, expected in hashes.items():
-            if hash_file(path / name) != expected:
-                return f"{name} does not have the content that was written"
+        hashes = read_json(path / "COMPLETE")
     except UserError:
         return "COMPLETE is missing or damaged, so it was not written to its end"
-    except FileNotFoundError:
-        return f"{name} is missing"
     except OSError as error:
-        return f"{name} cannot be read: {os.strerror(error.errno or 0).lower()}"
+        return f"COMPLETE cannot be read: {os.strerror(error.errno or 0).lower()}"
+    if not isinstance(hashes, dict) or not {"index.json", "meta.json"} <= set(hashes):
+        return "COMPLETE does not list its files"
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        found = pool.map(lambda name: _find_damage(path / name, hashes[name]), hashes)
+        return next((reason for reason in found if reason is not None), None)
+
+
+def _find_damage(file: Path, expected: str) -> str | None:
+    try:
+        if hash_file(file) != expected:
+            return f"{file.name} does not have the content that was written"
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        return f"{file.name} cannot be read: {os.strerror(error.errno or 0).lower()}"
     return None
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -188,11 +189,14 @@ class Saver:
                   until=until, total_seconds=seconds, size_bytes=self.size_bytes)
 
     def _gather(self, pending: Pending) -> dict[str, str] | None:
-        """The hashes of all files: from what the ranks leave beside them, or from the main thread."""
-        names = [name for name in self.names if name]
+        """The hashes of all files: from what ranks leave beside them, or from the main thread; None when one could not write."""
+        missing, found = [name for name in self.names if name], {}
         while not pending.have_met.wait(LOOK_SECONDS):
-            if all(_note(pending, name).exists() for name in names):
-                return {name: read_json(_note(pending, name)) for name in names}
+            while missing and _note(pending, missing[-1]).exists():
+                name = missing.pop()
+                found[name] = read_json(_note(pending, name))
+            if not missing:
+                return found
         return pending.hashes
 
     def _is_ours(self) -> bool:
@@ -246,6 +250,7 @@ class Copy:
         if self.device.type == "cuda" and len(self.bytes):
             with torch.cuda.device(self.device):
                 torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), len(self.bytes), 0)))
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self.bytes.data_ptr()).atexit = False
 
 
 def _fulfil(promise: Future[Any], work: Callable[[], Any]) -> None:
@@ -283,4 +288,5 @@ def _yield_to_others() -> None:
     """Let this thread have only what others leave of the processors (Linux has priorities of threads)."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
