@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from athanor.foundation.errors import DiskError, UserError
+from athanor.foundation.errors import AthanorError, DiskError, UserError
 from athanor.foundation.events import log_event
 from athanor.foundation.run_folder import StageFolder, disk_errors, read_json, write_json
 from athanor.parallel.stages import Stages
@@ -262,10 +262,10 @@ def _fulfil(promise: Future[Any], work: Callable[[], Any]) -> None:
 
 
 def _outcome(promise: Future[Any]) -> tuple[Any, str | None]:
-    """What was promised, and why not where the disk or the user is the reason."""
+    """What was promised, or why it could not be."""
     try:
         return promise.result(), None
-    except (DiskError, UserError) as error:
+    except AthanorError as error:
         return None, str(error)
 
 
