@@ -5,8 +5,8 @@
 Pairs of runs of the real trainer, which of a pair is first changes; on one rank, and sharded over two. Printed: how long the
 loop is blocked by a save (all but a run's first, which may still wait for memory, and its last, which is waited for), alone
 and as a share of the waiting loop's; and tokens per second of the steps that overlap with a save by at least half, as a share
-of the others'. With 95 % bootstrap intervals over pairs. A machine that has nothing else to do measures best: the writing
-thread has a low priority, which counts among threads that want the same core.
+of the others'. With 95 % bootstrap intervals over pairs. On a machine that does other things, too, nothing of it is true: the
+writing thread's low priority counts among all that want its core, and steps on all cores wait for the slowest.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from workload import prepare_run, train
 
 from athanor.models.shapes.decoder import DecoderShape
 
-SEQ_LEN, EVERY, SAVES = 64, 8, 5
-SHAPE = DecoderShape(vocab_size=1024, hidden_size=384, intermediate_size=1152, num_hidden_layers=6, num_attention_heads=6,
+SEQ_LEN, EVERY, SAVES = 64, 80, 4  # so far apart that a save is over before the next one begins
+SHAPE = DecoderShape(vocab_size=1024, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
                      tie_word_embeddings=True)
 SMALL = DecoderShape(vocab_size=1024, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
                      tie_word_embeddings=True)
