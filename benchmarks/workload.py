@@ -64,7 +64,8 @@ def train(recipe_file: Path, shape: DecoderShape, ranks: int, *overrides: str,
           target: str = "athanor.train.loop:train_stage") -> dict[str, Any]:
     """Train the recipe's stage in a run of its own on all cores, each rank on its part of them.
 
-    Returns what `train_stage` returns, the stage's book as `book`, and `loop_seconds` from the first step's end to the last's.
+    Returns what `train_stage` returns, the stage's book as `book`, the lines of its `events` and `metrics`, and `loop_seconds`
+    from the first step's end to the last's.
     """
     run = recipe_file.parent / f"run-{time.monotonic_ns()}"
     run.mkdir()
@@ -74,7 +75,8 @@ def train(recipe_file: Path, shape: DecoderShape, ranks: int, *overrides: str,
     arguments = {"run_folder": str(run), "recipe": recipe, "stage": "pretrain", "launched": time.perf_counter()}
     found = run_ranks(target, arguments, ranks, log_folder=run / "logs", timeout=240)[0]
     found["book"] = read_json(run / "pretrain" / "actual.json")
-    ends = [row["time"] for row in read_jsonl(run / "pretrain" / "metrics.jsonl")]
+    found["events"], found["metrics"] = (read_jsonl(run / "pretrain" / f"{name}.jsonl") for name in ("events", "metrics"))
+    ends = [row["time"] for row in found["metrics"]]
     found["loop_seconds"] = ends[-1] - ends[0]
     shutil.rmtree(run)
     return dict(found)

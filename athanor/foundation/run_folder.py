@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 from athanor.foundation.errors import DiskError, UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_waiting: dict[Path, list[dict[str, Any]]] = {}  # rows that could not be written yet
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class StageFolder:
     samples = property(lambda self: self.root / "samples.jsonl")
     logs = property(lambda self: self.root / "logs")
     checkpoints = property(lambda self: self.root / "checkpoints")
+    owner = property(lambda self: self.root / "owner.json")
     model = property(lambda self: self.root / "model")
 
 
@@ -124,6 +128,18 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
+def append_when_possible(path: Path, row: dict[str, Any]) -> None:
+    """Add one line; while the disk is full or read-only, lines wait in memory and are written before the next one."""
+    with _lock:
+        rows = [*_waiting.pop(path, []), row]
+        for number, each in enumerate(rows):
+            try:
+                append_jsonl(path, each)
+            except DiskError:
+                _waiting[path] = rows[number:]
+                return
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a JSON-lines file (none when it does not exist)."""
     rows = []
@@ -173,7 +189,27 @@ def sweep(folder: Path, name: str = "*") -> None:
         if path.name.endswith("-old") and not target.exists():
             path.rename(target)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, or a file: at once under its name, so that nobody finds or moves a part of it."""
+    with contextlib.suppress(OSError):
+        path = path.rename(path.with_name(f".{path.name.removeprefix('.')}.building-discarded"))
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:

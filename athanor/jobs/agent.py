@@ -58,7 +58,8 @@ class Attempt:
         since = max([line["time"] for line in self.ledger if "time" in line], default=self.launched)
         begun = next((row["time"] for row in self.events if row.get("kind") == "start"), self.failed)
         startup = max(0.0, min(begun, self.failed) - since)
-        saving = sum(row.get("seconds", 0.0) for row in self.events if row.get("kind") == "checkpoint" and row["time"] > since)
+        saving = sum(row.get("seconds", 0.0) for row in self.events if row.get("kind") == "checkpoint" and
+                     row.get("until", row["time"]) > since)
         return {"startup": startup, "checkpoint": saving, "lost": max(0.0, self.failed - since - startup - saving)}
 
 

@@ -6,28 +6,31 @@ under another name and renamed last; a folder without an intact COMPLETE is no c
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from athanor.foundation.errors import CheckpointError, DiskError, UserError
+from athanor.foundation.errors import CheckpointError, UserError
 from athanor.foundation.placement import Box, Placement
-from athanor.foundation.run_folder import disk_errors, hash_file, read_json, sweep, write_json
-from athanor.parallel.mesh import Mesh
+from athanor.foundation.run_folder import discard, hash_file, read_json, sweep, sync_folder, write_atomic, write_json
 from athanor.parallel.stages import Stages
 from athanor.train.optimizer import Optimizer
 
 FORMAT = 1
-KEPT = 2  # checkpoints that stay
+CHUNK_BYTES = 1 << 23  # that are hashed and written at a time
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors says
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -64,91 +67,117 @@ def entries(stages: Stages, optimizer: Optimizer) -> Iterator[Entry]:
         yield Entry(key, placed[parameter], parameter in owned, shard)
 
 
-def save(folder: Path, meta: Meta, stages: Stages, optimizer: Optimizer) -> Path:
-    """Write `folder/step-N`, all ranks together, and remove all but it and the KEPT - 1 before it.
+class Part:
+    """What a rank adds to every checkpoint of its attempt: a safetensors file, if it has anything that no rank before it has.
 
-    Raises DiskError on every rank when one of them could not write; then nothing of the new checkpoint is left.
+    `shards` are what the file holds, in its order; `tensors` says of each which part of which global tensor it is.
     """
-    mesh, target = stages.mesh, folder / f"step-{meta.step:08d}"
-    building = folder / f".{target.name}.building-{meta.attempt}"
-    if mesh.rank == 0:
-        shutil.rmtree(building, ignore_errors=True)
-    _together(mesh, building, lambda: building.mkdir(parents=True) if mesh.rank == 0 else None)
-    parts = _together(mesh, building, lambda: _write_shards(building, stages, optimizer))
 
-    def finish() -> None:
-        if mesh.rank == 0:
-            _write_index(building, parts, meta)
-            shutil.rmtree(target, ignore_errors=True)
-            building.rename(target)
+    def __init__(self, stages: Stages, optimizer: Optimizer) -> None:
+        held = [entry for entry in entries(stages, optimizer) if entry.is_owned and entry.shard.numel()]
+        held.sort(key=lambda entry: -entry.shard.element_size())  # so that each begins at a multiple of its element's size
+        self.shards = [entry.shard for entry in held]
+        self.name = f"rank-{stages.mesh.rank:05d}.safetensors" if held else None
+        self.tensors: dict[str, Any] = {}
+        described, self.size_bytes = {}, 0
+        for entry in held:
+            begin, self.size_bytes = self.size_bytes, self.size_bytes + entry.shard.nbytes
+            described[entry.key] = {"dtype": DTYPES[entry.shard.dtype], "shape": list(entry.shard.shape),
+                                    "data_offsets": [begin, self.size_bytes]}
+            self.tensors[entry.key] = {"dtype": str(entry.shard.dtype).removeprefix("torch."), "parts": [
+                {"file": self.name, **asdict(entry.placement.box())}], "shape": list(entry.placement.shape)}
+        header = json.dumps(described).encode()
+        header += b" " * (-len(header) % 8)
+        self.header = len(header).to_bytes(8, "little") + header
 
-    _together(mesh, building, finish)
-    if mesh.rank == 0:
-        found = list_checkpoints(folder)
-        kept = [path for path in found if path <= target][:KEPT]  # later ones were damaged, or we would have gone on from there
-        for path in found:
-            if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
-    return target
+    def write(self, folder: Path, content: Iterable[torch.Tensor]) -> str:
+        """Write the file, with `content` as the bytes of its shards, to the disk itself. Returns its sha256.
 
-
-def _together(mesh: Mesh, building: Path, work: Callable[[], Any]) -> list[Any]:
-    """Do `work` on every rank; its results by rank, or the first rank's DiskError on all of them."""
-    result, problem = None, None
-    try:
-        with disk_errors(building):
-            result = work()
-    except (DiskError, UserError) as error:
-        problem = str(error)
-    gathered = mesh.collect((result, problem))
-    for rank, (_, found) in enumerate(gathered):
-        if found is not None:
-            if mesh.rank == 0:
-                shutil.rmtree(building, ignore_errors=True)
-            raise DiskError(f"rank {rank} could not save: {found}")
-    return [value for value, _ in gathered]
+        Hashing and writing of large chunks let other threads compute.
+        """
+        assert self.name is not None, "this rank has something to save"
+        digest = hashlib.sha256(self.header)
+        with (folder / self.name).open("wb") as file:
+            file.write(self.header)
+            for tensor in content:
+                flat = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                for begin in range(0, len(flat), CHUNK_BYTES):
+                    chunk = flat[begin:begin + CHUNK_BYTES]
+                    digest.update(chunk)
+                    file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()
 
 
-def _write_shards(building: Path, stages: Stages, optimizer: Optimizer) -> dict[str, Any]:
-    """Write this rank's file, if it has anything that no rank before it has. Returns its tensors, parts and hash."""
-    tensors, described, parts = {}, {}, {}
-    for entry in entries(stages, optimizer):
-        described[entry.key] = {"dtype": str(entry.shard.dtype).removeprefix("torch."), "shape": list(entry.placement.shape),
-                                "parts": []}
-        if entry.is_owned and entry.shard.numel():
-            tensors[entry.key] = entry.shard.contiguous()
-            parts[entry.key] = asdict(entry.placement.box())
-    if not tensors:
-        return {"file": None, "tensors": described, "parts": {}, "hash": None}
-    path = building / f"rank-{stages.mesh.rank:05d}.safetensors"
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise DiskError(f"{path} could not be written: {error}") from error
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"file": path.name, "tensors": described, "parts": parts, "hash": hash_file(path)}
-
-
-def _write_index(building: Path, written: list[dict[str, Any]], meta: Meta) -> None:
+def join(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The text of index.json, from the `tensors` of every rank's part."""
     tensors: dict[str, Any] = {}
-    for rank in written:
-        for key, description in rank["tensors"].items():
-            tensors.setdefault(key, description)
-    for rank in written:
-        for key, box in rank["parts"].items():
-            tensors[key]["parts"].append({"file": rank["file"], **box})
-    write_json(building / "index.json", {"format": FORMAT, "tensors": tensors})
+    for key, described in itertools.chain.from_iterable(part.items() for part in parts):
+        if key in tensors:
+            tensors[key]["parts"] += described["parts"]
+        else:
+            tensors[key] = {**described, "parts": list(described["parts"])}
+    return json.dumps({"format": FORMAT, "tensors": tensors}, indent=1) + "\n"
+
+
+def complete(building: Path, index: str, meta: Meta, hashes: Mapping[str, str]) -> None:
+    """Add to the ranks' files, which have these hashes, what makes them a checkpoint; COMPLETE last."""
+    write_atomic(building / "index.json", index)
     write_json(building / "meta.json", asdict(meta))
-    hashes = {rank["file"]: rank["hash"] for rank in written if rank["file"]}
-    hashes |= {name: hash_file(building / name) for name in ("index.json", "meta.json")}
-    write_json(building / "COMPLETE", hashes)
+    written = {name: hash_file(building / name) for name in ("index.json", "meta.json")}
+    write_json(building / "COMPLETE", {**hashes, **written})
+    sync_folder(building)
+
+
+def place(building: Path, target: Path) -> None:
+    """Give a complete checkpoint its name; one that had it is replaced."""
+    old = building.with_name(f"{building.name}-old")
+    if os.path.lexists(target):
+        target.rename(old)
+    building.rename(target)
+    sync_folder(target.parent)
+    if os.path.lexists(old):
+        discard(old)
+
+
+def prune(found: Sequence[Path], newest: Path, keep_latest_k: int, keep_every: int) -> None:
+    """Remove what need not stay of the checkpoints `found`, the newest first, now that there is a still newer one.
+
+    Those stay that are among the latest (all if `keep_latest_k` is 0), and of steps that `keep_every` divides (none if 0).
+    Later ones were damaged, or we would have gone on from there.
+    """
+    older = [path for path in found if path < newest]
+    kept = older[:keep_latest_k - 1] if keep_latest_k else older
+    kept += [path for path in older if keep_every and step_of(path) % keep_every == 0]
+    for path in found:
+        if path not in kept and path != newest:
+            discard(path)
+
+
+def claim(owner: Path, attempt: int) -> str:
+    """Say in the file `owner` who saves from now on. An attempt that finds other text there than its own must not.
+
+    What older attempts have begun to save is to be swept away after this: then none of them can complete it any more.
+    """
+    text = json.dumps({"attempt": attempt, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}) + "\n"
+    write_atomic(owner, text)
+    return text
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders that are named like checkpoints, the newest first."""
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, reverse=True)
+    try:
+        return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {os.strerror(error.errno or 0).lower()}") from error
 
 
 def find_intact(folder: Path, on_damage: Callable[[Path, str], None]) -> Path | None:
@@ -172,13 +201,23 @@ def find_damage(path: Path) -> str | None:
         hashes = read_json(path / "COMPLETE")
     except UserError:
         return "COMPLETE is missing or damaged, so it was not written to its end"
+    except OSError as error:
+        return f"COMPLETE cannot be read: {os.strerror(error.errno or 0).lower()}"
     if not isinstance(hashes, dict) or not {"index.json", "meta.json"} <= set(hashes):
         return "COMPLETE does not list its files"
-    for name, expected in hashes.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if hash_file(path / name) != expected:
-            return f"{name} does not have the content that was written"
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        found = pool.map(lambda name: _find_damage(path / name, hashes[name]), hashes)
+        return next((reason for reason in found if reason is not None), None)
+
+
+def _find_damage(file: Path, expected: str) -> str | None:
+    try:
+        if hash_file(file) != expected:
+            return f"{file.name} does not have the content that was written"
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        return f"{file.name} cannot be read: {os.strerror(error.errno or 0).lower()}"
     return None
 
 
@@ -188,7 +227,11 @@ def read_meta(path: Path) -> Meta:
     if not isinstance(raw, dict) or raw.get("format", 0) > FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else None
         raise CheckpointError(f"{path} has format {found}, this version reads up to {FORMAT}; use a newer Athanor")
-    return Meta(**raw)
+    try:
+        return Meta(**raw)
+    except TypeError:
+        raise CheckpointError(f"{path / 'meta.json'} has the keys {', '.join(raw)}; it must have "
+                              f"{', '.join(Meta.__dataclass_fields__)}") from None
 
 
 def load(path: Path, stages: Stages, optimizer: Optimizer) -> Meta:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from athanor.data.text.tokenizer import FILES as TOKENIZER_FILES
-from athanor.foundation.errors import AthanorError, DiskError, UserError
+from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.events import log_event
 from athanor.foundation.intervals import activate, interval
 from athanor.foundation.layout import keeps_whole
 from athanor.foundation.recipe import Recipe
-from athanor.foundation.run_folder import RunFolder, StageFolder, append_jsonl, folder_renamed_last, read_jsonl
+from athanor.foundation.run_folder import RunFolder, StageFolder, append_when_possible, folder_renamed_last, read_jsonl
 from athanor.ledger.attempts import roll_back
 from athanor.models import fp8
 from athanor.models.decoder import Decoder
@@ -44,19 +44,20 @@ from athanor.train.masters import Masters
 from athanor.train.memory import explain, is_out_of_memory
 from athanor.train.meter import Meter
 from athanor.train.optimizer import STATE_DTYPES, Optimizer
+from athanor.train.saver import Saver
 from athanor.train.schedule import learning_rate
 from athanor.train.stage import Job, claim_folder, is_finished, resolve
 from athanor.train.step import Outcome, Trainee, run_step
 from athanor.train.validate import Sampler, validate, whole
 
-MOST_FAILED_SAVES = 3  # in a row
 MOST_SKIPPED_STEPS = 10  # in a row
 Channel = Callable[..., None]
 
 
 @dataclass
 class Progress:
-    """How far a stage is: steps done, rows read, tokens kept; this attempt's number; what went wrong in a row.
+    """How far a stage is: steps done, rows read, tokens kept; this attempt's number, and how it says that the folder is its own;
+    what went wrong in a row.
 
     A signal sets `wants_to_stop` on its rank; `is_asked_to_stop` is what all ranks have agreed on since.
     """
@@ -65,7 +66,7 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     attempt: int = 0
-    failed_saves: int = 0
+    owner: str | None = None
     skipped_steps: int = 0
     wants_to_stop: bool = False
     is_asked_to_stop: bool = False
@@ -80,6 +81,7 @@ class Run:
     progress: Progress
     meter: Meter
     channel: Channel
+    saver: Saver
 
     @property
     def mesh(self) -> Mesh:
@@ -113,10 +115,12 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
         if not is_finished(job):
             trainee = build(job, mesh)
             resume(job, trainee, progress)
+            saver = Saver(job.folder, trainee.stages, trainee.optimizer, keep_latest_k=job.settings.keep_latest_k,
+                          keep_every=job.settings.keep_every, is_async=job.settings.save_async, owner=progress.owner)
             meter = Meter(job.folder.root / "ledger.jsonl", devices=job.layout.world_size, accelerator=accelerator,
                           peak_flops=peak_flops, launched=launched, attempt=progress.attempt, first_step=progress.step,
                           peers=mesh.peers())
-            run_loop(Run(job, trainee, progress, meter, channel))
+            run_loop(Run(job, trainee, progress, meter, channel, saver))
         return summarise(job, progress.is_asked_to_stop)
     except (RuntimeError, MemoryError) as error:
         if job is None or mesh is None or not is_out_of_memory(error):
@@ -213,6 +217,7 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
         tail_seconds = unwritten_seconds(folder)
         starts = [row for row in read_jsonl(folder.events) if row.get("kind") == "start"]
         progress.attempt, ranks_before = len(starts), starts[-1].get("ranks", ranks_before) if starts else ranks_before
+        progress.owner = checkpoint.claim(folder.owner, progress.attempt)
 
         def on_damage(path: Path, reason: str) -> None:
             log_event(folder.events, "damaged", f"checkpoint {path.name} cannot be used: {reason}", attempt=progress.attempt)
@@ -263,13 +268,15 @@ def run_loop(run: Run) -> None:
         is_last = progress.step == settings.steps
         checked = evaluate(run, sampler) if is_last or progress.step % settings.evaluate_every == 0 else None
         record(run, outcome, rate, (begin, fetched, end), checked)
-        if is_last or progress.is_asked_to_stop or progress.step % settings.checkpoint_every == 0:
+        if progress.is_asked_to_stop or settings.is_saved(progress.step):
             save(run)
         if not is_warm:
             is_warm = True
             with interval("startup"):
                 gc.collect()
                 gc.freeze()  # what exists now stays; the collector need not look at it again
+    with whole("checkpoint", meter):
+        run.saver.finish()
     if progress.step == settings.steps:
         publish(run)
     book = meter.close()
@@ -295,7 +302,7 @@ def evaluate(run: Run, sampler: Sampler) -> float | None:
         run.trainee.stages.train(False)
         loss = validate(run.trainee, run.job.held_out, settings.seq_len, settings.micro_batch_size, settings.evaluate_rows)
         for row in sampler(run.progress.step):
-            append_jsonl(run.job.folder.samples, row)
+            append_when_possible(run.job.folder.samples, row)
         run.trainee.stages.train()
         run.mesh.share(None)
     return loss
@@ -313,7 +320,7 @@ def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, f
                    "grad_norm": _finite(outcome.grad_norm), "learning_rate": rate, "step_seconds": seconds,
                    "input_seconds": times[1] - times[0], "tokens_per_second": tokens / seconds,
                    "mfu": meter.mfu(flops, seconds), "skipped": outcome.is_skipped, "time": time.time()}
-            append_jsonl(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
+            append_when_possible(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
             shown = {key: row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")}
             run.channel(**shown, steps=job.settings.steps, validation_loss=checked, accounts=meter.so_far())
     meter.end_step(tokens=tokens, flops=flops, flops_full=flops_full)
@@ -330,25 +337,14 @@ def _finite(value: float) -> float | None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint. When the disk is full, say so and go on, up to MOST_FAILED_SAVES times in a row."""
+    """Begin a checkpoint."""
     job, progress = run.job, run.progress
     run.meter.exchange()  # steps that a checkpoint keeps must be in the ledger before it, whatever happens after
-    begin = time.perf_counter()
-    meta = checkpoint.Meta(progress.step, progress.samples, progress.tokens, run.trainee.optimizer.updates, progress.attempt,
-                           job.settings.data_shards, asdict(job.layout), job.hashes,
-                           {"torch": torch.__version__, "python": platform.python_version()})
-    try:
-        with whole("checkpoint", run.meter):
-            path = checkpoint.save(job.folder.checkpoints, meta, run.trainee.stages, run.trainee.optimizer)
-    except DiskError as error:
-        progress.failed_saves += 1
-        if progress.failed_saves > MOST_FAILED_SAVES:
-            raise
-        run.log("unsaved", f"{error}; the run goes on without this checkpoint")
-        return
-    progress.failed_saves = 0
-    seconds = time.perf_counter() - begin
-    run.log("checkpoint", f"checkpoint {path.name} is complete, the loop waited {seconds:.2f} s", seconds=seconds)
+    with whole("checkpoint", run.meter):
+        run.saver.save(checkpoint.Meta(
+            progress.step, progress.samples, progress.tokens, run.trainee.optimizer.updates, progress.attempt,
+            job.settings.data_shards, asdict(job.layout), job.hashes,
+            {"torch": torch.__version__, "python": platform.python_version()}))
 
 
 def publish(run: Run) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from athanor.foundation.intervals import Recorder, activate, interval
-from athanor.foundation.run_folder import append_jsonl, read_jsonl
+from athanor.foundation.run_folder import append_when_possible, read_jsonl
 from athanor.ledger.attempts import book_of
 from athanor.ledger.attribute import COMPUTE, attribute, condense
 from athanor.ledger.book import Book
@@ -94,7 +94,7 @@ class Meter:
                 self.spent_flops += self.flops
                 for name, seconds in accounts.items():
                     self.accounts[name] = self.accounts.get(name, 0.0) + seconds
-                append_jsonl(self.file, {
+                append_when_possible(self.file, {
                     "attempt": self.attempt, "time": time.time(), "first_step": self.first_step, "last_step": self.step,
                     "wall_seconds": wall, "device_seconds": sum(w for _, w in gathered), "tokens": self.tokens,
                     "model_flops": self.flops, "model_flops_full": self.flops_full, "accounts": accounts})

@@ -102,6 +102,7 @@ class Optimizer:
         if self.muon:
             self.orthogonaliser = Orthogonaliser([self.placed[piece.parameter] for piece in self.muon], self.stages.mesh)
         self.counted = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.copied: torch.cuda.Event | None = None  # when a checkpoint has its copy of what the next update changes
 
     @property
     def updates(self) -> int:
@@ -128,6 +129,8 @@ class Optimizer:
         `squared_norm` and `loss` are scalars over all ranks. When one of them is not finite, weights and state keep their
         bits and the step does not count. Returns whether it was made, as a scalar on the device.
         """
+        if self.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
         norm = squared_norm.sqrt()
         is_made = norm.isfinite() & loss.isfinite()
         factor = torch.where(norm > clip, clip / (norm + 1e-6), 1.0)

@@ -51,8 +51,15 @@ class Settings:
     compile: bool
     recompute: str
     checkpoint_every: int
+    keep_latest_k: int
+    keep_every: int
+    save_async: bool
     evaluate_every: int
     evaluate_rows: int | None
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        return step % self.checkpoint_every == 0 or (self.keep_every > 0 and step % self.keep_every == 0) or step == self.steps
 
     @property
     def rows_per_step(self) -> int:
@@ -77,7 +84,7 @@ class Settings:
 
 # keys that may change between two attempts of a stage: they alter how it is computed, not what
 INCIDENTAL = ("micro_batch_size", "num_microbatches", "data_shards", "reduction", "compile", "recompute", "checkpoint_every",
-              "evaluate_every", "evaluate_rows")
+              "keep_latest_k", "keep_every", "save_async", "evaluate_every", "evaluate_rows")
 
 
 def layout_of(recipe: Recipe) -> Layout:
@@ -126,6 +133,9 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     warmup = stage.warmup_steps if stage.warmup_steps is not None else min(steps // 5, max(10, steps // 20))
     if warmup > steps:
         raise UserError(f"stage.{stage.name}.warmup_steps = {warmup} is more than its {steps} steps")
+    if stage.keep_latest_k == 1:
+        raise UserError(f"stage.{stage.name}.keep_latest_k = 1 leaves nothing to go on from when that one is damaged; keep 2 "
+                        "or more, or 0 for all")
     optimizer = stage.optimizer or "muon"
     return Settings(
         stage=stage.name, objective=stage.objective, data=stage.data, start_from=stage.start_from, seed=recipe.seed,
@@ -140,7 +150,8 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
         groups=tuple(Group(**group.model_dump()) for group in stage.group) or None, ramp=ramp,
         precision=stage.precision or "fp32", compile=bool(stage.compile),
         recompute=recipe.parallel.recompute or "none",
-        checkpoint_every=stage.checkpoint_every or max(1, -(-steps // 4)),
+        checkpoint_every=stage.checkpoint_every or max(1, -(-steps // 4)), keep_latest_k=stage.keep_latest_k,
+        keep_every=stage.keep_every or 0, save_async=stage.save_async,
         evaluate_every=stage.evaluate_every or max(1, -(-steps // 8)), evaluate_rows=stage.evaluate_rows)
 
 

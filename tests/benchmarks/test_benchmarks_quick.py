@@ -73,6 +73,12 @@ def test_metering_runs() -> None:
 
 
 @pytest.mark.slow
+def test_saving_runs() -> None:
+    for found in run("saving.py", "--json"):
+        assert found["size_bytes"] > 1e5 and found["blocked_seconds"]["async"] > 0 and found["blocked_share"][0] > 0
+
+
+@pytest.mark.slow
 def test_restart_runs() -> None:
     for found in run("restart.py", "--json"):
         assert found["detect"] < 5 and 0 < found["after_detection"] < 30

@@ -47,7 +47,7 @@ def train_with(channel: Callable[..., None], place: str, seconds: float, **argum
     'hide' (the optimizer's time is not recorded)."""
     from athanor.models import collectives
     from athanor.parallel import fully_shard, pipeline
-    from athanor.train import checkpoint, loop, step
+    from athanor.train import loop, saver, step
 
     once, is_second = OncePerStep(seconds), os.environ["RANK"] == "1"
     os.fsync = lambda descriptor: None  # how long the disk takes is not what is measured
@@ -61,13 +61,13 @@ def train_with(channel: Callable[..., None], place: str, seconds: float, **argum
 
         loop.fetch = late
     elif place == "save":
-        save = checkpoint.save
+        save = saver.Saver.save
 
         def slow(*args: Any) -> Any:
             pause(seconds)
             return save(*args)
 
-        checkpoint.save = slow
+        saver.Saver.save = slow
     elif place == "one rank" and is_second:
         step.to_device = once.delayed(step.to_device)
     elif place == "stage" and is_second:

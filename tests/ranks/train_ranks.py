@@ -58,17 +58,18 @@ def train_too_large(channel: Channel, **arguments: Any) -> dict[str, Any]:
 def save_again(channel: Channel, source: str, target_folder: str, run_folder: str, recipe: Any, stage: str,
                launched: float) -> dict[str, Any]:
     """Load a checkpoint in this layout and save it again."""
-    from athanor.foundation.run_folder import RunFolder
+    from athanor.foundation.run_folder import RunFolder, StageFolder
     from athanor.parallel.mesh import leave, make_mesh
     from athanor.train import checkpoint
     from athanor.train.loop import build
+    from athanor.train.saver import Saver
     from athanor.train.stage import resolve
 
     job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ["WORLD_SIZE"]))
     mesh = make_mesh(job.layout, "cpu")
     trainee = build(job, mesh)
     meta = checkpoint.load(Path(source), trainee.stages, trainee.optimizer)
-    checkpoint.save(Path(target_folder), meta, trainee.stages, trainee.optimizer)
+    Saver(StageFolder(Path(target_folder)), trainee.stages, trainee.optimizer, is_async=False).save(meta)
     leave()
     return {}
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from saved import assemble
 
 from athanor.foundation.errors import DiskError, RankError, UserError
 from athanor.foundation.run_folder import RunFolder, read_json, read_jsonl
@@ -120,25 +121,10 @@ def test_another_layout_goes_on(train: Train, run_folder: Path, tmp_path: Path, 
     first = max((RunFolder(run_folder).stage("pretrain").checkpoints).iterdir())
     again = tmp_path / "again"
     train(run_folder, *FIRST, *precise, *layout, target="train_ranks:save_again", source=str(first), target_folder=str(again))
-    assert_same_tensors(first, again / first.name)
+    assert_same_tensors(first, again / "checkpoints" / first.name)
     found = train(run_folder, *FIRST, *precise, *layout)
     wanted = train(whole, *FIRST, *precise)
     np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=0, atol=1e-11)
-
-
-def assemble(path: Path) -> dict[str, torch.Tensor]:
-    """The whole tensors of a checkpoint, put together by its index; every element must be there once."""
-    files = {file.name: load_file(file) for file in path.glob("*.safetensors")}
-    out = {}
-    for key, entry in read_json(path / "index.json")["tensors"].items():
-        whole = torch.full(entry["shape"], torch.nan, dtype=getattr(torch, entry["dtype"]))
-        for part in entry["parts"]:
-            place = whole[tuple(slice(a, a + n) for a, n in zip(part["offset"], part["shape"], strict=True))]
-            assert place.isnan().all(), f"{key} is stored twice"
-            place.copy_(files[part["file"]][key])
-        assert not whole.isnan().any(), f"{key} is not stored in full"
-        out[key] = whole
-    return out
 
 
 def assert_same_tensors(first: Path, second: Path) -> None:

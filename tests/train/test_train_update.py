@@ -14,7 +14,7 @@ import torch
 from athanor.foundation.errors import CheckpointError, DataError, LayoutError, ModelError, RecipeError, UserError
 from athanor.foundation.layout import Layout
 from athanor.foundation.recipe import Recipe, load_recipe
-from athanor.foundation.run_folder import RunFolder, read_json, write_json
+from athanor.foundation.run_folder import RunFolder, StageFolder, read_json, write_json
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.zoo.llama import build
@@ -23,6 +23,7 @@ from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
 from athanor.train.muon import newton_schulz, share_out
 from athanor.train.optimizer import Optimizer, is_decayed
+from athanor.train.saver import Saver
 from athanor.train.schedule import learning_rate
 from athanor.train.settings import Settings, layout_of, settle
 from athanor.train.stage import resolve
@@ -193,7 +194,8 @@ def test_answers_are_learned_from_where_pretraining_ended(train: Train, run_fold
 def test_a_checkpoint_of_another_model_or_a_newer_format_is_refused(tmp_path: Path) -> None:
     model, _ = model_and_gradients(0)
     meta = checkpoint.Meta(1, 8, 64, 1, 0, 1, {}, {}, {})
-    path = checkpoint.save(tmp_path, meta, Stages.alone(model), Optimizer(Stages.alone(model), "adamw", 0.1))
+    Saver(StageFolder(tmp_path), Stages.alone(model), Optimizer(Stages.alone(model), "adamw", 0.1), is_async=False).save(meta)
+    (path,) = checkpoint.list_checkpoints(tmp_path / "checkpoints")
     wider = build(DecoderShape(vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2))
     before = [p.detach().clone() for p in wider.parameters()]
     with pytest.raises(CheckpointError, match=r"checkpoint of another model: .*model.layers.1.* is not in the model") as caught:
@@ -209,10 +211,13 @@ def test_a_checkpoint_of_another_model_or_a_newer_format_is_refused(tmp_path: Pa
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     model, _ = model_and_gradients(0)
     optimizer = Optimizer(Stages.alone(model), "muon", 0.1)
+    folder = StageFolder(tmp_path)
+    saver = Saver(folder, Stages.alone(model), optimizer)
     for step in (2, 4, 6, 8):
-        checkpoint.save(tmp_path, checkpoint.Meta(step, 0, 0, step, 0, 1, {}, {}, {}), Stages.alone(model), optimizer)
-    (tmp_path / ".step-00000010.building-0").mkdir()
-    found = checkpoint.find_intact(tmp_path, lambda path, reason: None)
+        saver.save(checkpoint.Meta(step, 0, 0, step, 0, 1, {}, {}, {}))
+    saver.finish()
+    (folder.checkpoints / ".step-00000010.building-0").mkdir()
+    found = checkpoint.find_intact(folder.checkpoints, lambda path, reason: None)
     assert found is not None and found.name == "step-00000008"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000008"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000006", "step-00000008"]
     assert checkpoint.load(found, Stages.alone(model), optimizer).step == 8 and optimizer.updates == 8

@@ -1,0 +1,380 @@
+"""Saving while training goes on: what the loop waits for, what stays, who may save, and what kills and bad disks leave."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from athanor.foundation.errors import CheckpointError, DiskError, RankError, UserError
+from athanor.foundation.run_folder import RunFolder, StageFolder, append_when_possible, read_json, read_jsonl, write_json
+from athanor.ledger.book import read_book
+from athanor.models.initialize import initialize
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.zoo.llama import build
+from athanor.parallel.stages import Stages
+from athanor.train import checkpoint
+from athanor.train.optimizer import Optimizer
+from athanor.train.saver import MOST_FAILED_SAVES, Saver
+
+Train = Callable[..., dict[str, Any]]
+SIX = ("stage.pretrain.steps=6", "stage.pretrain.evaluate_every=6", "stage.pretrain.precision=fp32")
+OFTEN = (*SIX, "stage.pretrain.checkpoint_every=1", "parallel.dp_shard=2")
+SHAPE = DecoderShape(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+
+
+def trained(kind: str = "adamw") -> tuple[Stages, Optimizer]:
+    """A model of one rank with state in its optimizer."""
+    model = build(SHAPE)
+    initialize(model, 0)
+    stages = Stages.alone(model)
+    optimizer = Optimizer(stages, kind, 0.1)
+    for _, _, tensor in optimizer.state():
+        tensor.normal_(generator=torch.Generator().manual_seed(tensor.numel()))
+    return stages, optimizer
+
+
+def meta_of(step: int, attempt: int = 0) -> checkpoint.Meta:
+    return checkpoint.Meta(step, 8 * step, 64 * step, step, attempt, 1, {}, {}, {})
+
+
+def names(folder: StageFolder) -> list[str]:
+    return sorted(path.name for path in folder.checkpoints.iterdir())
+
+
+def kinds(folder: StageFolder) -> list[str]:
+    return [row["kind"] for row in read_jsonl(folder.events)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StageFolder:
+    return StageFolder(tmp_path / "stage")
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_what_is_saved_are_the_values_of_that_moment(folder: StageFolder, monkeypatch: pytest.MonkeyPatch,
+                                                     is_async: bool) -> None:
+    stages, optimizer = trained("muon")
+    wanted = {entry.key: entry.shard.clone() for entry in checkpoint.entries(stages, optimizer)}
+    gate, write = threading.Event(), checkpoint.Part.write
+
+    def late(self: checkpoint.Part, *rest: Any) -> str:
+        assert not is_async or gate.wait(20)
+        return write(self, *rest)
+
+    monkeypatch.setattr(checkpoint.Part, "write", late)
+    saver = Saver(folder, stages, optimizer, is_async=is_async)
+    saver.save(meta_of(3))
+    with torch.no_grad():
+        for entry in checkpoint.entries(stages, optimizer):
+            entry.shard.fill_(7)
+    assert names(folder) == ([".step-00000003.building-0"] if is_async else ["step-00000003"])
+    gate.set()
+    saver.finish()
+    (path,) = checkpoint.list_checkpoints(folder.checkpoints)
+    found = load_file(path / "rank-00000.safetensors")  # an independent reader of the file
+    assert set(found) == set(wanted) and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert sorted(file.name for file in path.iterdir()) == ["COMPLETE", "index.json", "meta.json", "rank-00000.safetensors"]
+    assert checkpoint.load(path, stages, optimizer) == meta_of(3)
+    assert all(torch.equal(entry.shard, wanted[entry.key]) for entry in checkpoint.entries(stages, optimizer))
+
+
+def test_moments_in_bf16_lie_beside_weights_in_fp32(folder: StageFolder) -> None:
+    stages, _ = trained()
+    optimizer = Optimizer(stages, "adamw", 0.1, state_dtype=torch.bfloat16)
+    wanted = {entry.key: entry.shard.clone() for entry in checkpoint.entries(stages, optimizer)}
+    Saver(folder, stages, optimizer, is_async=False).save(meta_of(1))
+    found = load_file(folder.checkpoints / "step-00000001" / "rank-00000.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32, torch.bfloat16}
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(("keep_latest_k", "keep_every", "left"), [(2, 0, [8, 9]), (3, 0, [7, 8, 9]), (2, 4, [4, 8, 9]),
+                                                                   (0, 0, [1, 2, 3, 4, 5, 6, 7, 8, 9]), (2, 3, [3, 6, 8, 9])])
+def test_the_latest_stay_and_every_nth(folder: StageFolder, keep_latest_k: int, keep_every: int, left: list[int]) -> None:
+    saver = Saver(folder, *trained(), keep_latest_k=keep_latest_k, keep_every=keep_every)
+    for step in range(1, 10):
+        saver.save(meta_of(step))
+    saver.finish()
+    assert names(folder) == [f"step-{step:08d}" for step in left]
+
+
+def test_steps_between_are_saved_for_good(train: Train, run_folder: Path) -> None:
+    train(run_folder, *SIX, "stage.pretrain.steps=7", "stage.pretrain.checkpoint_every=2", "stage.pretrain.keep_every=3")
+    stage = RunFolder(run_folder).stage("pretrain")
+    assert [row["step"] for row in read_jsonl(stage.events) if row["kind"] == "checkpoint"] == [2, 3, 4, 6, 7]
+    assert names(stage) == ["step-00000003", "step-00000006", "step-00000007"]
+    with pytest.raises(UserError, match="keep_latest_k = 1 leaves nothing to go on from when that one is damaged"):
+        train(run_folder, "stage.pretrain.keep_latest_k=1")
+
+
+def test_the_loop_goes_on_while_a_slow_disk_is_written(train: Train, run_folder: Path) -> None:
+    """With 0.3 s for each of a save's seven flushes, steps are done before it is complete, and `checkpoint` has little."""
+    train(run_folder, *SIX, "parallel.dp_shard=2", "stage.pretrain.checkpoint_every=2", "stage.pretrain.steps=3",
+          target="saver_ranks:train_on_slow_disk", seconds=0.3)
+    stage = RunFolder(run_folder).stage("pretrain")
+    first, last = (row for row in read_jsonl(stage.events) if row["kind"] == "checkpoint")
+    steps = {row["step"]: row["time"] for row in read_jsonl(stage.metrics)}
+    assert steps[3] < first["time"] and first["total_seconds"] > 6 * 0.3 > 10 * first["seconds"]
+    assert first["step"] == 2 and last["step"] == 3
+    assert last["seconds"] == pytest.approx(first["time"] - steps[3], abs=0.5), "the next one waits for it"
+    assert read_book(stage.actual).accounts["checkpoint"] >= 2 * last["seconds"]
+
+
+def test_without_asynchronous_saves_the_loop_waits(train: Train, run_folder: Path) -> None:
+    train(run_folder, *SIX, "stage.pretrain.checkpoint_every=2", "stage.pretrain.steps=3", "stage.pretrain.save_async=false",
+          target="saver_ranks:train_on_slow_disk", seconds=0.1)
+    stage = RunFolder(run_folder).stage("pretrain")
+    first, _ = (row for row in read_jsonl(stage.events) if row["kind"] == "checkpoint")
+    assert first["time"] < {row["step"]: row["time"] for row in read_jsonl(stage.metrics)}[3]
+    assert first["seconds"] == first["total_seconds"] > 6 * 0.1
+
+
+# who may save
+
+
+def test_an_older_attempt_cannot_complete_what_it_has_begun(folder: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hangs while it writes, a new attempt takes over and saves, then it goes on."""
+    stages, optimizer = trained()
+    old = Saver(folder, stages, optimizer, owner=checkpoint.claim(folder.owner, 0))
+    old.save(meta_of(1))
+    old.finish()
+    gate, write = threading.Event(), checkpoint.Part.write
+
+    def late(self: checkpoint.Part, building: Path, content: Any) -> str:
+        assert not building.name.endswith("-0") or gate.wait(20)
+        return write(self, building, content)
+
+    monkeypatch.setattr(checkpoint.Part, "write", late)
+    old.save(meta_of(2))
+    new = Saver(folder, stages, optimizer, owner=checkpoint.claim(folder.owner, 1))
+    found = checkpoint.find_intact(folder.checkpoints, lambda path, reason: pytest.fail(reason))
+    assert found is not None and found.name == "step-00000001"
+    for step in (2, 3, 4):
+        new.save(meta_of(step, 1))
+    new.finish()
+    gate.set()
+    with pytest.raises(UserError, match=r"another attempt trains in .* by now \(.*owner.json says which\)"):
+        old.finish()
+    assert names(folder) == ["step-00000003", "step-00000004"]
+    assert all(checkpoint.read_meta(path).attempt == 1 for path in checkpoint.list_checkpoints(folder.checkpoints))
+    old.save(meta_of(5))
+    with pytest.raises(UserError, match="another attempt"):  # nor what it begins afterwards
+        old.finish()
+    assert names(folder) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("moment", ["before it looks", "after it looked"])
+def test_between_completing_and_renaming_another_may_take_over(folder: StageFolder, monkeypatch: pytest.MonkeyPatch,
+                                                              moment: str) -> None:
+    stages, optimizer = trained()
+    old = Saver(folder, stages, optimizer, owner=checkpoint.claim(folder.owner, 0))
+    place, complete = checkpoint.place, checkpoint.complete
+
+    def take_over() -> None:
+        checkpoint.claim(folder.owner, 1)
+        assert checkpoint.find_intact(folder.checkpoints, lambda path, reason: pytest.fail(reason)) is None
+
+    def late_complete(*arguments: Any) -> None:
+        complete(*arguments)
+        take_over()
+
+    def late_place(*arguments: Any) -> None:
+        take_over()
+        place(*arguments)
+
+    if moment == "before it looks":
+        monkeypatch.setattr(checkpoint, "complete", late_complete)
+    else:
+        monkeypatch.setattr(checkpoint, "place", late_place)
+    old.save(meta_of(1))
+    with pytest.raises(UserError, match="another attempt"):
+        old.finish()
+    assert names(folder) == []
+
+
+# damage
+
+
+def damage(path: Path, how: str) -> str:
+    """Damage a checkpoint; what is to be said of it."""
+    shard, complete = path / "rank-00000.safetensors", path / "COMPLETE"
+    if how == "bit":
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 16
+        shard.write_bytes(content)
+        return "rank-00000.safetensors does not have the content that was written"
+    if how == "truncated":
+        os.truncate(shard, shard.stat().st_size - 1)
+        return "rank-00000.safetensors does not have the content that was written"
+    if how == "empty COMPLETE":
+        complete.write_text("")
+        return "COMPLETE is missing or damaged"
+    if how == "no index":
+        (path / "index.json").unlink()
+        return "index.json is missing"
+    if how == "nothing listed":
+        write_json(complete, {})
+        return "COMPLETE does not list its files"
+    shutil.rmtree(path)
+    if how == "a file":
+        path.write_text("")
+        return "COMPLETE cannot be read: not a directory"
+    path.symlink_to(path)  # as unreadable to root as to others
+    return "COMPLETE cannot be read: too many levels of symbolic links"
+
+
+@pytest.mark.parametrize("how", ["bit", "truncated", "empty COMPLETE", "no index", "nothing listed", "a file", "unreadable"])
+def test_damage_is_named_and_the_newest_intact_one_found(folder: StageFolder, how: str) -> None:
+    saver = Saver(folder, *trained())
+    for step in (1, 2):
+        saver.save(meta_of(step))
+    saver.finish()
+    newest = folder.checkpoints / "step-00000002"
+    expected, told = damage(newest, how), []
+    found = checkpoint.find_intact(folder.checkpoints, lambda path, reason: told.append((path, reason)))
+    assert found == folder.checkpoints / "step-00000001"
+    ((path, reason),) = told
+    assert path == newest and reason.startswith(expected)
+    saver.save(meta_of(2))  # in its place
+    saver.finish()
+    assert checkpoint.find_damage(newest) is None and names(folder) == ["step-00000001", "step-00000002"]
+
+
+def test_folders_that_cannot_be_read_and_foreign_meta_are_sentences(folder: StageFolder) -> None:
+    Saver(folder, *trained(), is_async=False).save(meta_of(1))
+    path = folder.checkpoints / "step-00000001"
+    write_json(path / "meta.json", {"format": 1, "steps": 3})
+    with pytest.raises(CheckpointError, match=r"meta.json has the keys format, steps; it must have step, samples"):
+        checkpoint.read_meta(path)
+    write_json(path / "meta.json", [])
+    with pytest.raises(CheckpointError, match="has format None"):
+        checkpoint.read_meta(path)
+    shutil.rmtree(folder.checkpoints)
+    folder.checkpoints.write_text("")
+    with pytest.raises(CheckpointError, match="checkpoints cannot be read: not a directory"):
+        checkpoint.list_checkpoints(folder.checkpoints)
+
+
+# disks
+
+
+def test_a_rank_that_cannot_write_is_named_and_nothing_of_it_stays(train: Train, run_folder: Path) -> None:
+    stage = RunFolder(run_folder).stage("pretrain")
+    one = {"target": "saver_ranks:train_where_one_cannot_write", "rank": 1}
+    found = train(run_folder, *OFTEN, **one, steps=[2, 3, 4])
+    assert found["step"] == 6 and names(stage) == ["step-00000005", "step-00000006"]
+    told = [row for row in read_jsonl(stage.events) if row["kind"] == "unsaved"]
+    assert [row["step"] for row in told] == [2, 3, 4] and len(told) == MOST_FAILED_SAVES
+    assert all("rank 1 could not save: cannot write" in row["sentence"] and "Input/output error" in row["sentence"]
+               and "the run goes on" in row["sentence"] for row in told)
+    with pytest.raises(DiskError, match="rank 1 could not save"):
+        train(run_folder, *OFTEN, is_fresh=True, **one, steps=[2, 3, 4, 5])
+    assert names(stage) == ["step-00000001"]
+
+
+def test_what_does_not_fit_is_not_begun(folder: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(folder, *trained())
+    free = shutil.disk_usage(folder.root.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=saver.size_bytes))
+    saver.save(meta_of(1))
+    saver.finish()
+    (row,) = read_jsonl(folder.events)
+    assert row["kind"] == "unsaved" and "0.1 MB are free" in row["sentence"] and names(folder) == []
+
+
+def test_rows_wait_while_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    append_when_possible(file, {"number": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+        for number in (1, 2):
+            append_when_possible(file, {"number": number})
+    assert [row["number"] for row in read_jsonl(file)] == [0]
+    append_when_possible(file, {"number": 3})
+    assert [row["number"] for row in read_jsonl(file)] == [0, 1, 2, 3]
+
+
+IN_A_NAMESPACE = """
+import sys, time
+from pathlib import Path
+from athanor.foundation.launch import run_ranks
+from athanor.foundation.recipe import load_recipe
+
+recipe = load_recipe(sys.argv[1], ["stage.pretrain.steps=8", "stage.pretrain.evaluate_every=8", "parallel.dp_shard=2",
+                                   "stage.pretrain.checkpoint_every=1"])
+commands = {step: command for step, command in zip((2, 4), sys.argv[4:], strict=False)}
+run_ranks("saver_ranks:train_and_do", {"run_folder": sys.argv[2], "recipe": recipe, "stage": "pretrain", "commands": commands,
+          "launched": time.perf_counter()}, 2, log_folder=Path(sys.argv[3]), threads=1, timeout=100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", [True, False], ids=["for a while", "for good"])
+@pytest.mark.parametrize(("spoil", "mend", "told"), [
+    ("head -c 100M /dev/zero > {disk}/filler; true", "rm {disk}/filler", "MB are free|No space left on device"),
+    ("mount -o remount,ro {disk}", "mount -o remount,rw {disk}", "Read-only file system")], ids=["full", "read-only"])
+def test_a_disk_that_is_full_or_read_only(tmp_path: Path, recipe_file: Path, data_folder: Path, spoil: str, mend: str, told: str,
+                                          ends: bool) -> None:
+    """A real small file system, which only exists in a name space of the test's own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = (f'mount -t tmpfs -o size=8m none {disk} && ln -s {data_folder} {disk}/data && "$@"; code=$?; cp -r {disk} '
+              f'{disk}-after; exit $code')
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("this user may not make a name space")
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", IN_A_NAMESPACE]
+    orders = [order.format(disk=disk) for order in (spoil, mend)[:1 + ends]]
+    done = subprocess.run([*command, str(recipe_file), str(disk), str(tmp_path / "logs"), *orders],
+                          capture_output=True, text=True, timeout=200, check=False)
+    stage = RunFolder(tmp_path / "disk-after").stage("pretrain")
+    if not ends:
+        assert done.returncode != 0 and "DiskError" in done.stderr and re.search(told, done.stderr), done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    events = read_jsonl(stage.events)
+    unsaved = [row for row in events if row["kind"] == "unsaved"]
+    assert 1 <= len(unsaved) <= MOST_FAILED_SAVES and all(re.search(told, row["sentence"]) for row in unsaved), unsaved
+    assert [row["step"] for row in read_jsonl(stage.metrics)] == [1, 2, 3, 4, 5, 6, 7, 8], "nothing was lost meanwhile"
+    assert "done" in kinds(stage) and checkpoint.find_damage(stage.checkpoints / "step-00000008") is None
+    assert read_book(stage.actual).tokens == read_jsonl(stage.metrics)[-1]["tokens"]
+
+
+# kills
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(12, marks=pytest.mark.slow), pytest.param(60, marks=pytest.mark.drill)])
+def test_kills_while_saving_leave_no_unreadable_checkpoint(train: Train, tmp_path: Path, data_folder: Path, rounds: int) -> None:
+    """Of one rank or both, at random moments of a save; the run goes on from what is there to the bits of a calm one."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    for each in (calm, run):
+        each.mkdir()
+        (each / "data").symlink_to(data_folder)
+    last = 5 * rounds + 5  # more than what can be saved before the kills
+    steps = [*OFTEN, f"stage.pretrain.steps={last}", f"stage.pretrain.evaluate_every={last}"]
+    train(calm, *steps)
+    stage = RunFolder(run).stage("pretrain")
+    for _ in range(rounds):
+        with pytest.raises(RankError, match="killed by signal 9"):
+            train(run, *steps, target="saver_ranks:train_and_die_saving", save=chance.randrange(1, 3),
+                  moment=chance.uniform(0, 0.25), who=chance.choice([[0], [1], [0, 1]]))
+        found = checkpoint.list_checkpoints(stage.checkpoints)
+        assert [checkpoint.find_damage(path) for path in found] == [None] * len(found)
+    assert train(run, *steps)["step"] == last and "damaged" not in kinds(stage)
+    weights = [load_file(RunFolder(each).stage("pretrain").model / "model.safetensors") for each in (calm, run)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert read_json(stage.owner)["attempt"] == kinds(stage).count("start") - 1
