@@ -64,7 +64,7 @@ def walk(recipe: Recipe, run: RunFolder, started: float, is_fresh: bool = False)
         chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model],
                    _training(planned, stage, run, replaced is not None), replaced)
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
-    facts = {**models, "data": str(hash_output(run.data / "manifest.json"))}
+    facts = {**models, "data": _data_hash(run)}
     if planned.evaluate.lm_eval_data is not None:
         facts["lm_eval_data"] = str(hash_output(Path(planned.evaluate.lm_eval_data)))
     chain.step("evaluate", {**facts, "tasks": hash_value(planned.evaluate.model_dump())}, [run.scores],
@@ -151,11 +151,16 @@ def _was_built(folder: Path, inputs: dict[str, str]) -> bool:
         return False
 
 
-def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str]:
-    """What the weights of a stage depend on; of the data, what is trained on: a build of the same is the same."""
+def _data_hash(run: RunFolder) -> str:
+    """Of all that is trained and evaluated on, so that another build of the same is the same."""
     manifest = run.data / "manifest.json"
+    return str(read_json(manifest)["hash"]) if manifest.exists() else "None"
+
+
+def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str]:
+    """What the weights of a stage depend on."""
     inputs = {"config": hash_value([recipe.seed, recipe.model.model_dump(), recipe.parallel.model_dump(), stage.model_dump()]),
-              "data": str(read_json(manifest)["hash"] if manifest.exists() else None)}
+              "data": _data_hash(run)}
     if stage.start_from:
         is_stage = any(other.name == stage.start_from for other in recipe.stage)
         inputs["start_from"] = str(hash_output(run.stage(stage.start_from).model if is_stage else Path(stage.start_from)))

@@ -126,3 +126,5 @@ def test_training_without_a_plan_and_then_the_chain(athanor: Any, recipe: Path, 
     again = athanor("run", recipe)
     assert again.returncode == 0 and again.stderr.count("unchanged") == 9
     assert athanor("run", recipe, "--fresh").stderr.count("unchanged") == 9, "what is done is done"
+    assert athanor("data", "build", recipe).returncode == 0
+    assert athanor("run", recipe).stderr.count("unchanged") == 8, "another build of the same trains and scores nothing again"
