@@ -48,7 +48,7 @@ def command(subject: str, overrides: tuple[str, ...], data: Path | None, tasks: 
     else:
         if overrides or stages:
             raise UserError(f"{subject} is no recipe; overrides and --stage go with one")
-        result = evaluate_model(subject, ask, tasks, data, limit, tp or 1)
+        result = evaluate_model(subject, ask, tasks, data, limit, tp)
     if as_json:
         models = {model: {task: asdict(score) for task, score in scores.items()} for model, scores in result.scores.items()}
         click.echo(json.dumps({"scores": str(path) if path else None, "models": models, "seconds": result.seconds}))
@@ -58,7 +58,7 @@ def command(subject: str, overrides: tuple[str, ...], data: Path | None, tasks: 
 
 
 def evaluate_model(subject: str, ask: str | None, tasks: tuple[str, ...], data: Path | None, limit: int | None,
-                   tp: int = 1) -> Evaluation:
+                   tp: int | None = None) -> Evaluation:
     """Evaluate one model, as its run would where there is one; its scores are kept nowhere."""
     from athanor.evaluate.ranks import Candidate
     from athanor.serve.target import find_target
@@ -77,7 +77,7 @@ def evaluate_model(subject: str, ask: str | None, tasks: tuple[str, ...], data: 
     tasks = tasks or (("bits_per_byte",) if recipe is None else tuple(recipe.evaluate.tasks))
     logs = Path(tempfile.mkdtemp(prefix="athanor-evaluate-"))  # stays when a rank fails, to be read
     result = evaluate_with_bar([candidate], tasks, data, logs, limit or (recipe.evaluate.limit if recipe else None),
-                               None if shared is None else Path(shared), tp)
+                               None if shared is None else Path(shared), tp or (recipe.evaluate.tp if recipe else 1))
     shutil.rmtree(logs)
     return result
 

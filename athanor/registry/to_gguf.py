@@ -103,7 +103,8 @@ def _architecture(shape: DecoderShape) -> Any:
     import gguf
 
     if shape.MODEL_TYPE not in ARCHITECTURES:
-        raise ModelError(f"'{shape.MODEL_TYPE}' cannot be written as GGUF; only {', '.join(ARCHITECTURES)} can")
+        raise ModelError(f"'{shape.MODEL_TYPE}' cannot be written as GGUF: only {', '.join(ARCHITECTURES)} can; "
+                         "--format huggingface writes any")
     return gguf.MODEL_ARCH[ARCHITECTURES[shape.MODEL_TYPE]]
 
 

@@ -294,7 +294,7 @@ def _configure(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize(("damage", "words"), [
     (lambda folder: _configure(folder, model_type="gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=128),
-     "'gpt2' cannot be written as GGUF; only llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma can"),
+     "'gpt2' cannot be written as GGUF: only llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma can; --format"),
     (lambda folder: _configure(folder, model_type="lama"), "did you mean 'llama'"),
     (lambda folder: _spoil(folder, "model.layers.0.mlp.up_proj.weight", 7e4), "blk.0.ffn_up.weight holds values beyond 65504"),
     (lambda folder: _spoil(folder, "lm_head.weight", np.nan), "output.weight holds values beyond 65504"),
