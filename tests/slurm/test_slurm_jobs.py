@@ -19,7 +19,7 @@ from cluster import Cluster, command_of, processes
 
 from athanor.foundation.run_folder import RunFolder, StageFolder, hash_folder, read_jsonl
 
-STEPS, EVERY = 150, 10
+STEPS, EVERY = 100, 5
 OVERRIDES = [f"stage.pretrain.steps={STEPS}", f"stage.pretrain.checkpoint_every={EVERY}", "stage.pretrain.precision=fp32",
              "stage.pretrain.evaluate_every=10000"]
 # Agents import torch, four of them on perhaps two slow and busy cores; what is asserted about speed is measured from a fault
@@ -145,7 +145,8 @@ def test_a_killed_rank_is_started_again_in_the_same_job(cluster: Cluster, runner
     shown = assert_done(runner, job, "run", wanted(4))
     (told,) = runner.events("run", "fault")
     assert f"rank {number} was killed by signal 9 (SIGKILL)" in told["sentence"] and shown["restarts"] == 1
-    assert len(shown["attempts"]) == 1 and slurm_number(cluster, job).split()[:2] == [str(job["slurm"]["id"]), "COMPLETED"]
+    assert len(shown["attempts"]) == 1
+    until(lambda: slurm_number(cluster, job).split()[:2] == [str(job["slurm"]["id"]), "COMPLETED"])
     parts = split(runner.stage("run"), fault)
     # 5 s of an idle machine; on a busy one the start of four ranks that share its cores is as slow as its neighbours make it
     assert parts["detect"] < 3 and parts["restart"] < 3 and parts["all"] < 25
@@ -170,7 +171,7 @@ def test_a_job_that_is_interrupted_goes_on_from_where_it_saved(cluster: Cluster,
                                                                wanted: Callable[[int], str]) -> None:
     """An agent killed, the leading one killed, requeued by hand, preempted by somebody more urgent."""
     job = runner.submit("run", 2)
-    number, kills = job["slurm"]["id"], 0
+    number = job["slurm"]["id"]
 
     def kill(position: int) -> None:
         node = expand(cluster, slurm_number(cluster, job).split()[2])[position]
@@ -188,14 +189,15 @@ def test_a_job_that_is_interrupted_goes_on_from_where_it_saved(cluster: Cluster,
         begun = runner.step("run")
         until(lambda begun=begun: runner.step("run") >= begun + EVERY + 1)  # type: ignore[misc]
         act()
-        kills += not saves
         until(lambda times=times: len(runner.events("run", "start")) == times + 1)  # type: ignore[misc]
-        before = [row for row in read_jsonl(runner.stage("run").metrics) if row["time"] < runner.events("run", "start")[-1]["time"]]
-        lost = before[-1]["step"] - runner.events("run", "start")[-1]["step"]
+        started = runner.events("run", "start")[-1]
+        before = [row["step"] for row in read_jsonl(runner.stage("run").metrics) if row["time"] < started["time"]]
+        lost = before[-1] - started["step"]
         print(f"{'saved' if saves else 'killed'}: {lost} steps lost")
         assert lost == 0 if saves else lost <= EVERY
     shown = assert_done(runner, job, "run", wanted(2))
-    assert len(shown["attempts"]) == 1 + len(acts) and slurm_number(cluster, job).split()[:2] == [str(number), "COMPLETED"]
+    assert len(shown["attempts"]) == 1 + len(acts)
+    until(lambda: slurm_number(cluster, job).split()[:2] == [str(number), "COMPLETED"])
 
 
 @pytest.mark.parametrize("cycles", [1, pytest.param(4, marks=pytest.mark.drill)])
