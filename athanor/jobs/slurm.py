@@ -7,6 +7,7 @@ look. Ranks that fail are started again inside the allocation, by the agents (jo
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -31,7 +32,8 @@ from athanor.jobs.queue import CANCELLED, HELD, LOST, RUNNING, STOPPED, WAITING,
 PATIENCE_SECONDS = 20.0  # for Slurm's commands
 MOST_LIVES = 5  # in a row without a step further
 SIGNAL_SECONDS = 120  # before the time limit, to finish a step and to save
-ENDED = {"CANCELLED": CANCELLED, "TIMEOUT": STOPPED, "DEADLINE": STOPPED, "SPECIAL_EXIT": HELD, "REQUEUE_HOLD": HELD}
+HOLDS = ("SPECIAL_EXIT", "REQUEUE_HOLD")
+ENDED = {"CANCELLED": CANCELLED, "TIMEOUT": STOPPED, "DEADLINE": STOPPED} | dict.fromkeys(HOLDS, HELD)
 WAITS = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED")
 RUNS = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 HELP = {"sbatch": "mend the option, or give others with --sbatch", "controller": "`scontrol ping` tells whether it is up"}
@@ -48,7 +50,7 @@ export ATHANOR_RUNS={runs}
 # before the time limit, and when asked to stop, the ranks finish their step and save
 trap 'touch "$life/stop"' USR1 TERM
 
-srun --no-kill --kill-on-bad-exit=0 --ntasks-per-node=1 \\
+srun --no-kill --kill-on-bad-exit=0 --ntasks-per-node=1 --cpu-bind=none \\
   {agent} &
 step=$!
 
@@ -89,7 +91,7 @@ def script_of(job: Job, root: Path) -> str:
              "chdir": job.folder, "partition": wish["partition"], "time": wish["time"],
              "signal": f"B:USR1@{wish['signal_seconds']}"}
     directives = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in lines.items() if value is not None]
-    directives += ["#SBATCH --requeue", "#SBATCH --no-kill"]
+    directives += ["#SBATCH --exclusive", "#SBATCH --requeue", "#SBATCH --no-kill"]
     directives += [f"#SBATCH {option}" for option in wish["options"]]
     requeue = f"exit {EXIT_REQUEUE}" if _requeues() else 'exec scontrol requeue "$SLURM_JOB_ID"'
     cases = [f"  {EXIT_DONE}) exit {EXIT_DONE} ;;", f"  {EXIT_REQUEUE}) {requeue} ;;",
@@ -102,8 +104,8 @@ def script_of(job: Job, root: Path) -> str:
 def start(queue: Queue, job: Job) -> Job:
     """Give a job to Slurm. Raises UserError with Slurm's own words when there is none or it refuses."""
     assert job.slurm is not None
-    if "id" in job.slurm and state_of(job.slurm["id"])[0] in (*WAITS, *RUNS, *ENDED):
-        _call("scancel", str(job.slurm["id"]))  # one that is held there
+    if "id" in job.slurm and state_of(job.slurm["id"])[0] in (*WAITS, *RUNS, *HOLDS):
+        _call("scancel", str(job.slurm["id"]))  # what is left of the last time
     file = job.log.with_suffix(".sbatch")
     write_atomic(file, script_of(job, queue.root))
     said = _call("sbatch", "--parsable", str(file))
@@ -115,6 +117,8 @@ def start(queue: Queue, job: Job) -> Job:
 def seen(queue: Queue, job: Job) -> Job:
     """A job that has not ended, as Slurm sees it now."""
     assert job.slurm is not None
+    if "id" not in job.slurm:
+        return replace(job, sentence="it is being given to Slurm")
     try:
         state, reason, nodes = state_of(job.slurm["id"])
     except UserError as error:
@@ -149,6 +153,8 @@ def state_of(number: int) -> tuple[str, str, str]:
 def cancel(queue: Queue, job: Job) -> Job:
     """Ask a running job to finish its step, save and end, and a waiting one to leave Slurm's queue."""
     assert job.slurm is not None
+    if "id" not in job.slurm:
+        raise UserError(f"{job.id} is being given to Slurm; try again in a moment")
     asked = queue.update(job, only_running=True, is_cancelled=True)
     if state_of(job.slurm["id"])[0] in WAITS:
         _call("scancel", str(job.slurm["id"]))
@@ -189,12 +195,11 @@ def serve(queue: Queue, job: Job, work: Callable[[], int]) -> int:
 
 
 def attempts(job: Job) -> list[dict[str, Any]]:
-    """Each start of a job by Slurm: begun, ended (seconds since 1970, None while it runs), state, and device-seconds.
+    """Each start of a job by Slurm: begun, ended or last seen (seconds since 1970), state, device-seconds.
 
     From Slurm's accounting where there is one, else from what the job's own agents wrote.
     """
     assert job.slurm is not None
-    devices = (job.slurm["nodes"] + job.slurm["spares"]) * job.slurm["ranks_per_node"]
     try:
         said = _call("sacct", "-D", "-X", "-P", "-n", "-j", str(job.slurm["id"]), "-o", "Start,ElapsedRaw,State,NNodes",
                      environment={"SLURM_TIME_FORMAT": "%s"})
@@ -210,11 +215,13 @@ def attempts(job: Job) -> list[dict[str, Any]]:
         return found
     rows = read_jsonl(_meeting(job) / "lives.jsonl")
     ends = {row["life"]: row for row in rows if "ended" in row}
-    for begin in (row for row in rows if "begun" in row):
-        end = ends.get(begin["life"], {})
-        seconds_paid = end.get("ended", time.time() if begin is rows[-1] else begin["begun"]) - begin["begun"]
-        found.append({"begun": begin["begun"], "ended": end.get("ended"), "state": str(end.get("code", "unknown")),
-                      "device_seconds": seconds_paid * devices})
+    signs = [row["time"] for file in Path(job.run).glob("*/*.jsonl") for row in read_jsonl(file) if "time" in row]
+    begins = [row for row in rows if "begun" in row]
+    for begin, after in zip(begins, [row["begun"] for row in begins][1:] + [math.inf], strict=False):
+        last_sign = max([begin["begun"], *(sign for sign in signs if sign < after)])  # of a leader that was killed
+        end = ends.get(begin["life"], {"ended": last_sign, "code": "no end was written"})
+        found.append({"begun": begin["begun"], "ended": end["ended"], "state": str(end["code"]),
+                      "device_seconds": (end["ended"] - begin["begun"]) * begin["nodes"] * job.slurm["ranks_per_node"]})
     return found
 
 

@@ -240,6 +240,20 @@ def test_a_waiting_job_says_for_what_and_leaves_the_queue(cluster: Cluster, runn
     assert slurm_number(cluster, job).split()[1] == "CANCELLED"
 
 
+def test_a_job_that_somebody_must_look_at_is_held(cluster: Cluster, runner: Runner) -> None:
+    (runner.runs / "run" / "data").mkdir(parents=True)
+    job = runner.call("jobs", "submit", runner.recipe, "--stage", "pretrain", "name=run", *OVERRIDES, "--slurm", "--nodes", 2)
+    shown = until(lambda: (found := runner.show(job))["state"] not in ("running", "waiting") and found)
+    assert shown["state"] == "held" and shown["exit_code"] == 86 and "manifest.json" in shown["sentence"]
+    until(lambda: slurm_number(cluster, job).split()[1] in ("SPECIAL_EXIT", "REQUEUE_HOLD"))
+    (runner.runs / "run" / "data").rmdir()
+    (runner.runs / "run" / "data").symlink_to(runner.data)
+    again = runner.call("jobs", "resume", job["id"])
+    until(lambda: runner.step("run") > 0)
+    assert again["slurm"]["id"] != job["slurm"]["id"] and slurm_number(cluster, job).split()[1] == "CANCELLED"
+    cancel(cluster, runner, again)
+
+
 def test_a_node_that_fails_the_gate_is_drained_and_the_job_runs_elsewhere(cluster: Cluster, runner: Runner) -> None:
     mark = cluster.folder / "unhealthy.n1"
     mark.touch()
