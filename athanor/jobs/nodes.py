@@ -30,6 +30,7 @@ from athanor.foundation.run_folder import disk_errors, read_json
 from athanor.jobs.agent import Stopped
 
 BEAT_SECONDS = 1.0
+LOOK_SECONDS = 0.25
 LOST_SECONDS = 15.0  # of silence
 GATHER_SECONDS = 120.0  # for agents to arrive: imports from a slow shared disk
 STOP_SECONDS = 15.0  # for killed ranks to be gone
@@ -176,8 +177,10 @@ class Leader:
         self.listener.close()
 
     def launch(self, target: str, arguments: dict[str, Any], world_size: int, *, log_folder: Path,
-               on_message: Callable[[dict[str, Any]], None], threads: int | None = None) -> list[Any]:
-        """`run_ranks` over the nodes. Raises Stopped when too few of them are left."""
+               on_message: Callable[[dict[str, Any]], None], threads: int | None = None,
+               patrol: Callable[[], None] = lambda: None) -> list[Any]:
+        """`run_ranks` over the nodes; what `patrol`, called a few times a second, raises ends the ranks. Raises Stopped when too
+        few nodes are left."""
         team = self._gather(-(-world_size // self.ranks_per_node))
         self.attempt += 1
         port, age = free_port(), time.perf_counter() - arguments["launched"] if "launched" in arguments else None
@@ -189,7 +192,7 @@ class Leader:
                                      "log_folder": log_folder, "threads": threads})
         ended: dict[Peer, Any] = {}
         try:
-            return self._collect(dict(zip(team, parts, strict=True)), ended, on_message)
+            return self._collect(dict(zip(team, parts, strict=True)), ended, on_message, patrol)
         finally:
             self._stop([peer for peer in team if peer not in ended])
 
@@ -198,14 +201,18 @@ class Leader:
         self.is_asked = True
 
     def _collect(self, team: dict[Peer, range], ended: dict[Peer, Any],
-                 on_message: Callable[[dict[str, Any]], None]) -> list[Any]:
+                 on_message: Callable[[dict[str, Any]], None], patrol: Callable[[], None]) -> list[Any]:
         """Wait for all nodes' results into `ended`; after a failure a moment longer, for the one that caused it."""
         failures: dict[int, AthanorError] = {}
-        deadline = math.inf
+        deadline, asked = math.inf, -math.inf
         while len(ended) < len(team) and time.monotonic() < deadline:
-            for peer in team if self.is_asked else ():
-                peer.wire.send("ask")
-            for peer, kind, content in self._hear(min(BEAT_SECONDS, max(0.0, deadline - time.monotonic()))):
+            if not failures:
+                patrol()
+            if self.is_asked and time.monotonic() - asked > BEAT_SECONDS:
+                asked = time.monotonic()
+                for peer in team:
+                    peer.wire.send("ask")
+            for peer, kind, content in self._hear(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic()))):
                 if kind == "message":
                     on_message(content)
                 elif peer in team:

@@ -7,6 +7,7 @@ look. Ranks that fail are started again inside the allocation, by the agents (jo
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shlex
@@ -217,8 +218,8 @@ def attempts(job: Job) -> list[dict[str, Any]]:
     ends = {row["life"]: row for row in rows if "ended" in row}
     signs = [row["time"] for file in Path(job.run).glob("*/*.jsonl") for row in read_jsonl(file) if "time" in row]
     begins = [row for row in rows if "begun" in row]
-    for begin, after in zip(begins, [row["begun"] for row in begins][1:] + [math.inf], strict=False):
-        last_sign = max([begin["begun"], *(sign for sign in signs if sign < after)])  # of a leader that was killed
+    for begin, after in itertools.pairwise([*begins, {"begun": math.inf}]):
+        last_sign = max([begin["begun"], *(sign for sign in signs if sign < after["begun"])])  # of a leader that was killed
         end = ends.get(begin["life"], {"ended": last_sign, "code": "no end was written"})
         found.append({"begun": begin["begun"], "ended": end["ended"], "state": str(end["code"]),
                       "device_seconds": (end["ended"] - begin["begun"]) * begin["nodes"] * job.slurm["ranks_per_node"]})

@@ -89,6 +89,18 @@ def test_a_killed_rank_is_named_and_all_others_are_gone(team: Any, tmp_path: Pat
     assert caught.value.number == 9 and caught.value.log == str(tmp_path / "rank-1.log")
     assert not Path(f"/proc/{(tmp_path / 'pid-0').read_text()}").exists()
     assert len(run(leader, "add_up", 2, tmp_path, offset=0)) == 2, "the same agents go on"
+    files = [tmp_path / "pid-0", tmp_path / "pid-1"]
+    for file in files:
+        file.unlink(missing_ok=True)
+
+    def patrol() -> None:
+        if all(file.exists() and file.read_text() for file in files):
+            raise RankError(1, "hangs")
+
+    with pytest.raises(RankError, match="rank 1 hangs"):
+        leader.launch("launch_ranks:wait_with_pid", {"pids": str(tmp_path)}, 2, log_folder=tmp_path, on_message=print,
+                      patrol=patrol)
+    assert not any(Path(f"/proc/{file.read_text()}").exists() for file in files)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
