@@ -201,6 +201,24 @@ def test_a_job_that_is_interrupted_goes_on_from_where_it_saved(cluster: Cluster,
     until(lambda: slurm_number(cluster, job).split()[:2] == [str(number), "COMPLETED"])
 
 
+def test_a_slurm_that_requeues_by_no_exit_code_is_asked_to(cluster: Cluster, runner: Runner) -> None:
+    configuration = cluster.folder / "slurm.conf"
+    before = configuration.read_text()
+    configuration.write_text("\n".join(line for line in before.splitlines() if not line.startswith("RequeueExit")) + "\n")
+    try:
+        cluster.call("scontrol", "reconfigure")
+        job = runner.submit("run", 2)
+        assert "exec scontrol requeue" in Path(job["log"]).with_suffix(".sbatch").read_text()
+        until(lambda: runner.step("run") >= 2)
+        for agent in agents_on(expand(cluster, slurm_number(cluster, job).split()[2])[1]):
+            os.kill(agent, signal.SIGKILL)
+        until(lambda: len(runner.events("run", "start")) == 2)
+        cancel(cluster, runner, job)
+    finally:
+        configuration.write_text(before)
+        cluster.call("scontrol", "reconfigure")
+
+
 @pytest.mark.parametrize("cycles", [1, pytest.param(4, marks=pytest.mark.drill)])
 def test_the_end_of_a_time_limit_costs_no_step(cluster: Cluster, runner: Runner, cycles: int) -> None:
     job = runner.submit("run", 2, "--time", 1, "--signal-seconds", 40, steps=10**5)
