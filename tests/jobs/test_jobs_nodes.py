@@ -103,19 +103,20 @@ def test_a_killed_rank_is_named_and_all_others_are_gone(team: Any, tmp_path: Pat
     assert not any(Path(f"/proc/{file.read_text()}").exists() for file in files)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=["killed", "silent"])
 def test_a_spare_takes_the_place_of_a_lost_node(team: Any, tmp_path: Path, how: signal.Signals,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "LOST_SECONDS", 4.0)
     leader, (second, third) = team(3)
-    begin = time.monotonic()
+    lost: list[float] = []
 
     def lose(message: dict[str, Any]) -> None:
+        lost.append(time.monotonic())
         os.kill(second.pid, how)
 
     with pytest.raises(RankError, match=r"rank 1 ended with node n2, which does not answer any more"):
         leader.launch("launch_ranks:tell_and_wait", {}, 2, log_folder=tmp_path, on_message=lose)
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - lost[0] < nodes.LOST_SECONDS + 10  # of a busy machine
     assert len(run(leader, "add_up", 2, tmp_path, offset=0)) == 2, "the spare does its part"
     third.kill()
     while not leader.peers[2].is_lost:

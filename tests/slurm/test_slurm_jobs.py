@@ -219,10 +219,10 @@ def test_a_slurm_that_requeues_by_no_exit_code_is_asked_to(cluster: Cluster, run
         cluster.call("scontrol", "reconfigure")
 
 
-@pytest.mark.parametrize("cycles", [1, pytest.param(4, marks=pytest.mark.drill)])
+@pytest.mark.parametrize("cycles", [1, pytest.param(4, marks=[pytest.mark.drill, pytest.mark.timeout(1500)])])
 def test_the_end_of_a_time_limit_costs_no_step(cluster: Cluster, runner: Runner, cycles: int) -> None:
-    job = runner.submit("run", 2, "--time", 1, "--signal-seconds", 40, steps=10**5)
-    until(lambda: len(runner.events("run", "start")) == cycles + 1, 150 * (cycles + 1))
+    job = runner.submit("run", 2, "--time", 2, "--signal-seconds", 45, steps=10**5)  # Slurm looks twice a minute
+    until(lambda: len(runner.events("run", "start")) == cycles + 1, 200 * (cycles + 1))
     until(lambda: runner.step("run") > runner.events("run", "start")[-1]["step"] + 3)
     steps = [row["step"] for row in read_jsonl(runner.stage("run").metrics)]
     assert steps == list(range(1, len(steps) + 1)), "none twice"
