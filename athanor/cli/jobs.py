@@ -1,10 +1,11 @@
-"""`athanor jobs`: work that goes on by itself, on this machine: submit, list, show, logs, cancel, resume."""
+"""`athanor jobs`: work that goes on by itself, on this machine or on Slurm: submit, list, show, logs, cancel, resume."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from typing import Any
 
 import click
 
+from athanor.foundation.launch import start_server
 from athanor.foundation.progress import console, say
 from athanor.foundation.run_folder import runs_root
 from athanor.foundation.units import format_seconds
-from athanor.jobs import local
+from athanor.jobs import local, slurm
 from athanor.jobs.queue import Job, Queue
 
 
@@ -36,9 +38,18 @@ def command() -> None:
 @click.option("--stage", help="Train this stage alone; the whole chain is walked when left out.")
 @click.option("--run", type=click.Path(path_type=Path), help="The run folder of a stage; runs/<name> when left out.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Ask it to save and stop after so long.")
+@click.option("--slurm", "on_slurm", is_flag=True, help="Give it to Slurm; the options below go with it.")
+@click.option("--nodes", type=click.IntRange(min=1), help="Nodes that work; enough for cluster.devices when left out.")
+@click.option("--ranks-per-node", type=click.IntRange(min=1), help="Ranks (devices) of each; cluster.per_node, or 1.")
+@click.option("--spares", type=click.IntRange(min=0), default=0, help="Further nodes, held to take the place of lost ones.")
+@click.option("--partition", help="Slurm's partition.")
+@click.option("--time", "time_limit", help="The time limit of each start, as Slurm writes it; the job goes on after it.")
+@click.option("--signal-seconds", type=click.IntRange(min=1), default=slurm.SIGNAL_SECONDS,
+              help="How long before the time limit to finish a step and save.")
+@click.option("--sbatch", "options", multiple=True, help="A further option of sbatch, such as --sbatch=--gpus-per-node=8.")
 @json_option
-def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Path | None, minutes: float | None,
-           as_json: bool) -> None:
+def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Path | None, minutes: float | None, as_json: bool,
+           **wish: Any) -> None:
     """Start RECIPE in the background, as `athanor run` or `athanor train --stage` would.
 
     A run folder that has some of the work already goes on from there.
@@ -50,9 +61,21 @@ def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Pat
         wanted.get_stage(stage)
     elif run is not None:
         raise click.UsageError("--run goes with --stage; a whole chain is walked in runs/<name>")
+    found = None
+    if wish.pop("on_slurm"):
+        if minutes is not None:
+            raise click.UsageError("--minutes is for this machine; on Slurm, --time limits each start")
+        found = slurm.settle(wanted, **wish)
+        overrides = (*overrides, f"cluster.devices={found['nodes'] * found['ranks_per_node']}")
+        if stage is None and found["nodes"] > 1 and wanted.cluster.file == "auto":
+            raise click.UsageError("a whole chain measures one machine: give several nodes' cluster.toml as cluster.file, or one "
+                                   "--stage")
+    elif any(wish[name] for name in ("nodes", "ranks_per_node", "spares", "partition", "time_limit", "options")):
+        raise click.UsageError("--nodes, --ranks-per-node, --spares, --partition, --time and --sbatch go with --slurm")
     job = local.submit(_queue(), name=wanted.name, recipe=recipe, overrides=list(overrides), stage=stage,
-                       run=run or runs_root() / wanted.name, minutes=minutes)
-    _tell(job, as_json, f"{job.id} has started in {job.run}; `athanor jobs show {job.id}` says how far it is")
+                       run=run or runs_root() / wanted.name, minutes=minutes, slurm=found)
+    where = "has started" if job.slurm is None else f"is Slurm's job {job.slurm['id']},"
+    _tell(job, as_json, f"{job.id} {where} in {job.run}; `athanor jobs show {job.id}` says how far it is")
 
 
 @command.command("list")
@@ -79,14 +102,18 @@ def show(job: str, as_json: bool) -> None:
     """One JOB: its state, how far it is, and what went wrong on the way."""
     found = local.find(_queue(), job)
     progress = local.progress(found)
+    attempts = [] if found.slurm is None else slurm.attempts(found)
     if as_json:
         click.echo(json.dumps({**_described(found), **{key: progress[key] for key in progress if key != "stage"},
-                               "at_stage": progress["stage"]}))
+                               "at_stage": progress["stage"], "attempts": attempts}))
         return
     where = f"at step {progress['step']} of stage {progress['stage']}" if progress["stage"] else "before its first stage"
     say(f"{found.id} is {found.state}, {where}, in {found.run}" + (f": {found.sentence}" if found.sentence else ""))
     for sentence in progress["faults"]:
         say(f"  {sentence}")
+    if attempts:
+        paid = sum(attempt["device_seconds"] for attempt in attempts)
+        say(f"  {format_seconds(paid)} of devices in {len(attempts)} start{'s' if len(attempts) > 1 else ''} by Slurm")
 
 
 @command.command()
@@ -121,18 +148,27 @@ def resume(job: str, as_json: bool) -> None:
 
 @command.command(hidden=True)
 @click.argument("job")
-@click.option("--lock", type=int, required=True, help="The descriptor that holds the lock on the job's log.")
+@click.option("--lock", type=int, help="The descriptor that holds the lock on the job's log; none on Slurm.")
 @json_option
-def agent(job: str, lock: int, as_json: bool) -> None:
+def agent(job: str, lock: int | None, as_json: bool) -> None:
     """Do the work of JOB in this process (what the other verbs start)."""
-    os.set_inheritable(lock, False)  # ranks must not keep the lock of an agent that was killed
+    if lock is None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until there is something to stop
+    else:
+        os.set_inheritable(lock, False)  # ranks must not keep the lock of an agent that was killed
     queue = _queue()
     found = queue.get(job)
+    if found.slurm is not None:
+        start_server("athanor.train.loop")  # while the nodes find each other
     arguments = [found.recipe, *found.overrides]
     if found.stage is not None:
         arguments += ["--stage", found.stage, "--run", found.run]
     verb: click.Command = importlib.import_module(f"athanor.cli.{'train' if found.stage else 'run'}").command
-    code = local.work(queue, found, lambda: verb.main(arguments, standalone_mode=False))
+
+    def work() -> int:
+        return local.work(queue, found, lambda: verb.main(arguments, standalone_mode=False))
+
+    code = work() if found.slurm is None else slurm.serve(queue, found, work)
     if as_json:
         click.echo(json.dumps(_described(queue.get(job))))
     sys.exit(code)

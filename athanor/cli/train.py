@@ -20,6 +20,7 @@ from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_count
 from athanor.jobs.agent import Agent, Stopped
+from athanor.jobs.nodes import current
 
 
 @click.command()
@@ -104,6 +105,8 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
 
         resolve(run, recipe, stage, machine["world_size"])  # what cannot be trained starts no rank
         agent = Agent(run.stage(stage), machine["world_size"], machine["threads"], on_message=show)
+        if (leader := current()) is not None:  # of several nodes
+            agent.launch, agent.ask_ranks = leader.launch, leader.ask
         return learned({**agent.run("athanor.train.loop:train_stage", arguments), "rank": 0}, recipe, run, stage)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 
 class AthanorError(Exception):
@@ -58,6 +60,9 @@ class RankError(AthanorError):
         self.rank, self.reason, self.log, self.who = rank, reason, log, who or f"rank {rank}"
         self.number, self.place, self.trace = number, place, trace
         super().__init__(f"{self.who} {reason}" + (f"; its log is {log}" if log else ""))
+
+    def __reduce__(self) -> Any:
+        return functools.partial(RankError, **vars(self)), ()
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -35,6 +36,18 @@ PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distri
 GRACE_SECONDS = 0.5  # how long after a failure we listen for other ranks
 SERVER_LOST = 255  # what multiprocessing says of a process whose fork server has died
 SEARCH_SECONDS = 5.0  # the same while all that is known are broken connections, which another rank has caused
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine's part of ranks that several machines have: `count` of them from rank `first`; rank 0 is met at `address`,
+    `port`. `processes` are its ranks, once they are started."""
+
+    first: int
+    count: int
+    address: str
+    port: int
+    processes: list[Any] = field(default_factory=list)
 
 
 def launched_from_outside() -> bool:
@@ -62,8 +75,9 @@ def start_server(*modules: str) -> None:
 
 def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_folder: Path,
               on_message: Callable[[dict[str, Any]], None] | None = None, threads: int | None = None,
-              timeout: float | None = None) -> list[Any]:
-    """Run `package.module:function(channel, **arguments)` on every rank and return their results, by rank.
+              timeout: float | None = None, node: Node | None = None) -> list[Any]:
+    """Run `package.module:function(channel, **arguments)` on every rank and return their results, by rank; with `node`, on
+    this machine's part of the ranks.
 
     `channel(**message)` sends a dictionary to `on_message` here. Standard output and error of a rank go to
     `log_folder/rank-N.log`. `threads` per rank defaults to an equal part of this machine's cores.
@@ -72,13 +86,13 @@ def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_fo
     start_server()
     context = multiprocessing.get_context("forkserver")
     log_folder.mkdir(parents=True, exist_ok=True)
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
-    port = free_port()
-    processes, pipes = [], []
-    for rank in range(world_size):
+    node = node or Node(0, world_size, "127.0.0.1", free_port())
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // node.count)
+    processes, pipes = node.processes, []
+    for rank in range(node.first, node.first + node.count):
         ours, theirs = context.Pipe(duplex=False)
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                       "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank - node.first), "WORLD_SIZE": str(world_size),
+                       "LOCAL_WORLD_SIZE": str(node.count), "MASTER_ADDR": node.address, "MASTER_PORT": str(node.port)}
         log = log_folder / f"rank-{rank}.log"
         process = context.Process(target=_rank_main, args=(target, arguments, environment, str(log), threads, theirs),
                                   name=f"rank-{rank}", daemon=False)
@@ -87,7 +101,7 @@ def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_fo
         processes.append(process)
         pipes.append(ours)
     try:
-        return _collect(processes, pipes, log_folder, on_message or (lambda message: None), timeout)
+        return _collect(node, pipes, log_folder, on_message or (lambda message: None), timeout)
     finally:
         for process in processes:
             if process.is_alive():
@@ -103,12 +117,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _collect(processes: list[Any], pipes: list[Any], log_folder: Path,
+def _collect(node: Node, pipes: list[Any], log_folder: Path,
              on_message: Callable[[dict[str, Any]], None], timeout: float | None) -> list[Any]:
     """Read every rank's pipe until all have returned a result; after a failure, wait a moment for the one that caused it."""
     results: dict[int, Any] = {}
     failures: dict[int, AthanorError] = {}  # in the order in which we learned of them
-    ranks = {pipe: rank for rank, pipe in enumerate(pipes)}
+    ranks = {pipe: rank for rank, pipe in enumerate(pipes, node.first)}
     deadline = time.monotonic() + timeout if timeout else math.inf
     while ranks:
         left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
@@ -123,7 +137,7 @@ def _collect(processes: list[Any], pipes: list[Any], log_folder: Path,
             except EOFError:
                 del ranks[pipe]
                 if rank not in results and rank not in failures:
-                    failures[rank] = _death(rank, processes[rank], log)
+                    failures[rank] = _death(rank, node.processes[rank - node.first], log)
                 continue
             if kind == "message":
                 on_message(content)
@@ -135,17 +149,21 @@ def _collect(processes: list[Any], pipes: list[Any], log_folder: Path,
                 sentence, place, trace = content
                 failures[rank] = RankError(rank, f"failed: {sentence}", log, place=place, trace=trace)
         if failures:
-            grace = SEARCH_SECONDS if all(map(is_consequence, failures.values())) else GRACE_SECONDS
-            deadline = min(deadline, time.monotonic() + grace)
+            deadline = min(deadline, time.monotonic() + patience(failures))
     if failures:
-        raise _cause(failures, len(processes))
+        raise cause(failures, node.count)
     if ranks:
         raise RankError(min(ranks.values()), f"did not finish within {timeout:.0f} s", str(log_folder))
-    return [results[rank] for rank in range(len(processes))]
+    return [results[rank] for rank in range(node.first, node.first + node.count)]
 
 
-def _cause(failures: dict[int, AthanorError], world_size: int) -> AthanorError:
-    """A rank that was killed or refused explains the others' broken connections, and not the other way round."""
+def patience(failures: dict[int, AthanorError]) -> float:
+    """Seconds to wait for another rank, the one that caused these failures."""
+    return SEARCH_SECONDS if all(map(is_consequence, failures.values())) else GRACE_SECONDS
+
+
+def cause(failures: dict[int, AthanorError], world_size: int) -> AthanorError:
+    """The failure to tell: a rank that was killed or refused explains the others' broken connections, not the other way round."""
     causes = [error for error in failures.values() if not is_consequence(error)]
     first = (causes or list(failures.values()))[0]
     if not isinstance(first, RankError) or first.number is None:

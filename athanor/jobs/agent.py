@@ -1,8 +1,8 @@
-"""The agent of a training stage: owns its ranks on this machine, and starts them again where they are when some of them fail.
+"""The agent of a training stage: owns its ranks, and starts them again where they are when some of them fail.
 
-It says in one sentence of events.jsonl what happened, and writes into ledger.jsonl what the ranks no longer could: the time
-since their last line is `lost`, the time until new ranks are started is `down`. The ranks go on from the newest intact
-checkpoint by themselves.
+The ranks are this machine's, unless `launch` starts them elsewhere (`jobs/nodes.py`). A sentence of events.jsonl says what
+happened, and it writes into ledger.jsonl what the ranks no longer could: the time since their last line is `lost`, the time until
+new ranks are started is `down`. The ranks go on from the newest intact checkpoint by themselves.
 """
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ class Attempt:
         return {"startup": startup, "checkpoint": saving, "lost": max(0.0, self.failed - since - startup - saving)}
 
 
+def ask_children() -> None:
+    """Ask this machine's ranks to stop after their step."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+
+
 @dataclass
 class Agent:
     """`Agent(stage folder, ranks).run("package.module:rank_function", arguments)`. `on_message` gets what ranks send."""
@@ -71,6 +77,8 @@ class Agent:
     world_size: int
     threads: int | None = None
     on_message: Callable[[dict[str, Any]], None] = lambda message: None
+    launch: Callable[..., list[Any]] = run_ranks
+    ask_ranks: Callable[[], None] = ask_children
     is_asked_to_stop: bool = False
     faults_in_a_row: int = 0
     furthest_step: int = -1
@@ -88,12 +96,12 @@ class Agent:
             while True:
                 launched = time.time() - (time.perf_counter() - begun)
                 try:
-                    results = run_ranks(target, {**arguments, "launched": begun}, self.world_size,
-                                        log_folder=self.folder.logs, on_message=self._hear, threads=self.threads)
+                    results = self.launch(target, {**arguments, "launched": begun}, self.world_size,
+                                          log_folder=self.folder.logs, on_message=self._hear, threads=self.threads)
                     is_asked = self.is_asked_to_stop or results[0]["is_asked_to_stop"]
                     return {**results[0], "is_asked_to_stop": is_asked}
-                except UserError:
-                    raise  # about a folder that may be another's
+                except (UserError, Stopped):
+                    raise  # about a folder that may be another's; no ranks were started
                 except AthanorError as error:
                     attempt = self._attempt(launched)
                     self._settle(attempt, error)
@@ -166,8 +174,7 @@ class Agent:
     def _ask(self, *_: object) -> None:
         """Ask the ranks to stop. One that is still starting ignores the wish, so it is passed on again when a step is done."""
         self.is_asked_to_stop = True
-        for process in multiprocessing.active_children():
-            process.terminate()
+        self.ask_ranks()
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -1,4 +1,7 @@
-"""Jobs on this machine: a detached agent for each, which holds a lock on its log as long as it lives."""
+"""Jobs on this machine: a detached agent for each, which holds a lock on its log as long as it lives.
+
+Jobs on Slurm are submitted, looked at and cancelled by the same functions, which leave to `jobs/slurm.py` what differs.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from typing import Any, BinaryIO
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.events import EXIT_DONE, EXIT_HOLD, EXIT_REQUEUE
 from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, read_jsonl
+from athanor.jobs import slurm
 from athanor.jobs.agent import Stopped
-from athanor.jobs.queue import CANCELLED, DONE, HELD, LOST, RUNNING, STOPPED, Job, Queue
+from athanor.jobs.queue import CANCELLED, DONE, HELD, LOST, RUNNING, STOPPED, WAITING, Job, Queue
 
 STARTING_SECONDS = 10.0  # that a new job may be without an agent
 EXIT_CODES = {DONE: EXIT_DONE, STOPPED: EXIT_REQUEUE, HELD: EXIT_HOLD}
@@ -28,21 +32,28 @@ def submit(queue: Queue, **fields: Any) -> Job:
     """List a new job (the arguments of `Queue.add`) and start its agent. Raises UserError when another has its run folder."""
     run = str(Path(fields["run"]).resolve())
     for job in jobs(queue):
-        if job.state == RUNNING and job.run == run:
+        if job.state in (RUNNING, WAITING) and job.run == run:
             raise UserError(f"{job.id} is working in {run}; wait for it, cancel it, or give the run another name")
-    return start(queue, queue.add(**fields))
+    job = queue.add(**fields)
+    try:
+        return start(queue, job)
+    except UserError:
+        queue.remove(job)
+        raise
 
 
 def resume(queue: Queue, reference: str) -> Job:
     """Start the agent of a job anew that has ended before its work was done."""
     job = find(queue, reference)
-    if job.state in (RUNNING, DONE):
+    if job.state in (RUNNING, WAITING, DONE):
         raise UserError(f"{job.id} is {job.state}" + ("; nothing is left to do" if job.state == DONE else " already"))
     return start(queue, job)
 
 
 def start(queue: Queue, job: Job) -> Job:
     """Start `athanor jobs agent`, detached from this terminal; it inherits the lock, so that there is no gap without one."""
+    if job.slurm is not None:
+        return slurm.start(queue, job)
     with disk_errors(job.log):
         job.log.parent.mkdir(parents=True, exist_ok=True)
         log = job.log.open("ab")
@@ -69,8 +80,10 @@ def find(queue: Queue, reference: str) -> Job:
 def cancel(queue: Queue, reference: str) -> Job:
     """Ask a job to finish its step, save and end; returns at once. Raises UserError when it has ended already."""
     job = find(queue, reference)
-    if job.state != RUNNING:
+    if job.state not in (RUNNING, WAITING):
         raise UserError(f"{job.id} has ended already: {job.state}" + (f" ({job.sentence})" if job.sentence else ""))
+    if job.slurm is not None:
+        return slurm.cancel(queue, job)
     if job.process is None:
         raise UserError(f"{job.id} is being started; try again in a moment")
     asked = queue.update(job, only_running=True, is_cancelled=True)
@@ -103,9 +116,11 @@ def work(queue: Queue, job: Job, command: Callable[[], object]) -> int:
         traceback.print_exc()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    is_cancelled = state == STOPPED and queue.get(job.id).is_cancelled
-    queue.update(job, state=CANCELLED if is_cancelled else state, exit_code=EXIT_CODES[state], sentence=sentence,
-                 ended=time.time())
+    ended_as = state
+    if state == STOPPED:  # Slurm starts it again, unless that was not wanted
+        ended_as = CANCELLED if queue.get(job.id).is_cancelled else STOPPED if job.slurm is None else RUNNING
+    queue.update(job, state=ended_as, exit_code=EXIT_CODES[state], sentence=sentence,
+                 ended=None if ended_as == RUNNING else time.time())
     if sentence:
         print(f"athanor: {sentence}", file=sys.stderr)
     return EXIT_CODES[state]
@@ -141,6 +156,8 @@ def _newest_stage(run: Path) -> StageFolder | None:
 
 
 def _seen(queue: Queue, job: Job) -> Job:
+    if job.state == RUNNING and job.slurm is not None:
+        return slurm.seen(queue, job)
     if job.state != RUNNING or _is_alive(job):
         return job
     why = "it was cancelled while it started" if job.is_cancelled else "its agent was killed"

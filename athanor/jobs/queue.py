@@ -18,8 +18,8 @@ from athanor.foundation.errors import UserError, did_you_mean
 from athanor.foundation.run_folder import disk_errors
 
 FILE = "jobs.sqlite"
-SCHEMA = 1  # PRAGMA user_version
-RUNNING, DONE, STOPPED, CANCELLED, HELD, LOST = "running", "done", "stopped", "cancelled", "held", "lost"
+SCHEMA = 2  # PRAGMA user_version
+WAITING, RUNNING, DONE, STOPPED, CANCELLED, HELD, LOST = "waiting", "running", "done", "stopped", "cancelled", "held", "lost"
 PATIENCE_SECONDS = 10.0  # for other processes that are writing
 
 
@@ -29,7 +29,8 @@ class Job:
 
     `state`: running; done; stopped (asked to, by a signal or the time limit) or cancelled (by `jobs cancel`), which saved and
     can go on; held (somebody must look); lost (its agent was killed, it can go on). `process` is the agent's number, None
-    while it is being started. `sentence` says how it ended.
+    while it is being started. `sentence` says how it ended. A job on Slurm (`slurm`: what it asks for, and as "id" Slurm's number
+    of it) may also be waiting there, which is not kept here.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Job:
     sentence: str = ""
     ended: float | None = None
     is_cancelled: bool = False  # somebody has asked for it, whether it has ended or not
+    slurm: dict[str, Any] | None = None
 
     @property
     def id(self) -> str:
@@ -62,7 +64,7 @@ COLUMNS = tuple(field.name for field in fields(Job))
 TABLE = ("CREATE TABLE IF NOT EXISTS job (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, recipe TEXT NOT NULL, "
          "overrides TEXT NOT NULL, stage TEXT, run TEXT NOT NULL, folder TEXT NOT NULL, minutes REAL, submitted REAL NOT NULL, "
          "state TEXT NOT NULL, process INTEGER, exit_code INTEGER, sentence TEXT NOT NULL DEFAULT '', ended REAL, "
-         "is_cancelled INTEGER NOT NULL DEFAULT 0)")
+         "is_cancelled INTEGER NOT NULL DEFAULT 0, slurm TEXT)")
 
 
 class Queue:
@@ -71,14 +73,20 @@ class Queue:
     def __init__(self, root: Path) -> None:
         self.root, self.file = root, root / FILE
 
-    def add(self, *, name: str, recipe: Path, overrides: list[str], stage: str | None, run: Path, minutes: float | None) -> Job:
+    def add(self, *, name: str, recipe: Path, overrides: list[str], stage: str | None, run: Path, minutes: float | None,
+            slurm: dict[str, Any] | None = None) -> Job:
         """A new row, in state running."""
         with self._open() as base:
-            row = base.execute("INSERT INTO job (name, recipe, overrides, stage, run, folder, minutes, submitted, state) "
-                               "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING *",
+            row = base.execute("INSERT INTO job (name, recipe, overrides, stage, run, folder, minutes, submitted, state, slurm) "
+                               "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING *",
                                (name, str(recipe.resolve()), json.dumps(overrides), stage, str(run.resolve()), str(Path.cwd()),
-                                minutes, time.time(), RUNNING)).fetchone()
+                                minutes, time.time(), RUNNING, json.dumps(slurm))).fetchone()
         return _job(row)
+
+    def remove(self, job: Job) -> None:
+        """Forget a job that never was."""
+        with self._open() as base:
+            base.execute("DELETE FROM job WHERE number = ?", (job.number,))
 
     def all(self) -> list[Job]:
         """All jobs, the newest first; none where nothing was ever submitted."""
@@ -99,6 +107,7 @@ class Queue:
     def update(self, job: Job, *, only_running: bool = False, **values: Any) -> Job:
         """Change columns of a row, and return it; `only_running`: unless it has ended meanwhile."""
         assert values.keys() <= set(COLUMNS), values
+        values = {name: json.dumps(value) if name == "slurm" else value for name, value in values.items()}
         text = ", ".join(f"{name} = ?" for name in values)
         condition = f" AND state = '{RUNNING}'" if only_running else ""
         with self._open() as base:
@@ -117,6 +126,8 @@ class Queue:
                 if version > SCHEMA:
                     raise UserError(f"{self.file} has schema {version}, this version reads up to {SCHEMA}; use a newer Athanor")
                 base.execute(TABLE)
+                if version == 1:
+                    base.execute("ALTER TABLE job ADD COLUMN slurm TEXT")
                 base.execute(f"PRAGMA user_version = {SCHEMA}")
                 yield base
         except sqlite3.Error as error:
@@ -126,4 +137,5 @@ class Queue:
 
 def _job(row: sqlite3.Row) -> Job:
     values = {name: row[name] for name in COLUMNS}
-    return Job(**{**values, "overrides": json.loads(values["overrides"]), "is_cancelled": bool(values["is_cancelled"])})
+    return Job(**{**values, "overrides": json.loads(values["overrides"]), "is_cancelled": bool(values["is_cancelled"]),
+                  "slurm": json.loads(values["slurm"] or "null")})

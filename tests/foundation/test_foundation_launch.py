@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from athanor.foundation.errors import RankError, RecipeError
-from athanor.foundation.launch import _cause, run_ranks
+from athanor.foundation.launch import cause, run_ranks
 
 
 def test_ranks_meet_report_and_return_in_order(tmp_path: Path) -> None:
@@ -75,13 +75,13 @@ def _alive(pid: int) -> bool:
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_the_rank_that_died_explains_the_broken_connections(order: tuple[int, int]) -> None:
     failures = {0: RankError(0, "failed: RuntimeError: Connection closed by peer"), 1: RankError(1, "was killed by signal 9")}
-    assert _cause({rank: failures[rank] for rank in order}, 2) is failures[1]
+    assert cause({rank: failures[rank] for rank in order}, 2) is failures[1]
 
 
 def test_ranks_that_were_killed_together_are_named_together() -> None:
     def killed(rank: int) -> RankError:
         return RankError(rank, "was killed by signal 9 (SIGKILL)", number=9)
 
-    assert str(_cause({1: killed(1), 0: killed(0)}, 2)) == "all 2 ranks were killed by signal 9 (SIGKILL)"
+    assert str(cause({1: killed(1), 0: killed(0)}, 2)) == "all 2 ranks were killed by signal 9 (SIGKILL)"
     some = {2: killed(2), 1: RankError(1, "failed: Connection reset"), 0: killed(0)}
-    assert str(_cause(some, 4)) == "ranks 0, 2 were killed by signal 9 (SIGKILL)"
+    assert str(cause(some, 4)) == "ranks 0, 2 were killed by signal 9 (SIGKILL)"

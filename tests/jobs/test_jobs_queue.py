@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -58,11 +59,21 @@ def test_a_damaged_or_newer_file_is_refused_in_a_sentence(queue: Queue) -> None:
     base = sqlite3.connect(queue.root / FILE)
     base.execute("PRAGMA user_version = 9")
     base.close()
-    with pytest.raises(UserError, match="has schema 9, this version reads up to 1"):
+    with pytest.raises(UserError, match="has schema 9, this version reads up to 2"):
         queue.all()
     (queue.root / FILE).write_text("no database, but long enough to be looked at" * 9)
     with pytest.raises(UserError, match=r"cannot be used: .*; when it is damaged, move it away"):
         queue.all()
+
+
+def test_a_file_of_before_slurm_is_read(queue: Queue) -> None:
+    job = add(queue)
+    base = sqlite3.connect(queue.root / FILE)
+    base.execute("ALTER TABLE job DROP COLUMN slurm")
+    base.execute("PRAGMA user_version = 1")
+    base.commit()
+    base.close()
+    assert queue.get(job.id) == job and add(queue, "other").id == "other-2"
 
 
 def test_a_job_without_its_agent_is_lost(queue: Queue) -> None:
@@ -112,17 +123,23 @@ def test_a_time_limit_asks_to_stop_and_a_cancelled_job_says_so(queue: Queue, sig
     assert local.work(queue, other, raising(Stopped("as asked"))) == 85 and queue.get(other.id).state == "cancelled"
 
 
-def test_the_verbs_speak_json_and_refuse_early(queue: Queue, recipe_file: Path) -> None:
+def test_the_verbs_speak_json_and_refuse_early(queue: Queue, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(*arguments: str) -> object:
         return json.loads(CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False).stdout)
 
     assert call("list") == {"jobs": []}
     with pytest.raises(RecipeError, match="has no stage 'pretrian'; did you mean 'pretrain'"):
         CliRunner().invoke(command, ["submit", str(recipe_file), "--stage", "pretrian"], catch_exceptions=False)
+    monkeypatch.setenv("PATH", "")
+    for options, error in ((["--nodes", "2"], click.UsageError), (["--slurm"], UserError), (["--slurm", "--minutes", "1"],
+                                                                                            click.UsageError)):
+        with pytest.raises(error, match=r"go with --slurm|command scontrol is not on PATH|--time limits each start"):
+            command.main(["submit", str(recipe_file), "--stage", "pretrain", *options], standalone_mode=False)
+    assert call("list") == {"jobs": []}, "what was refused is not listed"
     job = add(queue)
-    with pytest.raises(UserError, match=r"tiny-1 is working in .*; wait for it, cancel it, or give the run another name"):
+    with pytest.raises(UserError, match=r"tiny-2 is working in .*; wait for it, cancel it, or give the run another name"):
         CliRunner().invoke(command, ["submit", str(recipe_file), "--stage", "pretrain"], catch_exceptions=False)
-    shown = call("show", "1")
+    shown = call("show", "2")
     assert isinstance(shown, dict) and shown["id"] == job.id and shown["step"] == 0 and shown["faults"] == []
-    with pytest.raises(UserError, match="tiny-1 has no log of rank 0; no rank was started yet"):
-        CliRunner().invoke(command, ["logs", "1", "--rank", "0"], catch_exceptions=False)
+    with pytest.raises(UserError, match="tiny-2 has no log of rank 0; no rank was started yet"):
+        CliRunner().invoke(command, ["logs", "2", "--rank", "0"], catch_exceptions=False)

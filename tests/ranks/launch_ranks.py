@@ -59,3 +59,9 @@ def refuse(channel: Callable[..., None]) -> None:
 
 def hang(channel: Callable[..., None]) -> None:
     time.sleep(60)
+
+
+def tell_and_wait(channel: Callable[..., None]) -> None:
+    if os.environ["RANK"] == "1":
+        channel(ready=True)
+    time.sleep(60)
