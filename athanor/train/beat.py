@@ -162,7 +162,7 @@ def collectives() -> dict[str, Any]:
     if read is None or not dist.is_initialized():
         return {}
     world: Any = dist.distributed_c10d._world
-    members = {world.pg_names[group]: sorted(ranks) for group, ranks in world.pg_group_ranks.items()}
+    members = {name: sorted(world.pg_group_ranks[group]) for group, name in world.pg_names.items()}  # those of this rank
     found: dict[str, Any] = {}
     for entry in json.loads(read(True, False)).get("entries", []):
         name, kind = entry["process_group"]

@@ -35,6 +35,7 @@ def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: i
 
     from athanor.foundation.errors import DiskError
     from athanor.train import loop
+    from athanor.train import step as step_module
 
     done = 0
 
@@ -51,6 +52,9 @@ def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: i
                 os.kill(os.getpid(), signal.SIGSTOP)
             if kind == "asleep":
                 time.sleep(600)
+            if kind == "asleep inside":
+                step_module.to_device = lambda *_: time.sleep(600)  # type: ignore[assignment]
+                return
             if kind == "wrong collective":
                 dist.barrier()
             if kind == "full disk":
