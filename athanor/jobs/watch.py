@@ -25,6 +25,7 @@ STEPS_WITHOUT_PROGRESS = 10  # a hang takes at least as long as so many steps
 SLOW_PHASES = ("startup", "checkpoint", "evaluation")  # until the first step is done, while saving, while validating:
 SLOW_FACTOR = 20.0  # so many times as patient
 LOOK_SECONDS = 0.25
+MOST_LOOKS_PER_SECOND = 2000  # at one rank
 ANSWER_SECONDS = 2.0  # how long we wait for the ranks to say where they stand
 
 
@@ -63,14 +64,15 @@ class Watch:
         self.folder, self.hang_seconds = folder, hang_seconds or HANG_SECONDS
         shutil.rmtree(folder.beats, ignore_errors=True)  # of an earlier life
         self.signs = {rank: Signs() for rank in range(world_size)}
+        self.pause = max(LOOK_SECONDS, world_size / MOST_LOOKS_PER_SECOND)
         self.looked = time.monotonic()
 
     def check(self) -> None:
         """Look at the signs of life. Raises RankError, the verdict, when no rank has made progress for longer than it may."""
         now = time.monotonic()
-        if now - self.looked < LOOK_SECONDS:
+        if now - self.looked < self.pause:
             return
-        if now - self.looked > self.hang_seconds / 2:  # it is we who were stopped, and the ranks perhaps with us
+        if now - self.looked > max(self.hang_seconds / 2, 4 * self.pause):  # we were stopped, and the ranks perhaps with us
             for signs in self.signs.values():
                 signs.since += now - self.looked
         self.looked = now

@@ -38,7 +38,7 @@ BEATS_PER_SECOND = 2.0  # of a rank; of all ranks together at most:
 MOST_BEATS_PER_SECOND = 512.0  # for they may share one file system
 RECORD_BYTES = 512
 RECORDED = "1000"  # collectives that the flight recorder keeps
-TOLD = 64  # of them, for each group
+TOLD = 48  # of them, for each group
 STEPS = 32  # over which the median is taken
 TORCH, LIBRARY = str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"]
 

@@ -38,7 +38,8 @@ HOST = socket.gethostname()
 LAYOUTS = {"dp_shard 2": ["parallel.dp_shard=2"], "tp 2": ["parallel.dp_shard=1", "parallel.tp=2"],
            "dp_shard 4": ["parallel.dp_shard=4"],
            "dp_shard 2 x pp 2": ["parallel.dp_shard=2", "parallel.pp=2", "stage.pretrain.micro_batch_size=1"]}
-KINDS = {"asleep": r"never entered all_reduce #\d+; it stands at {asleep}", "asleep inside": r"(never entered|goes no).* at {inside}",
+KINDS = {"asleep": r"never entered all_reduce #\d+; it stands at {asleep}",
+         "asleep inside": r"(never entered \w+ #\d+.*; it stands at|goes no further than) {inside}",
          "stopped": r"is stopped \(SIGSTOP\)",
          "wrong collective": r"entered barrier as #\d+ where (rank \d|the others) entered all_reduce; it stands at {barrier}"}
 Row = dict[str, Any]
