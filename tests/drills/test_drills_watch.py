@@ -11,11 +11,11 @@ from athanor.foundation.launch import start_server
 from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder, read_jsonl
 from athanor.jobs.agent import Agent
-from athanor.train.straggler import WINDOW, WINDOWS
+from athanor.train.straggler import WINDOWS
 
 __all__ = ["data_folder", "recipe_file", "run_folder"]
 pytestmark = pytest.mark.drill
-STEPS = 3 * WINDOW * WINDOWS
+STEPS = 6000  # at most: a run is over when its ranks were compared often enough to be called slow
 
 
 @pytest.mark.parametrize("run", range(20))
@@ -24,7 +24,10 @@ def test_a_clean_run_raises_no_alarm(recipe_file: Path, run_folder: Path, run: i
     recipe = load_recipe(recipe_file, ["stage.pretrain.precision=fp32", f"stage.pretrain.steps={STEPS}", "parallel.dp_shard=2",
                                        "stage.pretrain.hang_seconds=10"])
     stage = RunFolder(run_folder).stage("pretrain")
-    Agent(stage, 2, 1).run("watch_ranks:train_unevenly", {"run_folder": str(run_folder), "recipe": recipe, "stage": "pretrain",
-                                                          "slow": None, "seconds": 0.0})
+    found = Agent(stage, 2, 1).run("watch_ranks:train_unevenly", {
+        "run_folder": str(run_folder), "recipe": recipe, "stage": "pretrain", "slow": None, "seconds": 0.0, "enough": WINDOWS})
+    windows = [row["medians"] for row in read_jsonl(run_folder / "windows.jsonl")]
+    print(f"{found['step']} steps, ratios", *(f"{second / first:.2f}" for first, second in windows))
     assert not [row["sentence"] for row in read_jsonl(stage.events) if row["kind"] in ("straggler", "fault", "held")]
-    assert read_jsonl(stage.metrics)[-1]["step"] == STEPS
+    if len(windows) < WINDOWS:
+        pytest.skip(f"other processes had the cores, so that ranks could be compared only {len(windows)} times")

@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 STEPS_APART = 10  # between two exchanges, so that a short run has many
+MOST_SECONDS = 60.0
 
 
-def train_unevenly(channel: Callable[..., None], slow: int | None, seconds: float, **arguments: Any) -> dict[str, Any]:
-    """Train until a rank is called slow, or to the end; rank `slow` computes longer in each step."""
+def train_unevenly(channel: Callable[..., None], slow: int | None, seconds: float, enough: int,
+                   **arguments: Any) -> dict[str, Any]:
+    """Train until a rank is called slow or was compared `enough` times; rank `slow` computes longer in each step.
+
+    `windows.jsonl` gets what the ranks took, on their own in a step, of each window in which they were compared. Where other
+    processes have the cores there are hardly any, so the run has an end.
+    """
     from inject_ranks import OncePerStep
 
-    from athanor.foundation.run_folder import RunFolder, read_jsonl
-    from athanor.train import loop, meter, step
+    from athanor.foundation.run_folder import RunFolder, append_jsonl, read_jsonl
+    from athanor.train import loop, meter, step, straggler
 
     events = RunFolder(Path(arguments["run_folder"])).stage(arguments["stage"]).events
+    begin = time.monotonic()
+    windows, compare = Path(arguments["run_folder"], "windows.jsonl"), straggler.Stragglers.compare
+
+    def compare_and_tell(self: Any, ranks: Any, hosts: Any) -> None:
+        append_jsonl(windows, {"medians": [statistics.median(self.seconds[rank]) for rank in ranks]})
+        compare(self, ranks, hosts)
+
+    straggler.Stragglers.compare = compare_and_tell  # type: ignore[method-assign]
     meter.Meter._agree = lambda self, value: STEPS_APART  # type: ignore[method-assign]
     rank, exchange, once = int(os.environ["RANK"]), meter.Meter.exchange, OncePerStep(seconds)
 
     def exchange_and_see(self: Any) -> None:
         exchange(self)
-        if rank == 0 and any(row["kind"] == "straggler" for row in read_jsonl(events)):
+        is_told = any(row["kind"] == "straggler" for row in read_jsonl(events))
+        if rank == 0 and (is_told or len(read_jsonl(windows)) >= enough or time.monotonic() - begin > MOST_SECONDS):
             os.kill(os.getpid(), signal.SIGTERM)
 
     meter.Meter.exchange = exchange_and_see  # type: ignore[method-assign]

@@ -29,14 +29,17 @@ SIZES = ("stage.pretrain.precision=fp32", "stage.pretrain.evaluate_every=9999", 
 def stragglers_of(recipe_file: Path, data_folder: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """What is told of slow ranks in a run of two, in which `slow` takes some seconds longer for each step."""
 
-    def run(steps: int, slow: int | None, seconds: float = 0.0) -> list[dict[str, Any]]:
+    def run(slow: int | None, seconds: float, windows: int) -> list[dict[str, Any]]:
         folder = tmp_path / f"slow-{slow}"
         folder.mkdir()
         (folder / "data").symlink_to(data_folder)
-        arguments = {"run_folder": str(folder), "recipe": load_recipe(recipe_file, [*SIZES, f"stage.pretrain.steps={steps}"]),
-                     "stage": "pretrain", "launched": time.perf_counter(), "slow": slow, "seconds": seconds}
+        arguments = {"run_folder": str(folder), "recipe": load_recipe(recipe_file, [*SIZES, "stage.pretrain.steps=6000"]),
+                     "stage": "pretrain", "launched": time.perf_counter(), "slow": slow, "seconds": seconds, "enough": windows}
         run_ranks("watch_ranks:train_unevenly", arguments, 2, log_folder=folder, threads=1, timeout=240)
-        return [row for row in read_jsonl(folder / "pretrain" / "events.jsonl") if row["kind"] == "straggler"]
+        found = [row for row in read_jsonl(folder / "pretrain" / "events.jsonl") if row["kind"] == "straggler"]
+        if not found and (compared := len(read_jsonl(folder / "windows.jsonl"))) < windows:
+            pytest.skip(f"other processes had the cores, so that ranks could be compared only {compared} times")
+        return found
 
     return run
 
@@ -133,10 +136,9 @@ def test_the_system_tells_how_long_a_thread_waited() -> None:
 
 
 def test_a_rank_slowed_by_4_ms_a_step_is_named(stragglers_of: Any) -> None:
-    # it ends when the rank is named: steps in which others have a rank's core do not count, and a busy machine leaves few
-    (event,) = stragglers_of(3000, slow=1, seconds=0.004)
+    (event,) = stragglers_of(slow=1, seconds=0.004, windows=2 * WINDOWS)
     assert event["rank"] == 1 and event["sentence"].startswith(f"rank 1 (host {event['host']}) takes ")
 
 
 def test_no_rank_of_a_clean_run_is_named(stragglers_of: Any) -> None:
-    assert not stragglers_of(200, slow=None)
+    assert not stragglers_of(slow=None, seconds=0.0, windows=WINDOWS)
