@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
@@ -36,6 +36,8 @@ class Recorder:
         self.opened: list[float] = []  # when the intervals began that are not over yet
         self.names: list[str] = []  # and what they are called
         self.thread = threading.get_ident()
+        self.delay: Callable[[], float] = float  # how long this thread has been ready and had no processor, where that is known
+        self.delay_in_waits = 0.0  # what of it fell into waits for others
 
 
 _active: Recorder | None = None
@@ -60,9 +62,11 @@ def interval(name: str, group: str | None = None, arrived: float | None = None) 
     start = time.perf_counter()
     recorder.opened.append(start)
     recorder.names.append(name)
+    before = 0.0 if group is None else recorder.delay()
     try:
         yield
     finally:
+        recorder.delay_in_waits += 0.0 if group is None else recorder.delay() - before
         recorder.opened.pop()
         recorder.names.pop()
         recorder.rows.append(Interval(name, start, time.perf_counter(), len(recorder.opened), group,

@@ -37,7 +37,8 @@ class Meter:
         self.file, self.devices, self.accelerator, self.peak_flops = ledger_file, devices, accelerator, peak_flops
         self.attempt, self.step, self.peers = attempt, first_step, peers
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.recorder, self.pace = Recorder(), Pace()
+        self.recorder = Recorder()
+        self.pace = Pace(self.recorder)
         self.stragglers: Stragglers | None = None  # who is told, on rank 0, what ranks take on their own
         activate(self.recorder)
         self.window_start, self.first_step = launched, first_step
@@ -54,7 +55,7 @@ class Meter:
         Every rank must call this after the same steps: now and then it exchanges intervals with the others.
         """
         self.step += 1
-        self.pace.end_step(self.recorder.rows)
+        self.pace.end_step()
         self.tokens += tokens
         self.flops += flops
         self.flops_full += flops_full
@@ -81,8 +82,7 @@ class Meter:
     def exchange(self) -> None:
         """Put the intervals since the last exchange into `ledger.jsonl`, as device-seconds of all ranks."""
         with interval("metering"):
-            mine, own = condense(self.recorder.rows), self.pace.take(self.recorder.rows)
-            self.recorder.rows.clear()
+            mine, own = condense(self.recorder.rows), self.pace.take()
             for name, seconds in self.before.items():
                 mine.seconds[name] = mine.seconds.get(name, 0.0) + seconds
             self.before = {}
@@ -112,6 +112,7 @@ class Meter:
         """The stage's book over all attempts, on rank 0; None elsewhere. Recording stops."""
         self.exchange()
         activate(None)
+        self.pace.close()
         if self.rank != 0:
             return None
         return book_of(read_jsonl(self.file), devices=self.devices, accelerator=self.accelerator, peak_flops=self.peak_flops)

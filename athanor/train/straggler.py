@@ -3,13 +3,13 @@ other; what differs is the time that each spends before its collectives, on its 
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 
-from athanor.foundation.intervals import Interval
+from athanor.foundation.intervals import Recorder
 from athanor.ledger.attribute import COMPUTE, condense
 
 OWN = ("input", COMPUTE, "recompute")  # what a rank does in a step without the others
@@ -17,36 +17,44 @@ WINDOW = 20  # steps that are compared
 WINDOWS = 3  # in a row, in which a rank must be slow
 RATIO = 1.15  # of its time to that of the others
 EXCESS_SECONDS = 0.002  # of a step, which it must be slower at least
-DELAY_SECONDS, DELAY_SHARE = 0.001, 0.05  # how long a step may have waited for a processor, and which part of it
-SCHEDULE = Path("/proc/thread-self/schedstat")  # Linux: nanoseconds a thread has run, and has waited for a processor
+SCHEDULE = "/proc/thread-self/schedstat"  # Linux: nanoseconds a thread has run, and has waited for a processor
 
 
 class Pace:
-    """What one rank spends on its own in each step. Steps in which others had its processor do not count."""
+    """What one rank spends on its own in each step; not what it waited for a processor that others had."""
 
-    def __init__(self) -> None:
-        self.is_told = SCHEDULE.exists()
-        self.steps: deque[tuple[int, float]] = deque([(0, self.delay())], maxlen=2 * WINDOW + 1)  # rows, delay, at ends of steps
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.file = os.open(SCHEDULE, os.O_RDONLY) if os.path.exists(SCHEDULE) else None
+        recorder.delay = self.delay
+        self.steps: deque[tuple[int, float]] = deque([self.now()], maxlen=2 * WINDOW + 1)
 
     def delay(self) -> float:
-        """Seconds that this thread has waited for a processor; none where the system does not tell."""
-        return int(SCHEDULE.read_bytes().split()[1]) * 1e-9 if self.is_told else 0.0
+        """Seconds that this thread was ready and had no processor; 0 where the system does not tell."""
+        return 0.0 if self.file is None else int(os.pread(self.file, 64, 0).split()[1]) * 1e-9
 
-    def end_step(self, rows: Sequence[Interval]) -> None:
-        """A step is over; `rows` are the intervals since the last `take`."""
-        self.steps.append((len(rows), self.delay()))
+    def now(self) -> tuple[int, float]:
+        """How many intervals were recorded, and how long their own work had no processor."""
+        return len(self.recorder.rows), self.delay() - self.recorder.delay_in_waits
 
-    def take(self, rows: Sequence[Interval]) -> list[float]:
-        """Seconds of each of the last steps, whose intervals `rows` ends with; a new count begins."""
+    def end_step(self) -> None:
+        self.steps.append(self.now())
+
+    def take(self) -> list[float]:
+        """Seconds of each of the last steps. The recorded intervals are forgotten, and a new count begins."""
         out = []
         for (first, before), (last, after) in pairwise(self.steps):
-            seconds = condense(rows[first:last]).seconds
-            own = sum(seconds.get(name, 0.0) for name in OWN)
-            if after - before <= max(DELAY_SECONDS, DELAY_SHARE * own):
-                out.append(own)
+            seconds = condense(self.recorder.rows[first:last]).seconds
+            out.append(max(0.0, sum(seconds.get(name, 0.0) for name in OWN) - (after - before)))
+        self.recorder.rows.clear()
         self.steps.clear()
-        self.steps.append((0, self.delay()))
+        self.steps.append(self.now())
         return out
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
 
 
 class Stragglers:

@@ -29,5 +29,4 @@ def test_a_clean_run_raises_no_alarm(recipe_file: Path, run_folder: Path, run: i
     windows = [row["medians"] for row in read_jsonl(run_folder / "windows.jsonl")]
     print(f"{found['step']} steps, ratios", *(f"{second / first:.2f}" for first, second in windows))
     assert not [row["sentence"] for row in read_jsonl(stage.events) if row["kind"] in ("straggler", "fault", "held")]
-    if len(windows) < WINDOWS:
-        pytest.skip(f"other processes had the cores, so that ranks could be compared only {len(windows)} times")
+    assert len(windows) >= WINDOWS

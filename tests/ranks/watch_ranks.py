@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 STEPS_APART = 10  # between two exchanges, so that a short run has many
-MOST_SECONDS = 60.0
 
 
 def train_unevenly(channel: Callable[..., None], slow: int | None, seconds: float, enough: int,
                    **arguments: Any) -> dict[str, Any]:
     """Train until a rank is called slow or was compared `enough` times; rank `slow` computes longer in each step.
 
-    `windows.jsonl` gets what the ranks took, on their own in a step, of each window in which they were compared. Where other
-    processes have the cores there are hardly any, so the run has an end.
+    `windows.jsonl` gets what the ranks took, on their own in a step, of each window in which they were compared.
     """
     from inject_ranks import OncePerStep
 
@@ -27,7 +25,6 @@ def train_unevenly(channel: Callable[..., None], slow: int | None, seconds: floa
     from athanor.train import loop, meter, step, straggler
 
     events = RunFolder(Path(arguments["run_folder"])).stage(arguments["stage"]).events
-    begin = time.monotonic()
     windows, compare = Path(arguments["run_folder"], "windows.jsonl"), straggler.Stragglers.compare
 
     def compare_and_tell(self: Any, ranks: Any, hosts: Any) -> None:
@@ -41,7 +38,7 @@ def train_unevenly(channel: Callable[..., None], slow: int | None, seconds: floa
     def exchange_and_see(self: Any) -> None:
         exchange(self)
         is_told = any(row["kind"] == "straggler" for row in read_jsonl(events))
-        if rank == 0 and (is_told or len(read_jsonl(windows)) >= enough or time.monotonic() - begin > MOST_SECONDS):
+        if rank == 0 and (is_told or len(read_jsonl(windows)) >= enough):
             os.kill(os.getpid(), signal.SIGTERM)
 
     meter.Meter.exchange = exchange_and_see  # type: ignore[method-assign]
