@@ -14,41 +14,37 @@ from athanor.ledger.attribute import COMPUTE, condense
 
 OWN = ("input", COMPUTE, "recompute")  # what a rank does in a step without the others
 WINDOW = 20  # steps that are compared
-WINDOWS = 3  # in a row, in which a rank must be slow
-RATIO = 1.15  # of its time to that of the others
-EXCESS_SECONDS = 0.002  # of a step, which it must be slower at least
+WINDOWS = 3  # in a row, in which a rank must be slow to be named
+RATIO = 1.15  # of most of its steps to the median of the others
+EXCESS_SECONDS = 0.002  # by which they must be longer at least
 SCHEDULE = "/proc/thread-self/schedstat"  # Linux: nanoseconds a thread has run, and has waited for a processor
 
 
 class Pace:
-    """What one rank spends on its own in each step; not what it waited for a processor that others had."""
+    """What one rank spends on its own in each step, without the time in which others had its processor."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.file = os.open(SCHEDULE, os.O_RDONLY) if os.path.exists(SCHEDULE) else None
         recorder.delay = self.delay
-        self.steps: deque[tuple[int, float]] = deque([self.now()], maxlen=2 * WINDOW + 1)
+        self.ends: deque[int] = deque([0], maxlen=2 * WINDOW + 1)  # intervals recorded when a step was over
 
     def delay(self) -> float:
         """Seconds that this thread was ready and had no processor; 0 where the system does not tell."""
         return 0.0 if self.file is None else int(os.pread(self.file, 64, 0).split()[1]) * 1e-9
 
-    def now(self) -> tuple[int, float]:
-        """How many intervals were recorded, and how long their own work had no processor."""
-        return len(self.recorder.rows), self.delay() - self.recorder.delay_in_waits
-
     def end_step(self) -> None:
-        self.steps.append(self.now())
+        self.ends.append(len(self.recorder.rows))
 
     def take(self) -> list[float]:
         """Seconds of each of the last steps. The recorded intervals are forgotten, and a new count begins."""
         out = []
-        for (first, before), (last, after) in pairwise(self.steps):
-            seconds = condense(self.recorder.rows[first:last]).seconds
-            out.append(max(0.0, sum(seconds.get(name, 0.0) for name in OWN) - (after - before)))
+        for first, last in pairwise(self.ends):
+            seconds = condense(row._replace(end=row.end - row.delay) for row in self.recorder.rows[first:last]).seconds
+            out.append(sum(seconds.get(name, 0.0) for name in OWN))
         self.recorder.rows.clear()
-        self.steps.clear()
-        self.steps.append(self.now())
+        self.ends.clear()
+        self.ends.append(0)
         return out
 
     def close(self) -> None:
@@ -80,7 +76,8 @@ class Stragglers:
         medians = {rank: statistics.median(self.seconds[rank]) for rank in ranks}
         for rank in ranks:
             others = statistics.median(medians[other] for other in ranks if other != rank)
-            is_slow = medians[rank] > RATIO * others and medians[rank] - others >= EXCESS_SECONDS
+            most = statistics.quantiles(self.seconds[rank], n=4)[0]  # three quarters of its steps take longer
+            is_slow = most > RATIO * others and most - others >= EXCESS_SECONDS
             self.slow[rank] = self.slow[rank] + 1 if is_slow else 0
             self.seconds[rank].clear()
             if self.slow[rank] == WINDOWS:

@@ -134,6 +134,7 @@ def test_time_without_a_processor_is_not_a_ranks_own(monkeypatch: pytest.MonkeyP
                     waited += in_wait
             with interval("metering"):
                 time.sleep(0.05)
+                waited += in_wait
             pace.end_step()
     finally:
         activate(None)
