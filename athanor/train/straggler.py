@@ -15,8 +15,8 @@ from athanor.ledger.attribute import COMPUTE, condense
 OWN = ("input", COMPUTE, "recompute")  # what a rank does in a step without the others
 WINDOW = 20  # steps that are compared
 WINDOWS = 3  # in a row, in which a rank must be slow to be named
-RATIO = 1.15  # of most of its steps to the median of the others
-EXCESS_SECONDS = 0.002  # by which they must be longer at least
+RATIO = 1.15  # of its median to that of the others
+EXCESS_SECONDS = 0.002  # by which it must be longer at least
 SCHEDULE = "/proc/thread-self/schedstat"  # Linux: nanoseconds a thread has run, and has waited for a processor
 
 
@@ -76,8 +76,7 @@ class Stragglers:
         medians = {rank: statistics.median(self.seconds[rank]) for rank in ranks}
         for rank in ranks:
             others = statistics.median(medians[other] for other in ranks if other != rank)
-            most = statistics.quantiles(self.seconds[rank], n=4)[0]  # three quarters of its steps take longer
-            is_slow = most > RATIO * others and most - others >= EXCESS_SECONDS
+            is_slow = medians[rank] > RATIO * others and medians[rank] - others >= EXCESS_SECONDS
             self.slow[rank] = self.slow[rank] + 1 if is_slow else 0
             self.seconds[rank].clear()
             if self.slow[rank] == WINDOWS:

@@ -17,7 +17,7 @@ def train_unevenly(channel: Callable[..., None], slow: int | None, seconds: floa
                    **arguments: Any) -> dict[str, Any]:
     """Train until a rank is called slow or was compared `enough` times; rank `slow` computes longer in each step.
 
-    `windows.jsonl` gets the quartiles of what the ranks took on their own in a step, of each window in which they were compared.
+    `windows.jsonl` gets what the ranks took on their own in a step, in the median, of each window in which they were compared.
     """
     from inject_ranks import OncePerStep
 
@@ -28,7 +28,7 @@ def train_unevenly(channel: Callable[..., None], slow: int | None, seconds: floa
     windows, compare = Path(arguments["run_folder"], "windows.jsonl"), straggler.Stragglers.compare
 
     def compare_and_tell(self: Any, ranks: Any, hosts: Any) -> None:
-        append_jsonl(windows, {"quartiles": [statistics.quantiles(self.seconds[rank], n=4) for rank in ranks]})
+        append_jsonl(windows, {"medians": [statistics.median(self.seconds[rank]) for rank in ranks]})
         compare(self, ranks, hosts)
 
     straggler.Stragglers.compare = compare_and_tell  # type: ignore[method-assign]

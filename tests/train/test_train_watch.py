@@ -162,7 +162,7 @@ def test_the_system_tells_how_long_a_thread_had_no_processor() -> None:
 
 
 def test_a_rank_slowed_by_4_ms_a_step_is_named(stragglers_of: Any) -> None:
-    (event,) = stragglers_of(slow=1, seconds=0.004, windows=2 * WINDOWS)
+    (event,) = stragglers_of(slow=1, seconds=0.004, windows=4 * WINDOWS)
     assert event["rank"] == 1 and event["sentence"].startswith(f"rank 1 (host {event['host']}) takes ")
 
 
