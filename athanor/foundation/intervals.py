@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
@@ -17,7 +17,7 @@ class Interval(NamedTuple):
     """One interval: seconds on the host's monotonic clock; `depth` 0 is outermost.
 
     `group` names the ranks of a collective; `arrived` is when this rank had given its part (an asynchronous collective
-    is issued before it is waited for).
+    is issued before it is waited for). `delay`: seconds in which others had this thread's processor, where that is known.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Interval(NamedTuple):
     depth: int
     group: str | None
     arrived: float
+    delay: float = 0.0
 
 
 class Recorder:
@@ -36,6 +37,7 @@ class Recorder:
         self.opened: list[float] = []  # when the intervals began that are not over yet
         self.names: list[str] = []  # and what they are called
         self.thread = threading.get_ident()
+        self.delay: Callable[[], float] = float  # seconds that this thread was ready and had no processor, if that is known
 
 
 _active: Recorder | None = None
@@ -60,13 +62,14 @@ def interval(name: str, group: str | None = None, arrived: float | None = None) 
     start = time.perf_counter()
     recorder.opened.append(start)
     recorder.names.append(name)
+    before = recorder.delay()
     try:
         yield
     finally:
         recorder.opened.pop()
         recorder.names.pop()
         recorder.rows.append(Interval(name, start, time.perf_counter(), len(recorder.opened), group,
-                                      start if arrived is None else arrived))
+                                      start if arrived is None else arrived, recorder.delay() - before))
 
 
 def idle(name: str, group: str) -> None:

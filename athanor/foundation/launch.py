@@ -35,6 +35,7 @@ PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distri
 
 GRACE_SECONDS = 0.5  # how long after a failure we listen for other ranks
 SERVER_LOST = 255  # what multiprocessing says of a process whose fork server has died
+PATROL_SECONDS = 0.25
 SEARCH_SECONDS = 5.0  # the same while all that is known are broken connections, which another rank has caused
 
 
@@ -75,12 +76,13 @@ def start_server(*modules: str) -> None:
 
 def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_folder: Path,
               on_message: Callable[[dict[str, Any]], None] | None = None, threads: int | None = None,
-              timeout: float | None = None, node: Node | None = None) -> list[Any]:
+              timeout: float | None = None, patrol: Callable[[], None] = lambda: None, node: Node | None = None) -> list[Any]:
     """Run `package.module:function(channel, **arguments)` on every rank and return their results, by rank; with `node`, on
     this machine's part of the ranks.
 
     `channel(**message)` sends a dictionary to `on_message` here. Standard output and error of a rank go to
-    `log_folder/rank-N.log`. `threads` per rank defaults to an equal part of this machine's cores.
+    `log_folder/rank-N.log`. `threads` per rank defaults to an equal part of this machine's cores. `patrol` is called a few
+    times a second; what it raises ends the ranks.
     When a rank fails, the others are killed and RankError names it; an AthanorError raised in a rank is raised here as it is.
     """
     start_server()
@@ -101,7 +103,7 @@ def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_fo
         processes.append(process)
         pipes.append(ours)
     try:
-        return _collect(node, pipes, log_folder, on_message or (lambda message: None), timeout)
+        return _collect(node, pipes, log_folder, on_message or (lambda message: None), timeout, patrol)
     finally:
         for process in processes:
             if process.is_alive():
@@ -118,17 +120,18 @@ def free_port() -> int:
 
 
 def _collect(node: Node, pipes: list[Any], log_folder: Path,
-             on_message: Callable[[dict[str, Any]], None], timeout: float | None) -> list[Any]:
+             on_message: Callable[[dict[str, Any]], None], timeout: float | None, patrol: Callable[[], None]) -> list[Any]:
     """Read every rank's pipe until all have returned a result; after a failure, wait a moment for the one that caused it."""
     results: dict[int, Any] = {}
     failures: dict[int, AthanorError] = {}  # in the order in which we learned of them
     ranks = {pipe: rank for rank, pipe in enumerate(pipes, node.first)}
     deadline = time.monotonic() + timeout if timeout else math.inf
     while ranks:
-        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-        ready = cast("list[Any]", wait(list(ranks), timeout=left))
-        if not ready:
+        ready = cast("list[Any]", wait(list(ranks), timeout=min(PATROL_SECONDS, max(0.0, deadline - time.monotonic()))))
+        if not ready and time.monotonic() >= deadline:
             break
+        if not failures:
+            patrol()
         for pipe in ready:
             rank = ranks[pipe]
             log = str(log_folder / f"rank-{rank}.log")

@@ -152,6 +152,8 @@ class Stage(Section):
     save_async: bool = Field(True, description="whether training goes on while a copy in host memory is written")
     evaluate_every: Whole | None = Field(None, ge=1, description="steps between validations")
     evaluate_rows: Whole | None = Field(None, ge=1, description="held-out rows of a validation; all unless set or planned")
+    hang_seconds: float | None = Field(None, gt=0, description="seconds without progress after which ranks are looked at and "
+                                       "started again, but never less than 10 steps; 30 unless set")
     data_shards: Whole | None = Field(None, ge=1, description="virtual data shards; micro-batches of a global batch unless set")
     reduction: Literal["fast", "exact"] = Field("fast", description="'exact': any number of data ranks that divides data_shards "
                                                 "trains the same bits, at some cost")

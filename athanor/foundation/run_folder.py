@@ -59,6 +59,7 @@ class StageFolder:
     events = property(lambda self: self.root / "events.jsonl")
     samples = property(lambda self: self.root / "samples.jsonl")
     logs = property(lambda self: self.root / "logs")
+    beats = property(lambda self: self.root / "logs" / "beats")
     checkpoints = property(lambda self: self.root / "checkpoints")
     owner = property(lambda self: self.root / "owner.json")
     model = property(lambda self: self.root / "model")

@@ -1,4 +1,4 @@
-"""The agent of a training stage: owns its ranks, and starts them again where they are when some of them fail.
+"""The agent of a training stage: owns its ranks, and starts them again where they are when some of them fail or hang.
 
 The ranks are this machine's, unless `launch` starts them elsewhere (`jobs/nodes.py`). A sentence of events.jsonl says what
 happened, and it writes into ledger.jsonl what the ranks no longer could: the time since their last line is `lost`, the time until
@@ -20,6 +20,7 @@ from athanor.foundation.events import EXIT_HOLD, EXIT_REQUEUE, log_event
 from athanor.foundation.launch import is_consequence, run_ranks
 from athanor.foundation.progress import say
 from athanor.foundation.run_folder import StageFolder, read_jsonl
+from athanor.jobs.watch import Watch
 from athanor.ledger.attempts import note
 
 MOST_FAULTS = 5  # in a row, without a step further than the ranks had come before
@@ -92,12 +93,14 @@ class Agent:
         AthanorError is raised as it is, for that is never tried again.
         """
         begun = arguments.get("launched", time.perf_counter())  # imports of ours are start-up, too
+        hang_seconds = arguments["recipe"].get_stage(arguments["stage"]).hang_seconds
         with self._listening():
             while True:
                 launched = time.time() - (time.perf_counter() - begun)
                 try:
                     results = self.launch(target, {**arguments, "launched": begun}, self.world_size,
-                                          log_folder=self.folder.logs, on_message=self._hear, threads=self.threads)
+                                          log_folder=self.folder.logs, on_message=self._hear, threads=self.threads,
+                                          patrol=Watch(self.folder, self.world_size, hang_seconds).check)
                     is_asked = self.is_asked_to_stop or results[0]["is_asked_to_stop"]
                     return {**results[0], "is_asked_to_stop": is_asked}
                 except (UserError, Stopped):

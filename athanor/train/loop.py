@@ -37,7 +37,7 @@ from athanor.parallel.fully_shard import DataParallel
 from athanor.parallel.mesh import Mesh, leave, make_mesh
 from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
-from athanor.train import checkpoint
+from athanor.train import beat, checkpoint
 from athanor.train.balance import Balancer
 from athanor.train.exact import Exact
 from athanor.train.masters import Masters
@@ -48,6 +48,7 @@ from athanor.train.saver import Saver
 from athanor.train.schedule import learning_rate
 from athanor.train.stage import Job, claim_folder, is_finished, resolve
 from athanor.train.step import Outcome, Trainee, run_step
+from athanor.train.straggler import Stragglers
 from athanor.train.validate import Sampler, validate, whole
 
 MOST_SKIPPED_STEPS = 10  # in a row
@@ -109,6 +110,7 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "wants_to_stop", True))
     try:
         job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
+        beat.start(job.folder.beats, lambda: progress.step)
         is_mixed = compute_dtype(job.settings.precision) is not None and not keeps_masters(job)
         mesh = make_mesh(job.layout, device_type, is_mixed)
         _claim(job, mesh, is_fresh)
@@ -120,7 +122,11 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
             meter = Meter(job.folder.root / "ledger.jsonl", devices=job.layout.world_size, accelerator=accelerator,
                           peak_flops=peak_flops, launched=launched, attempt=progress.attempt, first_step=progress.step,
                           peers=mesh.peers())
-            run_loop(Run(job, trainee, progress, meter, channel, saver))
+            beat.follow(meter.recorder)
+            run = Run(job, trainee, progress, meter, channel, saver)
+            meter.stragglers = Stragglers(mesh.peers(), lambda rank, host, told: run.log(
+                "straggler", told, rank=rank, host=host))
+            run_loop(run)
         return summarise(job, progress.is_asked_to_stop)
     except (RuntimeError, MemoryError) as error:
         if job is None or mesh is None or not is_out_of_memory(error):
@@ -130,6 +136,7 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
         activate(None)
         signal.signal(signal.SIGTERM, previous)
         leave()
+        beat.stop()
 
 
 def _claim(job: Job, mesh: Mesh, is_fresh: bool) -> None:

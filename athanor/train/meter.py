@@ -7,6 +7,7 @@ the steps that were rolled back to `lost`, and the book covers them all.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from athanor.foundation.run_folder import append_when_possible, read_jsonl
 from athanor.ledger.attempts import book_of
 from athanor.ledger.attribute import COMPUTE, attribute, condense
 from athanor.ledger.book import Book
+from athanor.train.straggler import Pace, Stragglers
 
 EXCHANGE_SECONDS = 4.0  # how often ranks compare notes
 
@@ -36,6 +38,8 @@ class Meter:
         self.attempt, self.step, self.peers = attempt, first_step, peers
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.recorder = Recorder()
+        self.pace = Pace(self.recorder)
+        self.stragglers: Stragglers | None = None  # who is told, on rank 0, what ranks take on their own
         activate(self.recorder)
         self.window_start, self.first_step = launched, first_step
         self.before: dict[str, float] = {"startup": time.perf_counter() - launched}
@@ -51,6 +55,7 @@ class Meter:
         Every rank must call this after the same steps: now and then it exchanges intervals with the others.
         """
         self.step += 1
+        self.pace.end_step()
         self.tokens += tokens
         self.flops += flops
         self.flops_full += flops_full
@@ -77,26 +82,29 @@ class Meter:
     def exchange(self) -> None:
         """Put the intervals since the last exchange into `ledger.jsonl`, as device-seconds of all ranks."""
         with interval("metering"):
-            mine = condense(self.recorder.rows)
-            self.recorder.rows.clear()
+            mine, own = condense(self.recorder.rows), self.pace.take()
             for name, seconds in self.before.items():
                 mine.seconds[name] = mine.seconds.get(name, 0.0) + seconds
             self.before = {}
             now = time.perf_counter()
             wall, self.window_start = now - self.window_start, now
             gathered: list[Any] = [None] * self.devices
+            host = socket.gethostname()
             if self.devices > 1:
-                dist.gather_object((mine, wall), gathered if self.rank == 0 else None)
+                dist.gather_object((mine, wall, own, host), gathered if self.rank == 0 else None)
             else:
-                gathered = [(mine, wall)]
+                gathered = [(mine, wall, own, host)]
             if self.rank == 0:
-                accounts = attribute([window for window, _ in gathered], self.peers)
+                windows, walls, owns, hosts = zip(*gathered, strict=True)
+                accounts = attribute(windows, self.peers)
+                if self.stragglers is not None:
+                    self.stragglers.add(owns, hosts)
                 self.spent_flops += self.flops
                 for name, seconds in accounts.items():
                     self.accounts[name] = self.accounts.get(name, 0.0) + seconds
                 append_when_possible(self.file, {
                     "attempt": self.attempt, "time": time.time(), "first_step": self.first_step, "last_step": self.step,
-                    "wall_seconds": wall, "device_seconds": sum(w for _, w in gathered), "tokens": self.tokens,
+                    "wall_seconds": wall, "device_seconds": sum(walls), "tokens": self.tokens,
                     "model_flops": self.flops, "model_flops_full": self.flops_full, "accounts": accounts})
             self.first_step, self.tokens, self.flops, self.flops_full = self.step, 0.0, 0.0, 0.0
 
@@ -104,6 +112,7 @@ class Meter:
         """The stage's book over all attempts, on rank 0; None elsewhere. Recording stops."""
         self.exchange()
         activate(None)
+        self.pace.close()
         if self.rank != 0:
             return None
         return book_of(read_jsonl(self.file), devices=self.devices, accelerator=self.accelerator, peak_flops=self.peak_flops)

@@ -19,6 +19,7 @@ from athanor.inference.scheduler import Sampling
 from athanor.models.decoder import Decoder
 from athanor.objectives.batch import empty_row
 from athanor.parallel.exact import fold
+from athanor.train import beat
 from athanor.train.meter import Meter
 from athanor.train.step import Trainee, to_device
 
@@ -49,6 +50,7 @@ def validate(trainee: Trainee, rows: Rows, seq_len: int, micro_batch_size: int, 
     together, chosen = micro_batch_size * mesh.layout.data_ranks, spread(range(rows.count), most_rows)
     sums = torch.zeros(-(-len(chosen) // micro_batch_size), 2, dtype=torch.float64, device=mesh.device)  # of each micro-batch
     for first in range(0, len(chosen), together):
+        beat.tick()
         begin = first + mesh.data_rank * micro_batch_size
         mine = [row for index in chosen[begin:begin + micro_batch_size] for row in rows.take(index, 1)]
         mine += [empty_row(seq_len)] * (micro_batch_size - len(mine))  # every rank makes as many forward passes

@@ -31,8 +31,11 @@ def train_in_sight(channel: Callable[..., None], pids: str, pause: float = 0.0, 
 def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: int, rank: int, kind: str,
                    **arguments: Any) -> dict[str, Any]:
     """Train; in the step after `step` this rank fails, the first `times` times: by an exception, or as `kind` says."""
+    import torch.distributed as dist
+
     from athanor.foundation.errors import DiskError
     from athanor.train import loop
+    from athanor.train import step as step_module
 
     done = 0
 
@@ -45,6 +48,15 @@ def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: i
             Path(marks, str(before)).touch()
             if kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if kind == "asleep":
+                time.sleep(600)
+            if kind == "asleep inside":
+                step_module.to_device = lambda *_: time.sleep(600)  # type: ignore[assignment]
+                return
+            if kind == "wrong collective":
+                dist.barrier()
             if kind == "full disk":
                 raise DiskError("rank 1 could not save: the disk is full")
             raise ZeroDivisionError(f"the {before + 1}th of its kind, at {id(object()):x}")

@@ -160,7 +160,6 @@ def test_another_configuration_is_refused_unless_begun_anew(train: Train, run_fo
 def test_logs_outlive_a_fresh_start_and_a_damaged_configuration_is_named(train: Train, run_folder: Path) -> None:
     train(run_folder)
     stage = RunFolder(run_folder).stage("pretrain")
-    stage.logs.mkdir()
     (stage.logs / "rank-0.log").write_text("what went wrong")
     (stage.root / "link").symlink_to(run_folder / "data")
     stage.config.write_text("[identity]\nsteps = ")

@@ -1,0 +1,170 @@
+"""Signs of life of ranks, and who among equals is slow: told of a slow rank, and not of ranks that have other work."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import watch_ranks
+
+from athanor.foundation.intervals import Interval, Recorder, activate, interval
+from athanor.foundation.launch import run_ranks
+from athanor.foundation.recipe import load_recipe
+from athanor.foundation.run_folder import read_json, read_jsonl
+from athanor.train import beat
+from athanor.train.straggler import WINDOW, WINDOWS, Pace, Stragglers
+
+SIZES = ("stage.pretrain.precision=fp32", "stage.pretrain.evaluate_every=9999", "stage.pretrain.checkpoint_every=9999",
+         "parallel.dp_shard=2")
+
+
+@pytest.fixture
+def stragglers_of(recipe_file: Path, data_folder: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """What is told of slow ranks in a run of two, in which `slow` takes some seconds longer for each step."""
+
+    def run(slow: int | None, seconds: float, windows: int) -> list[dict[str, Any]]:
+        folder = tmp_path / f"slow-{slow}"
+        folder.mkdir()
+        (folder / "data").symlink_to(data_folder)
+        arguments = {"run_folder": str(folder), "recipe": load_recipe(recipe_file, [*SIZES, "stage.pretrain.steps=6000"]),
+                     "stage": "pretrain", "launched": time.perf_counter(), "slow": slow, "seconds": seconds, "enough": windows}
+        run_ranks("watch_ranks:train_unevenly", arguments, 2, log_folder=folder, threads=1, timeout=240)
+        found = [row for row in read_jsonl(folder / "pretrain" / "events.jsonl") if row["kind"] == "straggler"]
+        assert found or len(read_jsonl(folder / "windows.jsonl")) >= windows, "the ranks were compared"
+        return found
+
+    return run
+
+
+def test_a_rank_tells_its_step_its_phase_and_that_it_is_done(train: Any, run_folder: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    train(run_folder, *SIZES[:1], "stage.pretrain.steps=40",
+          on_message=lambda message: seen.append(read_json(run_folder / "pretrain" / "logs" / "beats" / "rank-0.json")))
+    last = read_json(run_folder / "pretrain" / "logs" / "beats" / "rank-0.json")
+    assert last["phase"] == "done" and last["step"] == 40 and last["ticks"] > 0, "validation counts its batches"
+    assert seen[0]["phase"] == "startup" and all(a["beats"] <= b["beats"] for a, b in pairwise(seen))
+    assert {row["pid"] for row in seen} == {last["pid"]}
+
+
+def test_ranks_say_where_they_stand(tmp_path: Path) -> None:
+    beats = tmp_path / "beats"
+    beats.mkdir()
+    (beats / "ask").write_text("7")
+    run_ranks("watch_ranks:stand_still", {"folder": str(beats)}, 2, log_folder=tmp_path, threads=1, timeout=60)
+    waiting, standing = (read_json(beats / f"dump-{rank}.json") for rank in (0, 1))
+    lines, _ = inspect.getsourcelines(watch_ranks)
+    assert waiting["word"] == standing["word"] == "7"
+    assert standing["file"] == watch_ranks.__file__ and "time.sleep" in lines[standing["line"] - 1] and not standing["is_waiting"]
+    assert Path(waiting["file"]).name == "mesh.py" and waiting["is_waiting"]
+    (theirs,), (ours,) = waiting["groups"].values(), standing["groups"].values()
+    assert theirs["ranks"] == ours["ranks"] == [0, 1]
+    number = ours["entered"][-1][0]
+    assert ours["entered"][-1] == [number, "all_reduce", True] and theirs["entered"][-1] == [number + 1, "all_reduce", False]
+
+
+def test_a_beat_costs_nothing_while_nobody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beat, "BEATS_PER_SECOND", 100.0)
+    beat.start(tmp_path / "beats", lambda: 1)
+    try:
+        used = time.process_time()
+        time.sleep(0.5)
+        used = time.process_time() - used
+        count = read_json(tmp_path / "beats" / "rank-0.json")["beats"]
+    finally:
+        beat.stop()
+    assert count > 3 and used / count < 0.005, "at two beats a second, not one hundredth of a core"
+    assert read_json(tmp_path / "beats" / "rank-0.json")["phase"] == "done"
+    assert not [thread for thread in threading.enumerate() if thread.name == "beat"]
+
+
+def spread(slow: int | None, factor: float, base: float, seed: int) -> list[list[float]]:
+    """Seconds of a window of four ranks, with a fifth of noise and now and then a pause."""
+    chance = random.Random(seed)
+    return [[base * (factor if rank == slow else 1.0) * chance.uniform(0.9, 1.1) + (0.05 if chance.random() < 0.2 else 0.0)
+             for _ in range(WINDOW)] for rank in range(4)]
+
+
+@pytest.mark.parametrize(("factor", "base", "expected"), [(1.5, 0.01, [2]), (1.3, 0.1, [2]), (1.05, 0.1, []), (1.5, 0.002, [])])
+def test_a_rank_is_named_once_after_windows_in_a_row(factor: float, base: float, expected: list[int]) -> None:
+    found: list[tuple[int, str, str]] = []
+    stragglers = Stragglers([[0, 1, 2, 3]], lambda *event: found.append(event))
+    for window in range(WINDOWS - 1):
+        stragglers.add(spread(2, factor, base, window), "abcd")
+    stragglers.add(spread(None, 1.0, base, 50), "abcd")  # it was something else
+    assert not found
+    for window in range(2 * WINDOWS):
+        stragglers.add(spread(2, factor, base, 100 + window), "abcd")
+    assert [rank for rank, _, _ in found] == expected
+    if expected:
+        assert found[0][1] == "c" and "times as long before its collectives as the others" in found[0][2]
+        assert float(found[0][2].split()[5]) == pytest.approx(factor, abs=0.1)
+
+
+def test_only_ranks_with_equal_work_are_compared() -> None:
+    found: list[Any] = []
+    for peers in ([[0, 1], [2, 3]], [[0], [1], [2], [3]]):
+        stragglers = Stragglers(peers, lambda *event: found.append(event))
+        for _ in range(10):
+            stragglers.add([[0.01] * WINDOW] * 2 + [[0.03] * WINDOW] * 2, "abcd")
+    assert not found
+
+
+def test_time_without_a_processor_is_not_a_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited, recorder = 0.0, Recorder()
+    monkeypatch.setattr(Pace, "delay", lambda self: waited)
+    pace = Pace(recorder)
+    activate(recorder)
+    try:
+        for own, in_compute, in_wait in [(0.02, 0.0, 0.0), (0.02, 0.01, 0.0), (0.02, 0.0, 0.01)]:
+            with interval("compute"):
+                time.sleep(own)
+                waited += in_compute
+                with interval("data_parallel", group="g"):
+                    time.sleep(0.05)
+                    waited += in_wait
+            with interval("metering"):
+                time.sleep(0.05)
+                waited += in_wait
+            pace.end_step()
+    finally:
+        activate(None)
+    recorder.rows.append(Interval("metering", 0.0, 9.0, 0, None, 0.0))  # after the last step
+    plain, delayed, patient = pace.take()
+    assert 0.02 <= plain < 0.05 and 0.02 <= patient < 0.05 and 0.01 <= delayed < 0.04  # a busy machine wakes a sleeper late
+    assert not recorder.rows and pace.take() == []
+
+
+def test_the_system_tells_how_long_a_thread_had_no_processor() -> None:
+    """Two threads that compute in turns on one core wait for each other about as long as they run."""
+    pace, allowed = Pace(Recorder()), os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as rival:
+            before, begin, used = pace.delay(), time.perf_counter(), time.thread_time()
+            while time.thread_time() - used < 0.5:
+                pass
+            passed, delayed = time.perf_counter() - begin, pace.delay() - before
+            rival.kill()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    pace.close()
+    assert delayed > 0.1 and delayed == pytest.approx(passed - 0.5, rel=0.2)
+
+
+def test_a_rank_slowed_by_4_ms_a_step_is_named(stragglers_of: Any) -> None:
+    (event,) = stragglers_of(slow=1, seconds=0.004, windows=4 * WINDOWS)
+    assert event["rank"] == 1 and event["sentence"].startswith(f"rank 1 (host {event['host']}) takes ")
+
+
+def test_no_rank_of_a_clean_run_is_named(stragglers_of: Any) -> None:
+    assert not stragglers_of(slow=None, seconds=0.0, windows=WINDOWS)
