@@ -56,7 +56,7 @@ class Beat:
         self.paces: deque[float] = deque(maxlen=STEPS)
         self.changed = (0.0, -1)  # when the number of steps was seen to change, and to what
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = os.open(folder / f"rank-{self.rank}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+        self.file = folder / f"rank-{self.rank}.json"
         self.is_over = threading.Event()
         self.write()
         self.thread = threading.Thread(target=self.live, name="beat", daemon=True)
@@ -69,11 +69,15 @@ class Beat:
                 self.answer()
 
     def write(self) -> None:
-        """Write the line anew, in place, so that a full disk does not look like a hang."""
+        """Write the line anew, in place, so that a full disk does not look like a hang; an open file would keep it mounted."""
         self.beats += 1
         line = {"pid": os.getpid(), "host": self.host, "step": self.count(), "phase": self.phase(), "ticks": self.ticks,
                 "beats": self.beats, "step_seconds": statistics.median(self.paces) if self.paces else None}
-        os.pwrite(self.file, json.dumps(line).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
+        file = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(file, json.dumps(line).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
+        finally:
+            os.close(file)
 
     def count(self) -> int:
         """Steps done; what they took is remembered when there are more than before."""
@@ -106,7 +110,6 @@ class Beat:
         self.thread.join()
         with contextlib.suppress(OSError):
             self.write()
-        os.close(self.file)
 
 
 _active: Beat | None = None

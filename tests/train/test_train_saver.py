@@ -324,7 +324,8 @@ run_ranks("saver_ranks:train_and_do", {"run_folder": sys.argv[2], "recipe": reci
 @pytest.mark.parametrize("ends", [True, False], ids=["for a while", "for good"])
 @pytest.mark.parametrize(("spoil", "mend", "told"), [
     ("head -c 100M /dev/zero > {disk}/filler; true", "rm {disk}/filler", "MB are free|No space left on device"),
-    ("mount -o remount,ro {disk}", "mount -o remount,rw {disk}", "Read-only file system")], ids=["full", "read-only"])
+    ("until mount -o remount,ro {disk}; do sleep 0.01; done",  # a save holds files open for a moment
+     "mount -o remount,rw {disk}", "Read-only file system")], ids=["full", "read-only"])
 def test_a_disk_that_is_full_or_read_only(tmp_path: Path, recipe_file: Path, data_folder: Path, spoil: str, mend: str, told: str,
                                           ends: bool) -> None:
     """A real small file system, which only exists in a name space of the test's own."""
