@@ -34,6 +34,8 @@ class RowSource(Protocol):
 
     def row(self, index: int) -> Row: ...
 
+    def origin(self, index: int) -> dict[str, Any]: ...
+
 
 class Rows:
     """An endless, mixed and shuffled sequence of rows; in the evaluation split, one pass in the order of the file."""
@@ -49,18 +51,26 @@ class Rows:
         """Rows of samples [first_sample, first_sample + count); sample numbers go on growing over epochs."""
         if self.count == 0:
             raise DataError("there are no rows to take")
+        return [source.row(row) for source, row in self._places(first_sample, count)]
+
+    def origins(self, first_sample: int, count: int) -> list[dict[str, Any]]:
+        """Where the same rows come from: their sample and source, and what that knows of them."""
+        places = self._places(first_sample, count)
+        return [{"sample": first_sample + i, **source.origin(row)} for i, (source, row) in enumerate(places)]
+
+    def _places(self, first_sample: int, count: int) -> list[tuple[RowSource, int]]:
         samples = np.arange(first_sample, first_sample + count, dtype=np.int64)
         if not self.shuffled:
-            return [self.sources[0].row(int(sample)) for sample in samples % self.count]
+            return [(self.sources[0], int(sample)) for sample in samples % self.count]
         source, row = locate(samples, [source.count for source in self.sources], self.weights, self.seed)
-        return [self.sources[s].row(int(r)) for s, r in zip(source, row, strict=True)]
+        return [(self.sources[s], int(r)) for s, r in zip(source, row, strict=True)]
 
 
 class Windows:
     """Consecutive windows of S + 1 tokens over a shard's stream; the last token of one is the first of the next."""
 
-    def __init__(self, shard: Shard, seq_len: int, pad_id: int, keep_rest: bool) -> None:
-        self.shard, self.seq_len, self.pad_id = shard, seq_len, pad_id
+    def __init__(self, shard: Shard, seq_len: int, pad_id: int, keep_rest: bool, name: str = "evaluation") -> None:
+        self.shard, self.seq_len, self.pad_id, self.name = shard, seq_len, pad_id, name
         targets = max(0, len(shard.tokens) - 1)
         self.count = -(-targets // seq_len) if keep_rest else targets // seq_len
 
@@ -81,11 +91,19 @@ class Windows:
         return {"tokens": tokens, "weight": weight, "starts": starts.astype(np.int32)}
 
 
+    def origin(self, index: int) -> dict[str, Any]:
+        """The source's name, the first and last document that a row has tokens of, and its tokens [first, end) there."""
+        begin = index * self.seq_len
+        end = min(begin + self.seq_len + 1, len(self.shard.tokens))
+        first, last = np.searchsorted(self.shard.starts, [begin, end - 1], side="right") - 1
+        return {"source": self.name, "documents": [int(first), int(last)], "tokens": [begin, end]}
+
+
 class Conversations:
     """Conversations packed into rows of S tokens; only what the assistant says has weight."""
 
-    def __init__(self, coded: list[tuple[list[int], list[int]]], seq_len: int, pad_id: int) -> None:
-        self.coded, self.seq_len, self.pad_id = coded, seq_len, pad_id
+    def __init__(self, coded: list[tuple[list[int], list[int]]], seq_len: int, pad_id: int, name: str) -> None:
+        self.coded, self.seq_len, self.pad_id, self.name = coded, seq_len, pad_id, name
         self.packed, too_long = pack([len(ids) for ids, _ in coded], seq_len)
         self.dropped = len(too_long)
         self.count = len(self.packed)
@@ -103,6 +121,11 @@ class Conversations:
         if place < self.seq_len:
             starts.append(place)
         return {"tokens": tokens, "weight": weight, "starts": np.asarray(starts, dtype=np.int32)}
+
+
+    def origin(self, index: int) -> dict[str, Any]:
+        """What the conversations are of, and the numbers of those in a row."""
+        return {"source": self.name, "conversations": [int(number) for number in self.packed[index]]}
 
 
 def open_rows(data_folder: Path, data: str, seq_len: int, seed: int, split: Split = "train") -> Rows:
@@ -135,7 +158,7 @@ def _document_rows(folder: Path, manifest: dict[str, Any], seq_len: int, seed: i
     sources, weights = [], []
     for name, source in manifest["sources"].items():
         prefix = folder / source["bin"].removesuffix(".bin")
-        windows = Windows(Shard(prefix), seq_len, pad_id, keep_rest=False)
+        windows = Windows(Shard(prefix), seq_len, pad_id, keep_rest=False, name=name)
         if windows.count == 0:
             raise DataError(f"source '{name}' has {source['tokens']} tokens, fewer than one row of {seq_len}; "
                             "give it more text or a smaller seq_len")
@@ -161,7 +184,7 @@ def _conversation_rows(folder: Path, manifest: dict[str, Any], data: str, seq_le
         identity = identity | {"data": hash_value(conversations)}
     template = ChatTemplate.load(folder / "tokenizer")
     packed = Conversations([template.render_with_mask(messages) for messages in conversations], seq_len,
-                           template.tokenizer.pad_id)
+                           template.tokenizer.pad_id, data)
     return Rows([packed], [1.0], seed, split == "train", hash_value(identity | {"template": template.hash}), packed.dropped)
 
 

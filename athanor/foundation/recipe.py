@@ -141,6 +141,11 @@ class Stage(Section):
     z_loss: float | None = Field(None, ge=0, le=1, description="coefficient of the squared logsumexp in the loss; 0 unless set")
     expert_bias_rate: float | None = Field(None, ge=0, le=1, description="step of the biases that keep experts equally "
                                            "loaded, of an architecture that has them; 0.001 unless set")
+    spike_sigma: float = Field(6.0, ge=0, description="a step whose loss or gradient norm is more deviations above the mean is "
+                               "skipped; 0 skips only what is not finite")
+    spike_window: int = Field(128, ge=2, description="steps that mean and deviation are taken over; none is a spike before")
+    most_skipped_steps: int = Field(10, ge=1, description="skipped steps in a row that roll back to the newest good checkpoint")
+    most_rollbacks: int = Field(3, ge=0, description="rollbacks to one checkpoint, passing over the data after it each time")
     optimizer: Literal["adamw", "muon"] | None = Field(None, description="the update rule")
     optimizer_state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of moments; fp32 is that of the weights")
     group: list[ParameterGroup] = Field([], description="parameters that learn otherwise than the rest")

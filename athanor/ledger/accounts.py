@@ -36,7 +36,7 @@ ACCOUNTS = (
     Account("data", "building the data", "#a39f7d"),
     Account("publish", "export, registry, first answers, report", "#bdb99a"),
     Account("startup", "process start to first step", "#6b7280"),
-    Account("lost", "steps computed and rolled back", "#b42318"),
+    Account("lost", "steps computed and thrown away", "#b42318"),
     Account("down", "from a fault to new processes", "#e0685c"),
     Account("spare", "devices held in reserve", "#9aa0aa"),
     Account("unattributed", "what no account explains", "#111827"),

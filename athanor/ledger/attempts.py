@@ -1,8 +1,9 @@
 """A stage's book over all attempts, from the lines of its `ledger.jsonl`.
 
 A line holds what all ranks spent between two exchanges: attempt, time (seconds since 1970), first_step, last_step,
-wall_seconds, device_seconds, tokens, model_flops, model_flops_full, accounts (with 'compute' still whole). A line with
-`resumed_step` says that a new attempt went on from there, and what the one before spent after its last line.
+wall_seconds, device_seconds, tokens, model_flops, model_flops_full, accounts (with 'compute' still whole), and how many of its
+steps were skipped, which its tokens and FLOPs leave out. A line with `resumed_step` says that a new attempt went on from there,
+or the same one after a rollback, and what was spent after the last line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from athanor.ledger.book import Book
 
 
 def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail_seconds: float = 0.0, devices: int = 1) -> None:
-    """Note in `ledger.jsonl` that a new attempt goes on from `resumed_step`: later steps of earlier attempts are lost.
+    """Note in `ledger.jsonl` that an attempt goes on from `resumed_step`: later steps of the lines before are lost.
 
     So are the `tail_seconds` between the last line of the attempt before and its last sign of life.
     """
@@ -38,7 +39,7 @@ def note(ledger_file: Path, accounts: Mapping[str, float], *, until: float, atte
 
 
 def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, peak_flops: float | None) -> Book:
-    """Add up the lines of a `ledger.jsonl`; of a line whose steps were partly rolled back, that share is lost."""
+    """Add up the lines of a `ledger.jsonl`; of a line whose steps were partly rolled back or skipped, that share is lost."""
     book = Book("actual", devices, accelerator, peak_flops)
     resumed = [(i, line["resumed_step"]) for i, line in enumerate(lines) if "resumed_step" in line]
     for index, line in enumerate(lines):
@@ -51,7 +52,7 @@ def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, 
         kept_until = min([step for at, step in resumed if at > index], default=line["last_step"])
         steps = line["last_step"] - line["first_step"]
         kept = 1.0 if steps == 0 else min(1.0, max(0.0, (kept_until - line["first_step"]) / steps))
-        _add_line(book, line, kept)
+        _add_line(book, line, kept, kept * (1.0 - line.get("skipped_steps", 0) / max(1, steps)))
     if peak_flops:
         useful = book.model_flops / peak_flops
         computing = book.accounts.pop(COMPUTE, 0.0)
@@ -65,9 +66,9 @@ def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, 
     return book.close()
 
 
-def _add_line(book: Book, line: dict[str, Any], kept: float) -> None:
+def _add_line(book: Book, line: dict[str, Any], kept: float, kept_seconds: float) -> None:
     for name, seconds in line["accounts"].items():
-        share = kept if name == COMPUTE or name in STEPPING else 1.0
+        share = kept_seconds if name == COMPUTE or name in STEPPING else 1.0
         if share < 1.0:
             book.add("lost", seconds * (1.0 - share))
         if name == COMPUTE:

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Meta:
-    """What a checkpoint says about itself: how far the stage was, in which layout, and what it had read."""
+    """What a checkpoint says about itself: how far the stage was, in which layout, what it had read, and its guards' state."""
 
     step: int
     samples: int
@@ -47,6 +47,7 @@ class Meta:
     layout: dict[str, int]
     hashes: dict[str, str]
     versions: dict[str, str]
+    guards: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
 

@@ -63,7 +63,7 @@ class Exact:
         tallies = self.spread(torch.stack(self.tallies))
         self.tallies = []
         if not self.mesh.counts_tokens:
-            tallies.zero_()
+            tallies.mul_(0.0)  # what is not a number stays so
         found = self.mesh.sum(torch.cat([self._squares(), asked, tallies.flatten()]))
         squares, asked, sums = found.split([self.rows, 1, tallies.numel()])
         return torch.cat([fold(squares).reshape(1), asked, fold(sums.view(tallies.shape).t())])
@@ -82,4 +82,5 @@ class Exact:
             first = self.places[piece.name] + mesh.coordinates["tp"] * (placement.shape or (1,))[0]
             first += (placement.box().offset or (0,))[0]
             out[first:first + len(rows)] = fold(wide * wide).double()
+        out[0] += optimizer.faulty_copies()
         return out

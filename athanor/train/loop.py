@@ -11,14 +11,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from athanor.data.text.tokenizer import FILES as TOKENIZER_FILES
-from athanor.foundation.errors import AthanorError, UserError
+from athanor.foundation.errors import UserError
 from athanor.foundation.events import log_event
 from athanor.foundation.intervals import activate, interval
 from athanor.foundation.layout import keeps_whole
@@ -37,7 +37,7 @@ from athanor.parallel.fully_shard import DataParallel
 from athanor.parallel.mesh import Mesh, leave, make_mesh
 from athanor.parallel.pipeline import Runner
 from athanor.parallel.stages import Stages
-from athanor.train import beat, checkpoint
+from athanor.train import beat, checkpoint, guards
 from athanor.train.balance import Balancer
 from athanor.train.exact import Exact
 from athanor.train.masters import Masters
@@ -46,20 +46,21 @@ from athanor.train.meter import Meter
 from athanor.train.optimizer import STATE_DTYPES, Optimizer
 from athanor.train.saver import Saver
 from athanor.train.schedule import learning_rate
+from athanor.train.spikes import Guard
 from athanor.train.stage import Job, claim_folder, is_finished, resolve
 from athanor.train.step import Outcome, Trainee, run_step
 from athanor.train.straggler import Stragglers
 from athanor.train.validate import Sampler, validate, whole
 
-MOST_SKIPPED_STEPS = 10  # in a row
 Channel = Callable[..., None]
 
 
 @dataclass
 class Progress:
-    """How far a stage is: steps done, rows read, tokens kept; this attempt's number, and how it says that the folder is its own;
-    what went wrong in a row.
+    """How far a stage is: steps done, rows read, tokens learned from; this attempt's number, and how it says that the folder is
+    its own; what went wrong in a row.
 
+    `passed` are ranges [first, end) of samples that rollbacks pass over.
     A signal sets `wants_to_stop` on its rank; `is_asked_to_stop` is what all ranks have agreed on since.
     """
 
@@ -69,6 +70,7 @@ class Progress:
     attempt: int = 0
     owner: str | None = None
     skipped_steps: int = 0
+    passed: list[list[int]] = field(default_factory=list)
     wants_to_stop: bool = False
     is_asked_to_stop: bool = False
 
@@ -204,7 +206,8 @@ def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
                           state_dtype=STATE_DTYPES[settings.optimizer_state_dtype], masters=masters,
                           is_exact=settings.exact_shards is not None)
     trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded, z_loss=settings.z_loss,
-                      balancer=Balancer(stages, optimizer.placed, settings.expert_bias_rate))
+                      balancer=Balancer(stages, optimizer.placed, settings.expert_bias_rate),
+                      guard=Guard(settings.spike_sigma, settings.spike_window, mesh.device))
     if settings.exact_shards is not None:
         trainee.exact = Exact(settings.exact_shards, trainee)
     if mesh.layout.pp > 1:
@@ -229,12 +232,11 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
         def on_damage(path: Path, reason: str) -> None:
             log_event(folder.events, "damaged", f"checkpoint {path.name} cannot be used: {reason}", attempt=progress.attempt)
 
-        found = checkpoint.find_intact(folder.checkpoints, on_damage)
-    found, progress.attempt = mesh.share((found, progress.attempt))
+        found, progress.passed = checkpoint.find_intact(folder.checkpoints, on_damage), guards.passed_by(folder.events)
+    found, progress.attempt, progress.passed = mesh.share((found, progress.attempt, progress.passed))
     begin = time.perf_counter()
     if found is not None:
-        meta = checkpoint.load(found, trainee.stages, trainee.optimizer)
-        progress.step, progress.samples, progress.tokens = meta.step, meta.samples, meta.tokens
+        guards.restore(trainee.guard, progress, checkpoint.load(found, trainee.stages, trainee.optimizer))
     if mesh.rank == 0:
         name, ranks = job.settings.stage, job.layout.world_size
         log_event(folder.events, "start", f"{name} starts on {ranks} rank{'s' if ranks > 1 else ''}: {job.layout}",
@@ -260,22 +262,25 @@ def run_loop(run: Run) -> None:
     with interval("startup"):
         sampler = Sampler(run.trainee, describe_model(job), job.held_out, settings.data, job.run.data / "tokenizer")
     while progress.step < settings.steps and not progress.is_asked_to_stop:
-        begin = time.perf_counter()
+        begin, first = time.perf_counter(), guards.pass_over(progress.samples, progress.passed)
         with interval("input"):
-            batches = fetch(job, run.mesh, run.trainee, progress.samples)
+            batches = fetch(job, run.mesh, run.trainee, first)
         fetched = time.perf_counter()
         rate = learning_rate(progress.step + 1, settings.steps, settings.learning_rate, settings.warmup_steps,
                              settings.learning_rate_schedule)
         outcome = run_step(run.trainee, batches, rate, settings.gradient_clip, progress.wants_to_stop)
         end = time.perf_counter()
         progress.step += 1
-        progress.samples += settings.rows_of_step(progress.samples)
-        progress.tokens += outcome.kept_tokens
+        progress.samples = first + settings.rows_of_step(first)
+        progress.tokens += 0 if outcome.is_skipped else outcome.kept_tokens
         progress.is_asked_to_stop = outcome.is_asked_to_stop
         is_last = progress.step == settings.steps
         checked = evaluate(run, sampler) if is_last or progress.step % settings.evaluate_every == 0 else None
         record(run, outcome, rate, (begin, fetched, end), checked)
-        if progress.is_asked_to_stop or settings.is_saved(progress.step):
+        if guards.follow(run, outcome.is_skipped, first):
+            continue
+        is_due = settings.is_saved(progress.step) and (is_last or not outcome.is_skipped)  # a skipped step changed nothing
+        if progress.is_asked_to_stop or is_due:
             save(run)
         if not is_warm:
             is_warm = True
@@ -330,13 +335,7 @@ def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, f
             append_when_possible(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
             shown = {key: row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")}
             run.channel(**shown, steps=job.settings.steps, validation_loss=checked, accounts=meter.so_far())
-    meter.end_step(tokens=tokens, flops=flops, flops_full=flops_full)
-    progress.skipped_steps = progress.skipped_steps + 1 if outcome.is_skipped else 0
-    if outcome.is_skipped:
-        run.log("skip", f"step {progress.step} was skipped: its gradient is not finite")
-    if progress.skipped_steps == MOST_SKIPPED_STEPS:
-        raise AthanorError(f"{MOST_SKIPPED_STEPS} steps in a row had a gradient that is not finite, the last is step "
-                           f"{progress.step}; lower learning_rate, or look at {job.folder.metrics}")
+    meter.end_step(tokens=tokens, flops=flops, flops_full=flops_full, is_skipped=outcome.is_skipped)
 
 
 def _finite(value: float) -> float | None:
@@ -351,7 +350,8 @@ def save(run: Run) -> None:
         run.saver.save(checkpoint.Meta(
             progress.step, progress.samples, progress.tokens, run.trainee.optimizer.updates, progress.attempt,
             job.settings.data_shards, asdict(job.layout), job.hashes,
-            {"torch": torch.__version__, "python": platform.python_version()}))
+            {"torch": torch.__version__, "python": platform.python_version()},
+            guards.state_of(run.trainee.guard, progress)))
 
 
 def publish(run: Run) -> None:

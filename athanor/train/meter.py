@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from athanor.foundation.intervals import Recorder, activate, interval
 from athanor.foundation.run_folder import append_when_possible, read_jsonl
-from athanor.ledger.attempts import book_of
+from athanor.ledger.attempts import book_of, roll_back
 from athanor.ledger.attribute import COMPUTE, attribute, condense
 from athanor.ledger.book import Book
 from athanor.train.straggler import Pace, Stragglers
@@ -44,21 +44,26 @@ class Meter:
         self.window_start, self.first_step = launched, first_step
         self.before: dict[str, float] = {"startup": time.perf_counter() - launched}
         self.tokens = self.flops = self.flops_full = 0.0
+        self.skipped_steps = 0
         self.exchange_every: int | None = None
         self.first_step_end = 0.0
         self.accounts: dict[str, float] = {}  # of this attempt until the last exchange, on rank 0
         self.spent_flops = 0.0  # the same of model FLOPs
 
-    def end_step(self, *, tokens: float, flops: float, flops_full: float) -> None:
+    def end_step(self, *, tokens: float, flops: float, flops_full: float, is_skipped: bool = False) -> None:
         """Count a finished step: tokens, model FLOPs with causal and with full-square attention, over all ranks.
 
-        Every rank must call this after the same steps: now and then it exchanges intervals with the others.
+        Every rank must call this after the same steps: now and then it exchanges intervals with the others. What a skipped
+        step took is lost.
         """
         self.step += 1
         self.pace.end_step()
-        self.tokens += tokens
-        self.flops += flops
-        self.flops_full += flops_full
+        if is_skipped:
+            self.skipped_steps += 1
+        else:
+            self.tokens += tokens
+            self.flops += flops
+            self.flops_full += flops_full
         done = self.step - self.first_step
         if self.exchange_every:
             if done % self.exchange_every == 0:
@@ -105,8 +110,16 @@ class Meter:
                 append_when_possible(self.file, {
                     "attempt": self.attempt, "time": time.time(), "first_step": self.first_step, "last_step": self.step,
                     "wall_seconds": wall, "device_seconds": sum(walls), "tokens": self.tokens,
-                    "model_flops": self.flops, "model_flops_full": self.flops_full, "accounts": accounts})
+                    "model_flops": self.flops, "model_flops_full": self.flops_full, "skipped_steps": self.skipped_steps,
+                    "accounts": accounts})
+            self.skipped_steps = 0
             self.first_step, self.tokens, self.flops, self.flops_full = self.step, 0.0, 0.0, 0.0
+
+    def roll_back(self, step: int) -> None:
+        """Go on from an earlier step, right after an `exchange`: the steps since are lost."""
+        if self.rank == 0:
+            roll_back(self.file, step, self.attempt)
+        self.step = self.first_step = step
 
     def close(self) -> Book | None:
         """The stage's book over all attempts, on rank 0; None elsewhere. Recording stops."""

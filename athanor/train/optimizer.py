@@ -115,24 +115,26 @@ class Optimizer:
 
     def squared_norm(self) -> torch.Tensor:
         """The sum of squares of this rank's part of the gradient, in fp64; each part is counted on one rank only."""
-        mine = [piece.gradient for piece in self.pieces if piece.parameter in self.owned]
-        held = [gradient for gradient in mine if gradient is not None and gradient.numel()]
-        if not held:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        wide = torch.promote_types(held[0].dtype, torch.float32)
-        return torch.stack(torch._foreach_norm(held, 2, wide)).double().square().sum()
+        return self._squares(True) + self.faulty_copies()
+
+    def faulty_copies(self) -> torch.Tensor:
+        """0, and not a number when a part of the gradient that another rank counts is not finite here, where it would do harm."""
+        return 0.0 * self._squares(False)
 
     @torch.no_grad()
-    def step(self, learning_rate: float, squared_norm: torch.Tensor, loss: torch.Tensor, clip: float) -> torch.Tensor:
+    def step(self, learning_rate: float, squared_norm: torch.Tensor, loss: torch.Tensor, clip: float,
+             is_usual: torch.Tensor | None = None) -> torch.Tensor:
         """Update the weights from their gradients, clipped to a global norm of `clip`; gradients may be overwritten.
 
-        `squared_norm` and `loss` are scalars over all ranks. When one of them is not finite, weights and state keep their
-        bits and the step does not count. Returns whether it was made, as a scalar on the device.
+        `squared_norm` and `loss` are scalars over all ranks. When one of them is not finite, or `is_usual` is given and false,
+        weights and state keep their bits and the step does not count. Returns whether it was made, as a scalar on the device.
         """
         if self.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
         norm = squared_norm.sqrt()
         is_made = norm.isfinite() & loss.isfinite()
+        if is_usual is not None:
+            is_made = is_made & is_usual
         factor = torch.where(norm > clip, clip / (norm + 1e-6), 1.0)
         self._step_adamw(learning_rate, factor, is_made)
         if self.orthogonaliser is not None:
@@ -174,6 +176,14 @@ class Optimizer:
         if self.masters is not None and parameter in self.masters.exact:
             return self.masters.exact[parameter]
         return local(parameter.detach())
+
+    def _squares(self, is_owned: bool) -> torch.Tensor:
+        found = [piece.gradient for piece in self.pieces if (piece.parameter in self.owned) == is_owned]
+        held = [gradient for gradient in found if gradient is not None and gradient.numel()]
+        if not held:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        wide = torch.promote_types(held[0].dtype, torch.float32)
+        return torch.stack(torch._foreach_norm(held, 2, wide)).double().square().sum()
 
     def _step_adamw(self, learning_rate: float, factor: torch.Tensor, is_made: torch.Tensor) -> None:
         """AdamW by torch's fused kernel, in the dtype of the weights; it does nothing where found_inf is 1."""

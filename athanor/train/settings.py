@@ -43,6 +43,10 @@ class Settings:
     gradient_clip: float
     z_loss: float
     expert_bias_rate: float
+    spike_sigma: float
+    spike_window: int
+    most_skipped_steps: int
+    most_rollbacks: int
     optimizer: str
     optimizer_state_dtype: str
     groups: tuple[Group, ...] | None
@@ -82,9 +86,10 @@ class Settings:
         return [rows * self.num_microbatches // self.rows_per_step for rows in rungs]
 
 
-# keys that may change between two attempts of a stage: they alter how it is computed, not what
+# keys that may change between two attempts of a stage: they alter how it is computed, or what becomes of a bad step
 INCIDENTAL = ("micro_batch_size", "num_microbatches", "data_shards", "reduction", "compile", "recompute", "checkpoint_every",
-              "keep_latest_k", "keep_every", "save_async", "evaluate_every", "evaluate_rows")
+              "keep_latest_k", "keep_every", "save_async", "evaluate_every", "evaluate_rows", "spike_sigma", "spike_window",
+              "most_skipped_steps", "most_rollbacks")
 
 
 def layout_of(recipe: Recipe) -> Layout:
@@ -146,7 +151,8 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
         weight_decay=0.1 if stage.weight_decay is None else stage.weight_decay, gradient_clip=stage.gradient_clip or 1.0,
         z_loss=stage.z_loss or 0.0,
         expert_bias_rate=EXPERT_BIAS_RATE if stage.expert_bias_rate is None else stage.expert_bias_rate,
-        optimizer=optimizer, optimizer_state_dtype=stage.optimizer_state_dtype,
+        spike_sigma=stage.spike_sigma, spike_window=stage.spike_window, most_skipped_steps=stage.most_skipped_steps,
+        most_rollbacks=stage.most_rollbacks, optimizer=optimizer, optimizer_state_dtype=stage.optimizer_state_dtype,
         groups=tuple(Group(**group.model_dump()) for group in stage.group) or None, ramp=ramp,
         precision=stage.precision or "fp32", compile=bool(stage.compile),
         recompute=recipe.parallel.recompute or "none",

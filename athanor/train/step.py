@@ -21,6 +21,7 @@ from athanor.parallel.stages import Stages
 from athanor.train.balance import Balancer
 from athanor.train.exact import Exact
 from athanor.train.optimizer import Optimizer
+from athanor.train.spikes import Guard
 
 COLUMNS = ("tokens", "targets", "weight", "positions", "cu_seqlens")
 OF_ALL_TOKENS = ("positions", "cu_seqlens")  # context-parallel ranks need them whole, and a part of all other columns
@@ -61,6 +62,7 @@ class Trainee:
     z_loss: float = 0.0
     balancer: Balancer | None = None
     exact: Exact | None = None
+    guard: Guard = field(default_factory=Guard)
 
     def score(self, part: nn.Module, x: Tensor, batch: Batch) -> Tensor | Scored:
         """Run one stage on a batch whose columns are on the device: its hidden states, or what the last says of the targets."""
@@ -98,7 +100,7 @@ class Trainee:
             return self.exact.outcome(asked)
         sums = self.tally.values(self.objective.METRICS)
         if not self.mesh.counts_tokens:
-            sums.zero_()
+            sums.mul_(0.0)  # what is not a number stays so
         return self.mesh.sum(torch.cat([self.optimizer.squared_norm().reshape(1), asked, sums]))
 
 
@@ -141,7 +143,8 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
     """Train on this rank's micro-batches (numpy columns, at least one). Every rank must call it with as many.
 
     The loss is the sum over all tokens of the global batch / their global count N, which is known before the first backward
-    pass, so gradients are only ever added. A gradient that is not finite skips the update on all ranks.
+    pass, so gradients are only ever added. A loss or gradient that is not finite, or that the guard finds far above the usual,
+    skips the update on all ranks.
     """
     mesh, optimizer = trainee.mesh, trainee.optimizer
     with interval("input"):
@@ -152,7 +155,9 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
     run_batches(trainee, batches)
     with interval("optimizer"):
         sums = trainee.report(is_asked_to_stop)
-        is_made = optimizer.step(learning_rate, sums[0], sums[2], gradient_clip)
+        is_usual = trainee.guard.judge(sums[2], sums[0])
+        is_made = optimizer.step(learning_rate, sums[0], sums[2], gradient_clip, is_usual)
+        trainee.guard.keep(is_made)
         optimizer.clear()
         if trainee.balancer is not None:
             trainee.balancer.step(is_made)

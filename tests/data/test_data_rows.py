@@ -75,6 +75,21 @@ def test_sources_are_mixed_by_weight(data_folder: Path) -> None:
     assert abs(share - 0.75) < 0.01
 
 
+def test_rows_know_where_they_come_from(data_folder: Path) -> None:
+    rows = open_rows(data_folder, "documents", 128, 1)
+    origins, taken = rows.origins(4090, 12), rows.take(4090, 12)
+    assert [origin["sample"] for origin in origins] == list(range(4090, 4102))
+    assert {origin["source"] for origin in origins} == {"asyncio", "email"}
+    for origin, row in zip(origins, taken, strict=True):
+        shard, (first, end) = Shard(data_folder / f"train-{origin['source']}"), origin["tokens"]
+        assert np.array_equal(shard.tokens[first:end], row["tokens"])
+        documents = [np.flatnonzero(shard.starts <= token)[-1] for token in (first, end - 1)]
+        assert origin["documents"] == documents
+    assert json.dumps(origins)
+    pairs = open_rows(data_folder, "pairs", 256, 0).origins(0, 3)
+    assert all(row["source"] == "pairs" and row["conversations"] for row in pairs) and json.dumps(pairs)
+
+
 def test_fingerprint_changes_with_what_rows_depend_on(data_folder: Path, tmp_path: Path) -> None:
     prints = {open_rows(data_folder, data, seq_len, seed, split).fingerprint  # type: ignore[arg-type]
               for data, seq_len, seed, split in [("documents", 128, 0, "train"), ("documents", 64, 0, "train"),

@@ -77,6 +77,16 @@ def test_rolled_back_steps_are_lost_and_their_tokens_not_counted() -> None:
     assert book.accounts["unattributed"] == pytest.approx(0)
 
 
+def test_skipped_steps_are_lost_too() -> None:
+    skipping = {**line(10, 20, compute=20, checkpoint=1), "skipped_steps": 2, "tokens": 80.0, "model_flops": 800.0}
+    book = book_of([line(0, 10, compute=20), skipping], devices=1, accelerator="CPU", peak_flops=100.0)
+    assert book.accounts["lost"] == pytest.approx(4) and book.accounts["checkpoint"] == 1 and book.tokens == 180
+    assert book.accounts["useful"] == pytest.approx(18) and book.accounts["kernel"] == pytest.approx(36 - 18)
+    rolled = book_of([skipping, {"attempt": 1, "resumed_step": 15}], devices=1, accelerator="CPU", peak_flops=100.0)
+    assert rolled.accounts["lost"] == pytest.approx(12) and rolled.tokens == 40, "of the half that is kept, a fifth"
+    assert rolled.accounts["unattributed"] == pytest.approx(0)
+
+
 def test_what_a_killed_attempt_spent_after_its_last_line_is_lost() -> None:
     lines = [line(0, 10, compute=20), {"attempt": 1, "resumed_step": 10, "wall_seconds": 3.0, "device_seconds": 6.0},
              line(10, 20, compute=20)]

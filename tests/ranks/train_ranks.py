@@ -74,45 +74,6 @@ def save_again(channel: Channel, source: str, target_folder: str, run_folder: st
     return {}
 
 
-def one_rank_diverges(channel: Channel, run_folder: str, recipe: Any, stage: str, launched: float) -> dict[str, Any]:
-    """A step whose gradient is not a number on rank 1 alone, then one that is finite."""
-    import torch
-
-    from athanor.foundation.run_folder import RunFolder
-    from athanor.parallel.mesh import leave, make_mesh
-    from athanor.train.loop import build, fetch
-    from athanor.train.stage import resolve
-    from athanor.train.step import run_step
-
-    rank = int(os.environ["RANK"])
-    job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ["WORLD_SIZE"]))
-    mesh = make_mesh(job.layout, "cpu")
-    trainee = build(job, mesh)
-    objective = trainee.objective
-
-    class Diverging:
-        collate, count, NEEDS, METRICS = staticmethod(objective.collate), staticmethod(objective.count), (), objective.METRICS
-
-        @staticmethod
-        def loss(*arguments: Any) -> Any:
-            value, metrics = objective.loss(*arguments)
-            return value * (float("nan") if rank == 1 else 1.0), metrics
-
-    def weights() -> list[torch.Tensor]:
-        return [piece.shard.clone() for piece in trainee.optimizer.pieces]
-
-    before = weights()
-    batches = fetch(job, mesh, trainee, 0)
-    trainee.objective = Diverging()  # type: ignore[assignment]
-    bad = run_step(trainee, batches, 0.01, 1.0)
-    kept = all(map(torch.equal, before, weights()))
-    trainee.objective = objective
-    good = run_step(trainee, batches, 0.01, 1.0)
-    leave()
-    return {"skipped": [bad.is_skipped, good.is_skipped], "kept": kept, "updates": trainee.optimizer.updates,
-            "moved": not all(map(torch.equal, before, weights()))}
-
-
 def train_sharded(channel: Channel, **arguments: Any) -> dict[str, Any]:
     """Train in mixed precision as if there were others to share the weights with: through fully_shard."""
     from athanor.train import loop

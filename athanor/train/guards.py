@@ -1,0 +1,105 @@
+"""Guards: a step that would do harm is skipped; after too many in a row the stage goes back and passes over their data.
+
+Whether a step is made is decided on the device, alike on every rank, before its update; nothing waits for that. What the
+host does about it, it does after the step, from what it reads of every step anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from athanor.foundation.errors import AthanorError
+from athanor.foundation.intervals import interval
+from athanor.foundation.run_folder import read_jsonl
+from athanor.train import checkpoint
+from athanor.train.validate import whole
+
+if TYPE_CHECKING:
+    from athanor.train.loop import Progress, Run
+    from athanor.train.spikes import Guard
+
+
+def pass_over(samples: int, passed: Sequence[Sequence[int]]) -> int:
+    """The sample to go on with after `samples` of them, when the ranges [first, end) of `passed` are left out."""
+    while ends := [end for first, end in passed if first <= samples < end]:
+        samples = max(ends)
+    return samples
+
+
+def state_of(guard: Guard, progress: Progress) -> dict[str, Any]:
+    """What a checkpoint must hold for the guards to decide after it as they would have."""
+    return {**guard.state(), "skipped_steps": progress.skipped_steps, "passed": progress.passed}
+
+
+def restore(guard: Guard, progress: Progress, meta: checkpoint.Meta) -> None:
+    """Go on as after a checkpoint, and pass over what it or a later rollback says."""
+    progress.step, progress.samples, progress.tokens = meta.step, meta.samples, meta.tokens
+    progress.skipped_steps = meta.guards.get("skipped_steps", 0)
+    progress.passed = [*(old := meta.guards.get("passed", [])), *(each for each in progress.passed if each not in old)]
+    guard.restore(meta.guards)
+
+
+def passed_by(events: Path) -> list[list[int]]:
+    """What rollbacks have passed over so far: a checkpoint from before one of them does not know."""
+    return [row["passed"] for row in read_jsonl(events) if row.get("kind") == "rollback"]
+
+
+def follow(run: Run, is_skipped: bool, first_sample: int) -> bool:
+    """After each step: tell which rows a skipped one had; when too many are in a row, go back, and say so by True.
+
+    `first_sample`: of the step; its last one is the one before `progress.samples`. Every rank must call this.
+    """
+    progress = run.progress
+    progress.skipped_steps = progress.skipped_steps + 1 if is_skipped else 0
+    if is_skipped and run.mesh.rank == 0:
+        with interval("metering"):
+            (why, values), end = run.trainee.guard.reason(), progress.samples
+            run.log("skip", f"step {progress.step} was skipped: {why}; its rows were samples {first_sample} to {end - 1}",
+                    **values, samples=[first_sample, end], rows=run.job.rows.origins(first_sample, end - first_sample))
+    if progress.skipped_steps < run.job.settings.most_skipped_steps:
+        return False
+    go_back(run)
+    return True
+
+
+def go_back(run: Run) -> None:
+    """Go on from the newest good checkpoint, in place, with the samples after those of the steps that were skipped.
+
+    PaLM's remedy (Chowdhery et al. 2022, 5.1), who passed over 200 to 500 batches from 100 steps before a spike on: with
+    other data the same weights did not spike again. Raises AthanorError when there is no such checkpoint, or it was gone back to
+    too often.
+    """
+    job, progress, meter = run.job, run.progress, run.meter
+    step, end = progress.step, progress.samples
+    told = f"{progress.skipped_steps} steps in a row were skipped, the last is step {step}"
+    advice = f"lower learning_rate, or look at {job.folder.events}"
+    meter.exchange()  # all steps so far must be in the ledger before it says that they are lost
+    with whole("checkpoint", meter):
+        run.saver.finish()
+    with whole("startup", meter):
+        found = run.mesh.share(find_good(run) if run.mesh.rank == 0 else None)
+        if found is None:
+            raise AthanorError(f"{told}, and there is no checkpoint from before them to go back to; {advice}")
+        path, samples = found
+        times = sum(first == samples for first, _ in progress.passed)
+        if times == job.settings.most_rollbacks:
+            raise AthanorError(f"{told}, after {times} rollback{'' if times == 1 else 's'} to checkpoint {path.name}; {advice}")
+        meta = checkpoint.load(path, run.trainee.stages, run.trainee.optimizer)
+        progress.passed.append([samples, end])
+        restore(run.trainee.guard, progress, meta)
+    meter.roll_back(progress.step)
+    run.log("rollback", f"{told}, so it goes on from checkpoint {path.name} and passes over samples {samples} to {end - 1}",
+            from_step=step, passed=[samples, end])
+
+
+def find_good(run: Run) -> tuple[Path, int] | None:
+    """The newest intact checkpoint that was not written between skipped steps, and the samples before it; on one rank."""
+    for path in checkpoint.list_checkpoints(run.job.folder.checkpoints):
+        reason = checkpoint.find_damage(path)
+        if reason is not None:
+            run.log("damaged", f"checkpoint {path.name} cannot be used: {reason}")
+        elif not (meta := checkpoint.read_meta(path)).guards.get("skipped_steps"):
+            return path, meta.samples
+    return None
