@@ -88,3 +88,10 @@ def locate(samples: NDArray[np.int64], sizes: Sequence[int], weights: Sequence[f
         mine = source == number
         row[mine] = permute(draw[mine] % size, size, make_key(seed, 2, number, draw[mine] // size))
     return source, row
+
+
+def pass_over(samples: int, passed: Sequence[Sequence[int]]) -> int:
+    """The sample to go on with after `samples` of them, when the ranges [first, end) of `passed` are left out."""
+    while ends := [end for first, end in passed if first <= samples < end]:
+        samples = max(ends)
+    return samples

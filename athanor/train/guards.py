@@ -1,18 +1,15 @@
 """Guards: a step that would do harm is skipped; after too many in a row the stage goes back and passes over their data.
 
-Whether a step is made is decided on the device, alike on every rank, before its update; nothing waits for that. What the
-host does about it, it does after the step, from what it reads of every step anyway.
+Whether a step is made is decided on the device before its update, alike on every rank; what the host does comes after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from athanor.foundation.errors import AthanorError
 from athanor.foundation.intervals import interval
-from athanor.foundation.run_folder import read_jsonl
 from athanor.train import checkpoint
 from athanor.train.validate import whole
 
@@ -21,29 +18,12 @@ if TYPE_CHECKING:
     from athanor.train.spikes import Guard
 
 
-def pass_over(samples: int, passed: Sequence[Sequence[int]]) -> int:
-    """The sample to go on with after `samples` of them, when the ranges [first, end) of `passed` are left out."""
-    while ends := [end for first, end in passed if first <= samples < end]:
-        samples = max(ends)
-    return samples
-
-
-def state_of(guard: Guard, progress: Progress) -> dict[str, Any]:
-    """What a checkpoint must hold for the guards to decide after it as they would have."""
-    return {**guard.state(), "skipped_steps": progress.skipped_steps, "passed": progress.passed}
-
-
 def restore(guard: Guard, progress: Progress, meta: checkpoint.Meta) -> None:
     """Go on as after a checkpoint, and pass over what it or a later rollback says."""
     progress.step, progress.samples, progress.tokens = meta.step, meta.samples, meta.tokens
     progress.skipped_steps = meta.guards.get("skipped_steps", 0)
     progress.passed = [*(old := meta.guards.get("passed", [])), *(each for each in progress.passed if each not in old)]
     guard.restore(meta.guards)
-
-
-def passed_by(events: Path) -> list[list[int]]:
-    """What rollbacks have passed over so far: a checkpoint from before one of them does not know."""
-    return [row["passed"] for row in read_jsonl(events) if row.get("kind") == "rollback"]
 
 
 def follow(run: Run, is_skipped: bool, first_sample: int) -> bool:
@@ -58,18 +38,17 @@ def follow(run: Run, is_skipped: bool, first_sample: int) -> bool:
             (why, values), end = run.trainee.guard.reason(), progress.samples
             run.log("skip", f"step {progress.step} was skipped: {why}; its rows were samples {first_sample} to {end - 1}",
                     **values, samples=[first_sample, end], rows=run.job.rows.origins(first_sample, end - first_sample))
-    if progress.skipped_steps < run.job.settings.most_skipped_steps:
-        return False
-    go_back(run)
-    return True
+    is_enough = progress.skipped_steps >= run.job.settings.most_skipped_steps
+    if is_enough:
+        go_back(run)
+    return is_enough
 
 
 def go_back(run: Run) -> None:
     """Go on from the newest good checkpoint, in place, with the samples after those of the steps that were skipped.
 
-    PaLM's remedy (Chowdhery et al. 2022, 5.1), who passed over 200 to 500 batches from 100 steps before a spike on: with
-    other data the same weights did not spike again. Raises AthanorError when there is no such checkpoint, or it was gone back to
-    too often.
+    PaLM's remedy (Chowdhery et al. 2022, 5.1): with other data the same weights did not spike again. Raises AthanorError when
+    there is no such checkpoint, or it was gone back to too often.
     """
     job, progress, meter = run.job, run.progress, run.meter
     step, end = progress.step, progress.samples
@@ -97,8 +76,7 @@ def go_back(run: Run) -> None:
 def find_good(run: Run) -> tuple[Path, int] | None:
     """The newest intact checkpoint that was not written between skipped steps, and the samples before it; on one rank."""
     for path in checkpoint.list_checkpoints(run.job.folder.checkpoints):
-        reason = checkpoint.find_damage(path)
-        if reason is not None:
+        if (reason := checkpoint.find_damage(path)) is not None:
             run.log("damaged", f"checkpoint {path.name} cannot be used: {reason}")
         elif not (meta := checkpoint.read_meta(path)).guards.get("skipped_steps"):
             return path, meta.samples

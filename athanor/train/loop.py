@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from athanor.data.order import pass_over
 from athanor.data.text.tokenizer import FILES as TOKENIZER_FILES
 from athanor.foundation.errors import UserError
 from athanor.foundation.events import log_event
@@ -225,14 +226,16 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
     tail_seconds, ranks_before = 0.0, job.layout.world_size
     if mesh.rank == 0:
         tail_seconds = unwritten_seconds(folder)
-        starts = [row for row in read_jsonl(folder.events) if row.get("kind") == "start"]
+        events = read_jsonl(folder.events)
+        starts = [row for row in events if row.get("kind") == "start"]
+        progress.passed = [row["passed"] for row in events if row.get("kind") == "rollback"]  # an older checkpoint does not know
         progress.attempt, ranks_before = len(starts), starts[-1].get("ranks", ranks_before) if starts else ranks_before
         progress.owner = checkpoint.claim(folder.owner, progress.attempt)
 
         def on_damage(path: Path, reason: str) -> None:
             log_event(folder.events, "damaged", f"checkpoint {path.name} cannot be used: {reason}", attempt=progress.attempt)
 
-        found, progress.passed = checkpoint.find_intact(folder.checkpoints, on_damage), guards.passed_by(folder.events)
+        found = checkpoint.find_intact(folder.checkpoints, on_damage)
     found, progress.attempt, progress.passed = mesh.share((found, progress.attempt, progress.passed))
     begin = time.perf_counter()
     if found is not None:
@@ -262,7 +265,7 @@ def run_loop(run: Run) -> None:
     with interval("startup"):
         sampler = Sampler(run.trainee, describe_model(job), job.held_out, settings.data, job.run.data / "tokenizer")
     while progress.step < settings.steps and not progress.is_asked_to_stop:
-        begin, first = time.perf_counter(), guards.pass_over(progress.samples, progress.passed)
+        begin, first = time.perf_counter(), pass_over(progress.samples, progress.passed)
         with interval("input"):
             batches = fetch(job, run.mesh, run.trainee, first)
         fetched = time.perf_counter()
@@ -351,7 +354,7 @@ def save(run: Run) -> None:
             progress.step, progress.samples, progress.tokens, run.trainee.optimizer.updates, progress.attempt,
             job.settings.data_shards, asdict(job.layout), job.hashes,
             {"torch": torch.__version__, "python": platform.python_version()},
-            guards.state_of(run.trainee.guard, progress)))
+            {**run.trainee.guard.state(), "skipped_steps": progress.skipped_steps, "passed": progress.passed}))
 
 
 def publish(run: Run) -> None:

@@ -58,9 +58,8 @@ class Meter:
         """
         self.step += 1
         self.pace.end_step()
-        if is_skipped:
-            self.skipped_steps += 1
-        else:
+        self.skipped_steps += is_skipped
+        if not is_skipped:
             self.tokens += tokens
             self.flops += flops
             self.flops_full += flops_full

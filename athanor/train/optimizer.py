@@ -123,18 +123,16 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float, squared_norm: torch.Tensor, loss: torch.Tensor, clip: float,
-             is_usual: torch.Tensor | None = None) -> torch.Tensor:
+             is_usual: torch.Tensor | bool = True) -> torch.Tensor:
         """Update the weights from their gradients, clipped to a global norm of `clip`; gradients may be overwritten.
 
-        `squared_norm` and `loss` are scalars over all ranks. When one of them is not finite, or `is_usual` is given and false,
-        weights and state keep their bits and the step does not count. Returns whether it was made, as a scalar on the device.
+        `squared_norm` and `loss` are scalars over all ranks. When one of them is not finite, or `is_usual` is false, weights and
+        state keep their bits and the step does not count. Returns whether it was made, as a scalar on the device.
         """
         if self.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
         norm = squared_norm.sqrt()
-        is_made = norm.isfinite() & loss.isfinite()
-        if is_usual is not None:
-            is_made = is_made & is_usual
+        is_made = norm.isfinite() & loss.isfinite() & is_usual
         factor = torch.where(norm > clip, clip / (norm + 1e-6), 1.0)
         self._step_adamw(learning_rate, factor, is_made)
         if self.orthogonaliser is not None:

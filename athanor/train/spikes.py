@@ -11,6 +11,7 @@ from torch import Tensor
 # Of the mean, for loss and gradient norm: where values hardly differ, a small rise is no spike. Norms have long tails: in healthy
 # runs of small models single ones were up to 3.7 times the mean and 11 deviations above it, and clipping takes care of those.
 LEAST_DEVIATIONS = (0.02, 1.0)
+NAMES = ("losses", "grad_norms")
 
 
 class Guard:
@@ -41,26 +42,19 @@ class Guard:
 
     def state(self) -> dict[str, list[float]]:
         """What has been seen, the oldest first: exact numbers, for a checkpoint. Waits for the device."""
-        losses, norms = ([value for value in row if not math.isnan(value)] for row in self.seen.tolist())
-        return {"losses": losses, "grad_norms": norms}
+        return {name: [x for x in row if not math.isnan(x)] for name, row in zip(NAMES, self.seen.tolist(), strict=True)}
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
         """Go on from a `state`, maybe of another window."""
-        self.seen.fill_(math.nan)
-        for row, name in zip(self.seen, ("losses", "grad_norms"), strict=True):
-            kept = list(state.get(name, ()))[-self.window:]
-            if kept:
-                row[-len(kept):] = torch.tensor(kept, dtype=row.dtype, device=row.device)
+        rows = [[math.nan] * self.window + list(state.get(name, ())) for name in NAMES]
+        self.seen = torch.tensor([row[-self.window:] for row in rows], dtype=self.seen.dtype, device=self.seen.device)
 
     def reason(self) -> tuple[str, dict[str, float | None]]:
         """Why the step that was judged last was skipped, and its values with their limits. Waits for the device."""
         (loss, norm), (loss_limit, norm_limit) = self.now.tolist(), self.limits.tolist()
         values = {"loss": loss, "loss_limit": loss_limit, "grad_norm": norm, "grad_norm_limit": norm_limit}
-        rule = f"{self.sigma:g} deviations above the mean of the {self.window} steps before"
+        name, value, limit = ("gradient norm", norm, norm_limit) if norm > norm_limit else ("loss", loss, loss_limit)
+        why = f"its {name} {value:.4g} is above {limit:.4g}, the mean of {self.window} steps + {self.sigma:g} deviations"
         if not (math.isfinite(loss) and math.isfinite(norm)):
             why = f"its {'gradient' if math.isfinite(loss) else 'loss'} is not finite"
-        elif norm > norm_limit:
-            why = f"its gradient norm {norm:.4g} is above {norm_limit:.4g}, {rule}"
-        else:
-            why = f"its loss {loss:.4g} is above {loss_limit:.4g}, {rule}"
         return why, {name: value if math.isfinite(value) else None for name, value in values.items()}
