@@ -51,8 +51,8 @@ def go_back(run: Run) -> None:
     there is no such checkpoint, or it was gone back to too often.
     """
     job, progress, meter = run.job, run.progress, run.meter
-    step, end = progress.step, progress.samples
-    told = f"{progress.skipped_steps} steps in a row were skipped, the last is step {step}"
+    end, last = progress.samples, progress.step
+    told = f"{progress.skipped_steps} steps in a row were skipped, the last is step {last}"
     advice = f"lower learning_rate, or look at {job.folder.events}"
     meter.exchange()  # all steps so far must be in the ledger before it says that they are lost
     with whole("checkpoint", meter):
@@ -65,12 +65,11 @@ def go_back(run: Run) -> None:
         times = sum(first == samples for first, _ in progress.passed)
         if times == job.settings.most_rollbacks:
             raise AthanorError(f"{told}, after {times} rollback{'' if times == 1 else 's'} to checkpoint {path.name}; {advice}")
-        meta = checkpoint.load(path, run.trainee.stages, run.trainee.optimizer)
         progress.passed.append([samples, end])
-        restore(run.trainee.guard, progress, meta)
+        restore(run.trainee.guard, progress, checkpoint.load(path, run.trainee.stages, run.trainee.optimizer))
     meter.roll_back(progress.step)
     run.log("rollback", f"{told}, so it goes on from checkpoint {path.name} and passes over samples {samples} to {end - 1}",
-            from_step=step, passed=[samples, end])
+            from_step=last, passed=[samples, end])
 
 
 def find_good(run: Run) -> tuple[Path, int] | None:
