@@ -27,10 +27,7 @@ def restore(guard: Guard, progress: Progress, meta: checkpoint.Meta) -> None:
 
 
 def follow(run: Run, is_skipped: bool, first_sample: int) -> bool:
-    """After each step: tell which rows a skipped one had; when too many are in a row, go back, and say so by True.
-
-    `first_sample`: of the step; its last one is the one before `progress.samples`. Every rank must call this.
-    """
+    """After each step, on every rank: tell which rows a skipped one had; after too many in a row go back, and say so by True."""
     progress = run.progress
     progress.skipped_steps = progress.skipped_steps + 1 if is_skipped else 0
     if is_skipped and run.mesh.rank == 0:

@@ -53,8 +53,7 @@ class Meter:
     def end_step(self, *, tokens: float, flops: float, flops_full: float, is_skipped: bool = False) -> None:
         """Count a finished step: tokens, model FLOPs with causal and with full-square attention, over all ranks.
 
-        Every rank must call this after the same steps: now and then it exchanges intervals with the others. What a skipped
-        step took is lost.
+        Every rank must call this after the same steps: now and then it exchanges intervals with the others.
         """
         self.step += 1
         self.pace.end_step()

@@ -143,8 +143,7 @@ def run_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float, g
     """Train on this rank's micro-batches (numpy columns, at least one). Every rank must call it with as many.
 
     The loss is the sum over all tokens of the global batch / their global count N, which is known before the first backward
-    pass, so gradients are only ever added. A loss or gradient that is not finite, or that the guard finds far above the usual,
-    skips the update on all ranks.
+    pass, so gradients are only ever added. What is not finite, or a spike, skips the update on all ranks.
     """
     mesh, optimizer = trainee.mesh, trainee.optimizer
     with interval("input"):
