@@ -62,10 +62,14 @@ def supervised(recipe_file: Path) -> Callable[..., None]:
     return run
 
 
+FOUR = {("asleep", "dp_shard 2 x pp 2"), ("wrong collective", "tp 2"), ("stopped", "dp_shard 4")}  # the others are drills
+
+
 @pytest.mark.parametrize(("kind", "layout"), [
     *((kind, "dp_shard 2") for kind in KINDS if kind != "asleep inside"),
     pytest.param("asleep inside", "dp_shard 2", marks=pytest.mark.slow),
-    *(pytest.param(kind, layout, marks=pytest.mark.slow) for kind in KINDS for layout in LAYOUTS if layout != "dp_shard 2")])
+    *(pytest.param(kind, layout, marks=pytest.mark.slow if (kind, layout) in FOUR else pytest.mark.drill)
+      for kind in KINDS for layout in LAYOUTS if layout != "dp_shard 2")])
 def test_a_hang_is_named_and_the_stage_goes_on(supervised: Any, run_folder: Path, data_folder: Path, tmp_path: Path, kind: str,
                                                layout: str) -> None:
     seed = random.SystemRandom().randrange(10**6)

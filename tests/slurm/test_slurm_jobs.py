@@ -201,6 +201,7 @@ def test_a_job_that_is_interrupted_goes_on_from_where_it_saved(cluster: Cluster,
     until(lambda: slurm_number(cluster, job).split()[:2] == [str(number), "COMPLETED"])
 
 
+@pytest.mark.drill
 def test_a_slurm_that_requeues_by_no_exit_code_is_asked_to(cluster: Cluster, runner: Runner) -> None:
     configuration = cluster.folder / "slurm.conf"
     before = configuration.read_text()
@@ -219,7 +220,8 @@ def test_a_slurm_that_requeues_by_no_exit_code_is_asked_to(cluster: Cluster, run
         cluster.call("scontrol", "reconfigure")
 
 
-@pytest.mark.parametrize("cycles", [1, pytest.param(4, marks=[pytest.mark.drill, pytest.mark.timeout(1500)])])
+@pytest.mark.drill
+@pytest.mark.parametrize("cycles", [1, pytest.param(4, marks=pytest.mark.timeout(1500))])
 def test_the_end_of_a_time_limit_costs_no_step(cluster: Cluster, runner: Runner, cycles: int) -> None:
     job = runner.submit("run", 2, "--time", 2, "--signal-seconds", 45, steps=10**5)  # Slurm looks twice a minute
     until(lambda: len(runner.events("run", "start")) == cycles + 1, 200 * (cycles + 1))
@@ -230,6 +232,7 @@ def test_the_end_of_a_time_limit_costs_no_step(cluster: Cluster, runner: Runner,
     cancel(cluster, runner, job)
 
 
+@pytest.mark.drill
 def test_a_cancelled_job_saves_and_can_go_on(cluster: Cluster, runner: Runner, wanted: Callable[[int], str]) -> None:
     job = runner.submit("run", 2)
     until(lambda: runner.step("run") >= 7)
@@ -259,6 +262,7 @@ def test_a_waiting_job_says_for_what_and_leaves_the_queue(cluster: Cluster, runn
     assert slurm_number(cluster, job).split()[1] == "CANCELLED"
 
 
+@pytest.mark.drill
 def test_a_job_that_somebody_must_look_at_is_held(cluster: Cluster, runner: Runner) -> None:
     (runner.runs / "run" / "data").mkdir(parents=True)
     job = runner.call("jobs", "submit", runner.recipe, "--stage", "pretrain", "name=run", *OVERRIDES, "--slurm", "--nodes", 2)
@@ -291,6 +295,7 @@ def test_a_node_that_fails_the_gate_is_drained_and_the_job_runs_elsewhere(cluste
         cluster.call("scontrol", "update", "nodename=n1", "state=resume")
 
 
+@pytest.mark.drill
 def test_a_job_does_not_notice_that_slurm_is_gone(cluster: Cluster, runner: Runner, wanted: Callable[[int], str]) -> None:
     job = runner.submit("run", 2)
     until(lambda: runner.step("run") >= 2)
