@@ -13,6 +13,7 @@ from athanor.foundation.errors import DataError, did_you_mean
 from athanor.foundation.run_folder import hash_file, read_json, read_jsonl
 
 AROUND = 16  # tokens shown on each side
+MOST_CHECKED_BYTES = 4e9  # whose hashes are computed before each start of a training: some seconds
 
 
 def open_manifest(data_folder: Path) -> dict[str, Any]:
@@ -31,6 +32,17 @@ def damaged_files(data_folder: Path) -> list[str]:
     files = open_manifest(data_folder)["files"]
     return [name for name, digest in files.items()
             if not (data_folder / name).is_file() or hash_file(data_folder / name) != digest]
+
+
+def check_intact(data_folder: Path) -> None:
+    """Raise DataError when files are damaged. Those of a large folder are not read: `athanor data show` does."""
+    files = [data_folder / name for name in open_manifest(data_folder)["files"]]
+    if sum(file.stat().st_size for file in files if file.is_file()) > MOST_CHECKED_BYTES:
+        return
+    damaged = damaged_files(data_folder)
+    if damaged:
+        raise DataError(f"{', '.join(damaged)} in {data_folder} {'is' if len(damaged) == 1 else 'are'} missing or not what was "
+                        "built; build the data again (athanor data build)")
 
 
 def trace(data_folder: Path, token_index: int, split: str = "train", source: str | None = None) -> dict[str, Any]:

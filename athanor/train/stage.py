@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from athanor.data.lineage import open_manifest
+from athanor.data.lineage import check_intact, open_manifest
 from athanor.data.rows import Rows, open_rows
 from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import Layout, check_experts
@@ -154,9 +154,10 @@ def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, manifest: dic
 def claim_folder(job: Job, is_fresh: bool) -> None:
     """Make the stage's folder this job's: begin it, or go on in it (called on one rank).
 
-    Raises UserError when it belongs to another configuration and `is_fresh` is not set; with it, it is emptied.
+    Raises UserError for damaged data, and when it belongs to another configuration; then `is_fresh` empties it.
     """
     folder = job.folder
+    check_intact(job.run.data)
     if folder.root.exists() and is_fresh:
         empty(folder)
     if folder.config.exists():
@@ -165,8 +166,7 @@ def claim_folder(job: Job, is_fresh: bool) -> None:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{folder.config} is damaged ({error}), so nobody knows what {folder.root} was trained with; start "
                             "it anew with --fresh, or give the run another name") from None
-        differing = differences(before, job.identity)
-        if differing:
+        if differing := differences(before, job.identity):
             raise UserError(f"{folder.root} was trained with another configuration: {'; '.join(differing[:4])}"
                             + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
                             + "; start it anew with --fresh (of `athanor train` or `athanor run`), or give the run another name")

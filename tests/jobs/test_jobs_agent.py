@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
 import signal
 import threading
 import time
@@ -158,6 +160,58 @@ def test_an_exception_once_is_told_and_forgiven(supervised: Any, run_folder: Pat
     assert fault["rank"] == 1 and fault["step"] == 9 and fault["exception"].startswith("ZeroDivisionError at ")
     assert hash_folder(stage.model) == wanted
     assert_only_uncheckpointed_steps_are_lost(stage)
+
+
+@pytest.mark.slow
+def test_a_cut_connection_is_told_and_the_ranks_meet_again(supervised: Any, run_folder: Path, wanted: str,
+                                                           tmp_path: Path) -> None:
+    marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
+    marks.mkdir()
+    supervised(run_folder, "jobs_ranks:train_and_fail", marks=str(marks), times=1, step=9, rank=1, kind="cut")
+    (fault,) = events(stage, "fault")
+    assert re.search(r"after step 9, .*(onnection|Broken pipe|SIGABRT)", fault["sentence"]), fault
+    assert hash_folder(stage.model) == wanted
+    assert_only_uncheckpointed_steps_are_lost(stage)
+
+
+@pytest.mark.slow
+def test_a_clock_that_is_set_back_changes_nothing(supervised: Any, run_folder: Path, wanted: str, tmp_path: Path) -> None:
+    """An hour, on rank 0, which writes the records; killed afterwards, its ranks go on all the same."""
+    marks, pids, stage = tmp_path / "marks", tmp_path / "pids", RunFolder(run_folder).stage("pretrain")
+    marks.mkdir()
+    begin = time.monotonic()
+    supervised(run_folder, "jobs_ranks:train_and_fail", marks=str(marks), times=1, step=9, rank=0, kind="clock")
+    seconds = time.monotonic() - begin
+    assert hash_folder(stage.model) == wanted and not events(stage, "fault") and not pids.exists()
+    assert_every_second_is_told(stage, seconds)
+
+
+@pytest.mark.slow
+def test_data_that_rot_are_named_and_not_trained_on(supervised: Any, run_folder: Path, data_folder: Path, tmp_path: Path,
+                                                    wanted: str) -> None:
+    marks, stage, data = tmp_path / "marks", RunFolder(run_folder).stage("pretrain"), tmp_path / "data"
+    marks.mkdir()
+    shutil.copytree(data_folder, data)
+    (run_folder / "data").unlink()
+    (run_folder / "data").symlink_to(data)
+    file = next(path for path in sorted(data.glob("*.bin")) if path.stem != "evaluation")
+
+    def rot() -> None:
+        with file.open("r+b") as stream:
+            stream.seek(1001)
+            stream.write(b"\xff")
+
+    pids = tmp_path / "pids"
+
+    def rot_and_kill() -> None:
+        rot()
+        os.kill(int((pids / "1").read_text()), signal.SIGKILL)
+
+    with when(stage, 4, 0.0, rot_and_kill), pytest.raises(UserError, match=rf"{file.name} in .* not what was built"):
+        supervised(run_folder, "jobs_ranks:train_in_sight", pids=str(pids), pause=0.02)
+    shutil.copy(data_folder / file.name, file)
+    supervised(run_folder)
+    assert max(row["step"] for row in read_jsonl(stage.metrics)) == STEPS
 
 
 def test_the_same_exception_at_the_same_step_is_held_with_its_traceback(supervised: Any, run_folder: Path, tmp_path: Path,

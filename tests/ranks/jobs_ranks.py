@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,12 +58,31 @@ def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: i
                 return
             if kind == "wrong collective":
                 dist.barrier()
+            if kind == "cut":
+                _cut_connections()
+                return
+            if kind == "clock":
+                time.time = lambda then=time.time: then() - 3600.0  # type: ignore[assignment, misc]
+                return
             if kind == "full disk":
                 raise DiskError("rank 1 could not save: the disk is full")
             raise ZeroDivisionError(f"the {before + 1}th of its kind, at {id(object()):x}")
 
     _before_step(loop, fail)
     return loop.train_stage(channel, **arguments)
+
+
+def _cut_connections() -> None:
+    """End every TCP connection of this process, as a dead switch would."""
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as one:
+                if one.family in (socket.AF_INET, socket.AF_INET6):
+                    one.shutdown(socket.SHUT_RDWR)
+        except OSError:  # closed since, or only listening
+            continue
 
 
 def _first_step(arguments: dict[str, Any]) -> int:
