@@ -49,17 +49,17 @@ class Beat:
     def __init__(self, folder: Path, step: Callable[[], int]) -> None:
         self.step, self.thread_id = step, threading.get_ident()
         self.rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.folder, self.dump, self.host = folder, folder / f"dump-{self.rank}.json", socket.gethostname()
+        self.folder, self.host = folder, socket.gethostname()
+        self.dump, self.file = (folder / f"{name}-{self.rank}.json" for name in ("dump", "rank"))
         self.pause = max(1.0 / BEATS_PER_SECOND, world_size / MOST_BEATS_PER_SECOND)
         self.recorder: Recorder | None = None
         self.first_step, self.ticks, self.beats, self.answered = -1, 0, 0, ""
         self.paces: deque[float] = deque(maxlen=STEPS)
         self.changed = (0.0, -1)  # when the number of steps was seen to change, and to what
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / f"rank-{self.rank}.json"
-        self.is_over = threading.Event()
+        self.file.touch()
+        self.is_over, self.thread = threading.Event(), threading.Thread(target=self.live, name="beat", daemon=True)
         self.write()
-        self.thread = threading.Thread(target=self.live, name="beat", daemon=True)
         self.thread.start()
 
     def live(self) -> None:
@@ -73,11 +73,8 @@ class Beat:
         self.beats += 1
         line = {"pid": os.getpid(), "host": self.host, "step": self.count(), "phase": self.phase(), "ticks": self.ticks,
                 "beats": self.beats, "step_seconds": statistics.median(self.paces) if self.paces else None}
-        file = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            os.pwrite(file, json.dumps(line).encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
-        finally:
-            os.close(file)
+        with self.file.open("r+b", buffering=0) as file:
+            file.write(json.dumps(line).encode().ljust(RECORD_BYTES - 1) + b"\n")
 
     def count(self) -> int:
         """Steps done; what they took is remembered when there are more than before."""
