@@ -82,16 +82,23 @@ class Chain:
 
     def wall_seconds(self) -> float:
         """Time of all invocations so far, and of training outside of them, by `athanor train` alone."""
-        spans = self.spans()
-        outside = [line["wall_seconds"] for file in self.run.root.glob("*/ledger.jsonl") for line in read_jsonl(file)
-                   if "time" in line and not any(begin <= line["time"] <= end for begin, end in spans)]
-        return sum(end - begin for begin, end in spans) + sum(outside)
+        return sum(line["wall_seconds"] for line in self._trained_outside()) + sum(end - begin for begin, end, _ in self.spans())
 
-    def spans(self) -> list[tuple[float, float]]:
-        """Beginning and end of each invocation; one that was killed lasted until the last sign of life in the run folder."""
+    def device_seconds(self) -> float:
+        """What was paid for in that time: invocations and training may have had different numbers of devices."""
+        return sum(line["device_seconds"] for line in self._trained_outside()) + sum(
+            (end - begin) * devices for begin, end, devices in self.spans())
+
+    def _trained_outside(self) -> list[dict[str, Any]]:
+        spans = self.spans()
+        return [line for file in self.run.root.glob("*/ledger.jsonl") for line in read_jsonl(file)
+                if "time" in line and not any(begin <= line["time"] <= end for begin, end, _ in spans)]
+
+    def spans(self) -> list[tuple[float, float, int]]:
+        """Beginning, end and devices of each invocation; a killed one lasted until the last sign of life in the run folder."""
         found = []
-        begins = [(i, line["time"]) for i, line in enumerate(self.lines) if line["event"] == "begin"]
-        for number, (index, begin) in enumerate(begins):
+        begins = [(i, line["time"], line["devices"]) for i, line in enumerate(self.lines) if line["event"] == "begin"]
+        for number, (index, begin, devices) in enumerate(begins):
             is_last = number + 1 == len(begins)
             until = self.lines[index:] if is_last else self.lines[index:begins[number + 1][0]]
             end = until[-1]["time"]
@@ -99,7 +106,7 @@ class Chain:
                 signs = [line["time"] for file in self.run.root.glob("*/*.jsonl") for line in read_jsonl(file)
                          if "time" in line and line["time"] >= begin and (is_last or line["time"] < begins[number + 1][1])]
                 end = time.time() if is_last and self.begun else max([end, *signs])
-            found.append((begin, end))
+            found.append((begin, end, devices))
         return found
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -51,16 +52,16 @@ def walk(recipe: Recipe, run: RunFolder, started: float, is_fresh: bool = False)
 
     sources = scan(recipe)
     refuse_early(recipe)
-    write_atomic(run.recipe, recipe.annotated())
     chain = Chain(run, devices_of(recipe), started)
     start_server("athanor.train.loop")
     _check(chain, recipe, run)
-    planned = _plan(chain, recipe, run, sources)
+    planned = _plan(chain, recipe, run, sources, is_fresh)
+    write_atomic(run.recipe, recipe.annotated())
     data_inputs = inputs_of(planned)
     chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run, data_inputs))
     for stage in planned.stage:
         inputs = _stage_inputs(planned, stage, run)
-        replaced = _replaced(chain, stage, inputs, run, is_fresh)
+        replaced = _replaced(stage, run, is_fresh)
         chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model],
                    _training(planned, stage, run, replaced is not None), replaced)
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
@@ -102,7 +103,7 @@ def _check(chain: Chain, recipe: Recipe, run: RunFolder) -> None:
     chain.step("check", {"machine": hash_value(machine)}, [run.cluster], measure)
 
 
-def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any]) -> Recipe:
+def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any], is_fresh: bool) -> Recipe:
     """Plan, or take the plan that the recipe names; the recipe with everything filled in."""
     from athanor.cli.plan import plan_run, write_plan
 
@@ -114,6 +115,8 @@ def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any])
             say(f"{run.plan} was made before")
             return {"was_planned": True}
         plan = plan_run(recipe.with_plan(given, recipe.plan.file), run)  # what a plan fixes is only forecast
+        if not is_fresh:
+            _refuse_other_plan(recipe.with_plan(given or plan.values, str(run.plan)), run)
         write_plan(plan, run, run.plan, inputs)
         if followed:
             write_atomic(run.plan, followed.read_bytes())
@@ -169,15 +172,25 @@ def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str
     return inputs
 
 
-def _replaced(chain: Chain, stage: Stage, inputs: dict[str, str], run: RunFolder, is_fresh: bool = False) -> str | None:
+def _replaced(stage: Stage, run: RunFolder, is_fresh: bool = False) -> str | None:
     """The hash of the configuration whose work must go before a stage can begin (empty: it has none); None when none must.
 
-    What was begun by hand goes on, or is refused; only `is_fresh` throws it away. A kill may come before the folder was
-    emptied: then it still has the configuration that the last attempt was to replace.
+    Only `is_fresh` throws work away; without it, what was trained goes on, or is refused by what differs.
     """
-    last, config = chain.last_start(f"train {stage.name}"), hash_output(run.stage(stage.name).config)
-    is_other = last is not None and (last["inputs"] != inputs or (config and config == last.get("replaces")))
-    return config or "" if is_fresh or is_other else None
+    return hash_output(run.stage(stage.name).config) or "" if is_fresh else None
+
+
+def _refuse_other_plan(recipe: Recipe, run: RunFolder) -> None:
+    """A plan that differs from what a stage was trained with is refused before it takes the place of the one that fits."""
+    for stage in recipe.stage:
+        folder = run.stage(stage.name)
+        if folder.metrics.exists() and folder.config.exists():
+            before = tomllib.loads(folder.config.read_text(encoding="utf-8")).get("identity", {})
+            differing = [f"{key} was {before[key]} and is {value}" for key, value in stage.model_dump().items()
+                         if value is not None and isinstance(before.get(key), (int, float, str)) and before[key] != value]
+            if differing:
+                raise UserError(f"the plan would now be another one than stage '{stage.name}' of {run.root} was trained with: "
+                                f"{'; '.join(differing[:4])}; train it anew with --fresh, or give the run another name=…")
 
 
 def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> Callable[[], dict[str, Any]]:
@@ -240,7 +253,7 @@ def actual_book(chain: Chain, recipe: Recipe, run: RunFolder, report_seconds: fl
     books.append(_step_book("publish", report_seconds, chain.devices))
     books.append(_step_book("lost", chain.replaced_seconds() / chain.devices, chain.devices))
     books += [read_book(run.stage(stage.name).actual) for stage in recipe.stage]
-    book = total(books, "actual", wall_seconds=chain.wall_seconds(), devices=chain.devices)
+    book = total(books, "actual", wall_seconds=chain.wall_seconds(), devices=chain.devices, device_seconds=chain.device_seconds())
     if recipe.cluster.price_per_device_hour is not None:
         book.money = recipe.cluster.price_per_device_hour * book.device_seconds / 3600
     return book

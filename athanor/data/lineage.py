@@ -35,7 +35,7 @@ def damaged_files(data_folder: Path) -> list[str]:
 
 
 def check_intact(data_folder: Path) -> None:
-    """Raise DataError when files are damaged. Those of a large folder are not read: `athanor data show` does."""
+    """Raise DataError when files are damaged. Those of a large folder are not read: `athanor data inspect` does."""
     files = [data_folder / name for name in open_manifest(data_folder)["files"]]
     if sum(file.stat().st_size for file in files if file.is_file()) > MOST_CHECKED_BYTES:
         return

@@ -107,12 +107,15 @@ def read_book(path: Path) -> Book:
         raise UserError(f"{path} is not a whole book: {error}") from None
 
 
-def total(books: Iterable[Book], kind: Kind, *, wall_seconds: float, devices: int) -> Book:
-    """Add up the books of a chain's steps; what lies between the steps is `unattributed`."""
+def total(books: Iterable[Book], kind: Kind, *, wall_seconds: float, devices: int, device_seconds: float | None = None) -> Book:
+    """Add up the books of a chain's steps; what lies between the steps is `unattributed`.
+
+    `device_seconds` were paid for; left out, all `devices` were all the time.
+    """
     books = list(books)
     trained = [book for book in books if book.model_flops > 0] or books
     out = Book(kind, devices, trained[0].accelerator, trained[0].peak_flops, wall_seconds=wall_seconds,
-               device_seconds=wall_seconds * devices)
+               device_seconds=wall_seconds * devices if device_seconds is None else device_seconds)
     for book in books:
         for name, seconds in book.accounts.items():
             if name != "unattributed":

@@ -85,16 +85,16 @@ def test_fresh_replaces_what_was_trained_by_hand(built: Recipe, tmp_path: Path) 
     run.stage("pretrain").root.mkdir()
     run.stage("pretrain").config.write_text("by hand")
     chain = Chain(run, 2, 0.0)
-    assert _replaced(chain, stage, inputs, run) is None
-    assert _replaced(chain, stage, inputs, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
+    assert _replaced(stage, run) is None
+    assert _replaced(stage, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
 
     def refused() -> None:
         raise UserError("was trained with another configuration")
 
     with pytest.raises(UserError):
         chain.step("train pretrain", inputs, [], refused)
-    assert _replaced(chain, stage, inputs, run) is None, "a refusal throws nothing away, the next time either"
-    assert _replaced(chain, stage, inputs, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
+    assert _replaced(stage, run) is None, "a refusal throws nothing away, the next time either"
+    assert _replaced(stage, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
 
 
 def test_the_stage_may_be_left_out_where_there_is_one(built: Recipe, tmp_path: Path) -> None:
