@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import watch_ranks
 
+from athanor.foundation.errors import DiskError
 from athanor.foundation.intervals import Interval, Recorder, activate, interval
 from athanor.foundation.launch import run_ranks
 from athanor.foundation.recipe import load_recipe
@@ -54,6 +55,12 @@ def test_a_rank_tells_its_step_its_phase_and_that_it_is_done(train: Any, run_fol
     assert last["phase"] == "done" and last["step"] == 40 and last["ticks"] > 0, "validation counts its batches"
     assert seen[0]["phase"] == "startup" and all(a["beats"] <= b["beats"] for a, b in pairwise(seen))
     assert {row["pid"] for row in seen} == {last["pid"]}
+
+
+def test_where_no_sign_can_be_written_a_rank_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(DiskError, match=r"cannot write .*beats: Read-only file system"):
+        beat.Beat(tmp_path / "beats", lambda: 0)
 
 
 def test_ranks_say_where_they_stand(tmp_path: Path) -> None:
