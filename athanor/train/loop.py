@@ -373,9 +373,18 @@ def publish(run: Run) -> None:
         run.mesh.share(None)
 
 
+def newest(metrics: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The rows of metrics.jsonl by step, without those that were gone back from."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in reversed(metrics):
+        if not rows or row["step"] < next(reversed(rows)):
+            rows[row["step"]] = row
+    return rows
+
+
 def summarise(job: Job, is_asked_to_stop: bool) -> dict[str, Any]:
     """The stage so far, from its metrics, over all attempts; a step done again counts once."""
-    rows = {row["step"]: row for row in read_jsonl(job.folder.metrics)}
+    rows = newest(read_jsonl(job.folder.metrics))
     steady = [rows[step] for step in sorted(rows)][1:] or list(rows.values())
     seconds = sum(row["step_seconds"] for row in steady)
     tokens = sum(row["tokens_per_second"] * row["step_seconds"] for row in steady)

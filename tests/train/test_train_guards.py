@@ -23,6 +23,7 @@ from athanor.models.zoo.llama import build
 from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
 from athanor.train.guards import find_good
+from athanor.train.loop import newest
 from athanor.train.optimizer import Optimizer
 from athanor.train.saver import Saver
 from athanor.train.spikes import LEAST_DEVIATIONS, Guard
@@ -251,6 +252,11 @@ def test_killed_after_a_rollback_it_goes_on_with_the_same_bits(train: Train, run
     book = read_book(stage.actual)
     assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"] and book.accounts["lost"] > 0
     assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
+
+
+def test_steps_that_were_gone_back_from_are_no_part_of_what_is_told() -> None:
+    rows = [{"step": step, "loss": loss} for step, loss in ((1, 5.0), (2, 4.0), (3, 9.0), (4, 9.5), (2, 3.9), (3, 3.5))]
+    assert [row["loss"] for row in newest(rows).values()] == [3.5, 3.9, 5.0] and not newest([])
 
 
 def test_resumed_its_guard_has_seen_the_same(train: Train, tmp_path: Path, data_folder: Path) -> None:
