@@ -130,7 +130,7 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
             meter.stragglers = Stragglers(mesh.peers(), lambda rank, host, told: run.log(
                 "straggler", told, rank=rank, host=host))
             run_loop(run)
-        return summarise(job, progress.is_asked_to_stop)
+        return summarise(job, progress)
     except (RuntimeError, MemoryError) as error:
         if job is None or mesh is None or not is_out_of_memory(error):
             raise
@@ -373,22 +373,14 @@ def publish(run: Run) -> None:
         run.mesh.share(None)
 
 
-def newest(metrics: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The rows of metrics.jsonl by step, without those that were gone back from."""
-    rows: dict[int, dict[str, Any]] = {}
-    for row in reversed(metrics):
-        if not rows or row["step"] < next(reversed(rows)):
-            rows[row["step"]] = row
-    return rows
-
-
-def summarise(job: Job, is_asked_to_stop: bool) -> dict[str, Any]:
-    """The stage so far, from its metrics, over all attempts; a step done again counts once."""
-    rows = newest(read_jsonl(job.folder.metrics))
+def summarise(job: Job, progress: Progress) -> dict[str, Any]:
+    """The stage so far, from its metrics, over all attempts; a step done again counts once, one gone back from not at all."""
+    done = progress.step or job.settings.steps  # it was finished before
+    rows = {row["step"]: row for row in read_jsonl(job.folder.metrics) if row["step"] <= done}
     steady = [rows[step] for step in sorted(rows)][1:] or list(rows.values())
     seconds = sum(row["step_seconds"] for row in steady)
     tokens = sum(row["tokens_per_second"] * row["step_seconds"] for row in steady)
     return {"run": str(job.folder.root), "step": max(rows, default=0), "steps": job.settings.steps,
-            "is_asked_to_stop": is_asked_to_stop, "loss": [rows[step]["loss"] for step in sorted(rows)],
+            "is_asked_to_stop": progress.is_asked_to_stop, "loss": [rows[step]["loss"] for step in sorted(rows)],
             "grad_norm": [rows[step]["grad_norm"] for step in sorted(rows)],
             "tokens_per_second": tokens / seconds if seconds else 0.0}

@@ -23,7 +23,6 @@ from athanor.models.zoo.llama import build
 from athanor.parallel.stages import Stages
 from athanor.train import checkpoint
 from athanor.train.guards import find_good
-from athanor.train.loop import newest
 from athanor.train.optimizer import Optimizer
 from athanor.train.saver import Saver
 from athanor.train.spikes import LEAST_DEVIATIONS, Guard
@@ -254,9 +253,46 @@ def test_killed_after_a_rollback_it_goes_on_with_the_same_bits(train: Train, run
     assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
 
 
-def test_steps_that_were_gone_back_from_are_no_part_of_what_is_told() -> None:
-    rows = [{"step": step, "loss": loss} for step, loss in ((1, 5.0), (2, 4.0), (3, 9.0), (4, 9.5), (2, 3.9), (3, 3.5))]
-    assert [row["loss"] for row in newest(rows).values()] == [3.5, 3.9, 5.0] and not newest([])
+def test_stopped_in_the_step_that_rolls_back_it_goes_on_with_the_same_bits(train: Train, run_folder: Path, tmp_path: Path,
+                                                                           passing_over: Any) -> None:
+    fault = {"target": SPOILED, "spoiled": BAD, "kind": "gradient", "ranks": [1], "once": str(tmp_path / "once")}
+    found = train(run_folder, *TWO, **fault, stop_at=96)
+    stage = RunFolder(run_folder).stage("pretrain")
+    assert found["is_asked_to_stop"] and found["step"] == 4 and len(found["loss"]) == 4, "what was gone back from is not told"
+    assert [row["kind"] for row in rows_of(stage, "rollback", "stop")] == ["rollback", "stop"]
+    found, wanted = train(run_folder, *TWO, **fault), passing_over(64, 112)
+    assert found["loss"] == wanted["loss"] and hash_folder(stage.model) == wanted["model"]
+    book = read_book(stage.actual)
+    assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"]
+
+
+def test_stopped_between_skipped_steps_and_killed_after_the_rollback(train: Train, run_folder: Path, tmp_path: Path,
+                                                                     passing_over: Any) -> None:
+    """The stop saves a checkpoint between skipped steps, which nothing may go on from once the stage has gone back."""
+    fault = {"target": SPOILED, "spoiled": BAD, "kind": "gradient", "ranks": [1]}
+    train(run_folder, *TWO, **fault, stop_at=80)
+    stage = RunFolder(run_folder).stage("pretrain")
+    assert (stage.checkpoints / "step-00000006").is_dir()
+    with pytest.raises(RankError, match="rank 1 was killed by signal 9"):
+        train(run_folder, *TWO, **fault, die_at=112)
+    assert [row["passed"] for row in rows_of(stage, "rollback")] == [[64, 112]]
+    found, wanted = train(run_folder, *TWO, **fault), passing_over(64, 112)
+    assert found["loss"] == wanted["loss"] and hash_folder(stage.model) == wanted["model"]
+    book = read_book(stage.actual)
+    assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"]
+    assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
+
+
+@pytest.mark.slow
+def test_rolled_back_where_sums_are_exact_other_ranks_go_on_with_the_same_bits(train: Train, run_folder: Path, tmp_path: Path,
+                                                                              passing_over: Any) -> None:
+    exact = ("stage.pretrain.reduction=exact", "stage.pretrain.micro_batch_size=4", "stage.pretrain.data_shards=4")
+    fault = {"target": SPOILED, "spoiled": BAD, "kind": "gradient", "ranks": [1], "once": str(tmp_path / "once")}
+    with pytest.raises(RankError, match="rank 1 was killed by signal 9"):
+        train(run_folder, *TWO, *exact, die_at=112, **fault)
+    found, wanted = train(run_folder, *TWO, *exact, "parallel.dp_shard=1"), passing_over(64, 112, *exact)
+    assert found["loss"] == wanted["loss"]
+    assert hash_folder(RunFolder(run_folder).stage("pretrain").model) == wanted["model"]
 
 
 def test_resumed_its_guard_has_seen_the_same(train: Train, tmp_path: Path, data_folder: Path) -> None:
