@@ -217,11 +217,13 @@ def test_patience_is_that_of_the_phase_and_of_the_steps(clock: Clock) -> None:
             clock.wait(guard, 1.5)
 
 
-def test_any_progress_of_any_rank_counts(clock: Clock) -> None:
+@pytest.mark.parametrize("kind", ["step", "phase", "ticks"])
+def test_any_progress_of_any_rank_counts(clock: Clock, kind: str) -> None:
     guard = watch.Watch(clock.stage, 2, 10.0)
-    for number in range(30):
+    for number in range(9):
         clock.say(0, 1)
-        clock.say(1, number // 3, "evaluation" if number % 2 else "compute", ticks=number)
+        clock.say(1, number if kind == "step" else 1, "input" if kind == "phase" and number % 2 else "compute",
+                  ticks=number if kind == "ticks" else 0)
         clock.wait(guard, 8.0)
     clock.say(1, 10, "done")
     with pytest.raises(RankError, match=r"rank 0 .node elsewhere. does not answer"):  # those who are done hold up nobody
