@@ -45,10 +45,7 @@ TORCH, LIBRARY = str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib
 
 
 class Beat:
-    """The signs of life of this process, which begin with it; `step` says how many steps are done.
-
-    Raises DiskError or UserError where they cannot be written.
-    """
+    """The signs of life of this process, which begin with it, or a DiskError; `step` says how many steps are done."""
 
     def __init__(self, folder: Path, step: Callable[[], int]) -> None:
         self.step, self.thread_id = step, threading.get_ident()

@@ -71,16 +71,12 @@ def go_back(run: Run) -> None:
 
 
 def find_good(run: Run) -> tuple[Path, int] | None:
-    """The newest intact checkpoint that was not written between skipped steps, and the samples before it; on one rank.
-
-    Newer ones are removed: a restart would go on from there.
-    """
-    found = checkpoint.list_checkpoints(run.job.folder.checkpoints)
-    for number, path in enumerate(found):
+    """The newest intact checkpoint not written between skipped steps, and the samples before it; on one rank."""
+    for number, path in enumerate(found := checkpoint.list_checkpoints(run.job.folder.checkpoints)):
         if (reason := checkpoint.find_damage(path)) is not None:
             run.log("damaged", f"checkpoint {path.name} cannot be used: {reason}")
         elif not (meta := checkpoint.read_meta(path)).guards.get("skipped_steps"):
-            for newer in found[:number]:
+            for newer in found[:number]:  # a restart would go on from there
                 discard(newer)
             return path, meta.samples
     return None
