@@ -61,6 +61,8 @@ def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Pat
         wanted.get_stage(stage)
     elif run is not None:
         raise click.UsageError("--run goes with --stage; a whole chain is walked in runs/<name>")
+    if minutes is not None and not minutes <= local.MOST_MINUTES:  # nan is none
+        raise click.UsageError(f"--minutes is {minutes:g}; at most {local.MOST_MINUTES:,} can be waited for")
     found = None
     if wish.pop("on_slurm"):
         if minutes is not None:

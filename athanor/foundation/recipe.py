@@ -143,7 +143,7 @@ class Stage(Section):
                                            "loaded, of an architecture that has them; 0.001 unless set")
     spike_sigma: float = Field(6.0, ge=0, description="a step whose loss or gradient norm is more deviations above the mean is "
                                "skipped; 0 skips only what is not finite")
-    spike_window: int = Field(128, ge=2, description="steps that mean and deviation are taken over; none is a spike before")
+    spike_window: int = Field(128, ge=2, le=100_000, description="steps for mean and deviation; none is a spike before")
     most_skipped_steps: int = Field(10, ge=1, description="skipped steps in a row that roll back to the newest good checkpoint")
     most_rollbacks: int = Field(3, ge=0, description="rollbacks to one checkpoint, passing over the data after it each time")
     optimizer: Literal["adamw", "muon"] | None = Field(None, description="the update rule")
@@ -157,7 +157,7 @@ class Stage(Section):
     save_async: bool = Field(True, description="whether training goes on while a copy in host memory is written")
     evaluate_every: Whole | None = Field(None, ge=1, description="steps between validations")
     evaluate_rows: Whole | None = Field(None, ge=1, description="held-out rows of a validation; all unless set or planned")
-    hang_seconds: float | None = Field(None, gt=0, description="seconds without progress after which ranks are looked at and "
+    hang_seconds: float | None = Field(None, ge=1, description="seconds without progress after which ranks are looked at and "
                                        "started again, but never less than 10 steps; 30 unless set")
     data_shards: Whole | None = Field(None, ge=1, description="virtual data shards; micro-batches of a global batch unless set")
     reduction: Literal["fast", "exact"] = Field("fast", description="'exact': any number of data ranks that divides data_shards "

@@ -24,6 +24,7 @@ from athanor.jobs import slurm
 from athanor.jobs.agent import Stopped
 from athanor.jobs.queue import CANCELLED, DONE, HELD, LOST, RUNNING, STOPPED, WAITING, Job, Queue
 
+MOST_MINUTES = 10_000_000  # of a job: 19 years
 STARTING_SECONDS = 10.0  # that a new job may be without an agent
 EXIT_CODES = {DONE: EXIT_DONE, STOPPED: EXIT_REQUEUE, HELD: EXIT_HOLD}
 

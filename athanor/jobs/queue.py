@@ -122,17 +122,24 @@ class Queue:
         try:
             with contextlib.closing(sqlite3.connect(self.file, timeout=PATIENCE_SECONDS)) as base, base:
                 base.row_factory = sqlite3.Row
-                version = base.execute("PRAGMA user_version").fetchone()[0]
-                if version > SCHEMA:
-                    raise UserError(f"{self.file} has schema {version}, this version reads up to {SCHEMA}; use a newer Athanor")
-                base.execute(TABLE)
-                if version == 1:
-                    base.execute("ALTER TABLE job ADD COLUMN slurm TEXT")
-                base.execute(f"PRAGMA user_version = {SCHEMA}")
+                if _version(base) != SCHEMA:
+                    base.execute("BEGIN IMMEDIATE")  # one process alone, which looks again: another may have just done it
+                    if (version := _version(base)) > SCHEMA:
+                        raise UserError(f"{self.file} has schema {version}, this version reads up to {SCHEMA}; use a newer "
+                                        "Athanor")
+                    base.execute(TABLE)
+                    if version == 1:
+                        base.execute("ALTER TABLE job ADD COLUMN slurm TEXT")
+                    base.execute(f"PRAGMA user_version = {SCHEMA}")
+                    base.commit()
                 yield base
         except sqlite3.Error as error:
             raise UserError(f"{self.file} cannot be used: {error}; when it is damaged, move it away: it only lists jobs, their "
                             "work is in the run folders") from error
+
+
+def _version(base: sqlite3.Connection) -> int:
+    return int(base.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -78,8 +78,9 @@ def settle(recipe: Recipe, *, nodes: int | None, ranks_per_node: int | None, spa
     if nodes is None:
         nodes = -(-(devices or 1) // per_node)
     if devices is not None and devices != nodes * per_node:
+        advice = "give --ranks-per-node a divisor of it" if devices % per_node else "leave --nodes out"
         raise UserError(f"cluster.devices is {devices}, but {nodes} nodes of {per_node} ranks each have {nodes * per_node}; "
-                        "leave --nodes out")
+                        f"{advice}")
     return {"nodes": nodes, "ranks_per_node": per_node, "spares": spares, "partition": partition, "time": time_limit,
             "signal_seconds": signal_seconds, "options": list(options)}
 

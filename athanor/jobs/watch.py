@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import time
@@ -82,6 +83,10 @@ class Watch:
         working = [signs for signs in self.signs.values() if signs.line["phase"] != "done"]
         over = [now - signs.since - signs.limit(self.hang_seconds) for signs in working]
         if working and min(over) > 0:
+            if is_read_only(self.folder.beats):  # then the ranks cannot give a sign, and may well be working
+                for signs in working:
+                    signs.since = now
+                return
             raise self.verdict(min(now - signs.since for signs in working), min(over))
 
     def verdict(self, seconds: float, over: float) -> RankError:
@@ -116,6 +121,14 @@ class Watch:
     def host(self, rank: int) -> str | None:
         """The name of a rank's host, when it has ever given a sign of life."""
         return self.signs[rank].line.get("host")
+
+
+def is_read_only(folder: Path) -> bool:
+    """Whether nothing can be written there for the file system does not let anybody, as after an error of the disk."""
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 def read(file: Path) -> dict[str, Any] | None:

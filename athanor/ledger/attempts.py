@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from athanor.foundation.run_folder import append_jsonl
+from athanor.foundation.run_folder import append_jsonl, append_when_possible
 from athanor.ledger.accounts import STEPPING
 from athanor.ledger.attribute import COMPUTE
 from athanor.ledger.book import Book
@@ -23,7 +23,7 @@ def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail_seconds: 
 
     So are the `tail_seconds` between the last line of the attempt before and its last sign of life.
     """
-    append_jsonl(ledger_file, {"attempt": attempt, "resumed_step": resumed_step, "wall_seconds": tail_seconds,
+    append_when_possible(ledger_file, {"attempt": attempt, "resumed_step": resumed_step, "wall_seconds": tail_seconds,
                                "device_seconds": tail_seconds * devices})
 
 

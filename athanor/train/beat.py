@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from athanor.foundation.intervals import Recorder
+from athanor.foundation.run_folder import disk_errors
 
 BEATS_PER_SECOND = 2.0  # of a rank; of all ranks together at most:
 MOST_BEATS_PER_SECOND = 512.0  # for they may share one file system
@@ -44,7 +45,7 @@ TORCH, LIBRARY = str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib
 
 
 class Beat:
-    """The signs of life of this process, which begin with it; `step` says how many steps are done."""
+    """The signs of life of this process, which begin with it, or a DiskError; `step` says how many steps are done."""
 
     def __init__(self, folder: Path, step: Callable[[], int]) -> None:
         self.step, self.thread_id = step, threading.get_ident()
@@ -56,10 +57,11 @@ class Beat:
         self.first_step, self.ticks, self.beats, self.answered = -1, 0, 0, ""
         self.paces: deque[float] = deque(maxlen=STEPS)
         self.changed = (0.0, -1)  # when the number of steps was seen to change, and to what
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file.touch()
         self.is_over, self.thread = threading.Event(), threading.Thread(target=self.live, name="beat", daemon=True)
-        self.write()
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file.touch()
+            self.write()
         self.thread.start()
 
     def live(self) -> None:

@@ -26,6 +26,7 @@ from athanor.foundation.errors import CheckpointError, UserError
 from athanor.foundation.placement import Box, Placement
 from athanor.foundation.run_folder import discard, hash_file, read_json, sweep, sync_folder, write_atomic, write_json
 from athanor.parallel.stages import Stages
+from athanor.train import beat
 from athanor.train.optimizer import Optimizer
 
 FORMAT = 1
@@ -106,6 +107,7 @@ class Part:
                     chunk = flat[begin:begin + CHUNK_BYTES]
                     digest.update(chunk)
                     file.write(chunk)
+                    beat.tick()
             file.flush()
             os.fsync(file.fileno())
         return digest.hexdigest()
@@ -212,6 +214,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def _find_damage(file: Path, expected: str) -> str | None:
+    beat.tick()
     try:
         if hash_file(file) != expected:
             return f"{file.name} does not have the content that was written"
@@ -249,6 +252,7 @@ def load(path: Path, stages: Stages, optimizer: Optimizer) -> Meta:
     _check_same_model(path, tensors, shapes)
     files: dict[str, Any] = {}
     for entry in wanted:
+        beat.tick()
         mine = entry.placement.box()
         for part in tensors[entry.key]["parts"]:
             box = Box(tuple(part["offset"]), tuple(part["shape"]))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from athanor.foundation.errors import AthanorError
 from athanor.foundation.intervals import interval
+from athanor.foundation.run_folder import discard
 from athanor.train import checkpoint
 from athanor.train.validate import whole
 
@@ -60,7 +61,7 @@ def go_back(run: Run) -> None:
             raise AthanorError(f"{told}, and there is no checkpoint from before them to go back to; {advice}")
         path, samples = found
         times = sum(first == samples for first, _ in progress.passed)
-        if times == job.settings.most_rollbacks:
+        if times >= job.settings.most_rollbacks:  # a limit may have come down meanwhile
             raise AthanorError(f"{told}, after {times} rollback{'' if times == 1 else 's'} to checkpoint {path.name}; {advice}")
         progress.passed.append([samples, end])
         restore(run.trainee.guard, progress, checkpoint.load(path, run.trainee.stages, run.trainee.optimizer))
@@ -70,10 +71,12 @@ def go_back(run: Run) -> None:
 
 
 def find_good(run: Run) -> tuple[Path, int] | None:
-    """The newest intact checkpoint that was not written between skipped steps, and the samples before it; on one rank."""
-    for path in checkpoint.list_checkpoints(run.job.folder.checkpoints):
+    """The newest intact checkpoint not written between skipped steps, and the samples before it; on one rank."""
+    for number, path in enumerate(found := checkpoint.list_checkpoints(run.job.folder.checkpoints)):
         if (reason := checkpoint.find_damage(path)) is not None:
             run.log("damaged", f"checkpoint {path.name} cannot be used: {reason}")
         elif not (meta := checkpoint.read_meta(path)).guards.get("skipped_steps"):
+            for newer in found[:number]:  # a restart would go on from there
+                discard(newer)
             return path, meta.samples
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import math
@@ -58,8 +59,7 @@ Channel = Callable[..., None]
 
 @dataclass
 class Progress:
-    """How far a stage is: steps done, rows read, tokens learned from; this attempt's number, and how it says that the folder is
-    its own; what went wrong in a row.
+    """How far a stage is: steps done, rows read, tokens learned from; this attempt's number and claim; what went wrong in a row.
 
     `passed` are ranges [first, end) of samples that rollbacks pass over.
     A signal sets `wants_to_stop` on its rank; `is_asked_to_stop` is what all ranks have agreed on since.
@@ -127,10 +127,9 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
                           peers=mesh.peers())
             beat.follow(meter.recorder)
             run = Run(job, trainee, progress, meter, channel, saver)
-            meter.stragglers = Stragglers(mesh.peers(), lambda rank, host, told: run.log(
-                "straggler", told, rank=rank, host=host))
+            meter.stragglers = Stragglers(mesh.peers(), lambda rank, host, told: run.log("straggler", told, rank=rank, host=host))
             run_loop(run)
-        return summarise(job, progress.is_asked_to_stop)
+        return summarise(job, progress)
     except (RuntimeError, MemoryError) as error:
         if job is None or mesh is None or not is_out_of_memory(error):
             raise
@@ -359,27 +358,27 @@ def save(run: Run) -> None:
 
 def publish(run: Run) -> None:
     """Write model/: weights and shape as Hugging Face keeps them, with the tokenizer and its chat template."""
-    job, bring = run.job, run.trainee.stages.whole
+    def bring(name: str) -> torch.Tensor | None:
+        beat.tick()
+        return run.trainee.stages.whole(name)
+
     with whole("checkpoint", run.meter), run.trainee.optimizer.exact():
-        if run.mesh.rank != 0:
-            save_model(describe_model(job), job.folder.model, bring)  # gathers with the others, and writes nothing
-        else:
-            with folder_renamed_last(job.folder.model) as folder:
-                save_model(describe_model(job), folder, bring)
-                for name in TOKENIZER_FILES:
-                    source = job.run.data / "tokenizer" / name
-                    if source.is_file():
-                        shutil.copyfile(source, folder / name)
+        is_writer = run.mesh.rank == 0  # the others give their parts
+        with folder_renamed_last(run.job.folder.model) if is_writer else contextlib.nullcontext(Path()) as folder:
+            save_model(describe_model(run.job), folder, bring)
+            for name in TOKENIZER_FILES if is_writer else ():
+                if (source := run.job.run.data / "tokenizer" / name).is_file():
+                    shutil.copyfile(source, folder / name)
         run.mesh.share(None)
 
 
-def summarise(job: Job, is_asked_to_stop: bool) -> dict[str, Any]:
-    """The stage so far, from its metrics, over all attempts; a step done again counts once."""
-    rows = {row["step"]: row for row in read_jsonl(job.folder.metrics)}
+def summarise(job: Job, progress: Progress) -> dict[str, Any]:
+    """The stage so far, from its metrics, over all attempts; a step done again counts once, one gone back from not at all."""
+    rows = {row["step"]: row for row in read_jsonl(job.folder.metrics) if row["step"] <= (progress.step or job.settings.steps)}
     steady = [rows[step] for step in sorted(rows)][1:] or list(rows.values())
     seconds = sum(row["step_seconds"] for row in steady)
     tokens = sum(row["tokens_per_second"] * row["step_seconds"] for row in steady)
     return {"run": str(job.folder.root), "step": max(rows, default=0), "steps": job.settings.steps,
-            "is_asked_to_stop": is_asked_to_stop, "loss": [rows[step]["loss"] for step in sorted(rows)],
+            "is_asked_to_stop": progress.is_asked_to_stop, "loss": [rows[step]["loss"] for step in sorted(rows)],
             "grad_norm": [rows[step]["grad_norm"] for step in sorted(rows)],
             "tokens_per_second": tokens / seconds if seconds else 0.0}

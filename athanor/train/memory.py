@@ -55,9 +55,8 @@ def changed(recipe: Recipe, changes: tuple[str, ...]) -> Recipe:
         table, _, name = key.rpartition(".")
         into = parallel if table == "parallel" else stages[table.removeprefix("stage.")]
         into[name] = int(text) if text.isdigit() else {"false": False, "true": True}.get(text, text)
-    return recipe.model_copy(update={
-        "parallel": recipe.parallel.model_copy(update=parallel),
-        "stage": [stage.model_copy(update=stages[stage.name]) for stage in recipe.stage]})
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=parallel),
+                                     "stage": [stage.model_copy(update=stages[stage.name]) for stage in recipe.stage]})
 
 
 def _candidates(memory: Mapping[str, float], job: Job) -> Iterator[Remedy]:

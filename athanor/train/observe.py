@@ -26,13 +26,11 @@ from athanor.train import flops
 from athanor.train.step import Trainee
 
 KINDS = {
-    "parameters": "this rank's parts of the weights, in the dtype they are kept in",
-    "gradients": "gradients, sharded and whole",
+    "parameters": "this rank's parts of the weights, in the dtype they are kept in", "gradients": "gradients, sharded and whole",
     "optimizer": "state of the update rule",
     "gathered": "weights gathered over the ranks that share them, in the dtype they are computed in",
     "activations": "what the forward pass leaves for the backward pass, and the columns of batches",
-    "logits": "chunks of logits and their gradients",
-    "communication": "buffers of collectives, and of messages between stages",
+    "logits": "chunks of logits and their gradients", "communication": "buffers of collectives, and of messages between stages",
     "temporary": "what the backward pass and the update make and drop",
 }
 

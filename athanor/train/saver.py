@@ -181,7 +181,8 @@ class Saver:
             if not self._is_ours():
                 raise UserError("another attempt saves here by now")
             checkpoint.place(pending.building, pending.target)
-        checkpoint.prune(found, pending.target, self.keep_latest_k, self.keep_every)
+        if not pending.meta.guards.get("skipped_steps"):  # else it may be one of the older that is gone back to
+            checkpoint.prune(found, pending.target, self.keep_latest_k, self.keep_every)
         seconds = time.perf_counter() - pending.begun
         waited, until = (pending.waited_seconds, pending.copied) if self.is_async else (seconds, time.time())
         told = f"checkpoint {pending.target.name} is complete, the loop waited {waited:.2f} of {seconds:.2f} s"

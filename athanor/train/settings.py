@@ -154,8 +154,7 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
         spike_sigma=stage.spike_sigma, spike_window=stage.spike_window, most_skipped_steps=stage.most_skipped_steps,
         most_rollbacks=stage.most_rollbacks, optimizer=optimizer, optimizer_state_dtype=stage.optimizer_state_dtype,
         groups=tuple(Group(**group.model_dump()) for group in stage.group) or None, ramp=ramp,
-        precision=stage.precision or "fp32", compile=bool(stage.compile),
-        recompute=recipe.parallel.recompute or "none",
+        precision=stage.precision or "fp32", compile=bool(stage.compile), recompute=recipe.parallel.recompute or "none",
         checkpoint_every=stage.checkpoint_every or max(1, -(-steps // 4)), keep_latest_k=stage.keep_latest_k,
         keep_every=stage.keep_every or 0, save_async=stage.save_async,
         evaluate_every=stage.evaluate_every or max(1, -(-steps // 8)), evaluate_rows=stage.evaluate_rows)

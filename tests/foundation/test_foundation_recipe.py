@@ -36,6 +36,8 @@ def test_precedence_is_override_recipe_plan_default() -> None:
     ("stage.pretain.steps=3", ["pretain", "did you mean 'pretrain'"]),
     ("stage.pretrain.steps=many", ["stage.pretrain.steps", "'many'", "such as 4096"]),
     ("stage.pretrain.steps=0", ["stage.pretrain.steps", "greater than or equal to 1"]),
+    ("stage.pretrain.hang_seconds=0.3", ["stage.pretrain.hang_seconds", "greater than or equal to 1"]),
+    ("stage.pretrain.spike_window=100000000000", ["stage.pretrain.spike_window", "less than or equal to 100000"]),
     ("data.source.stdlib.kind=pyhton", ["data.source.stdlib.kind", "did you mean 'python'"]),
     ("stage.pretrain.optimizer=adam", ["stage.pretrain.optimizer", "adamw"]),
     ("budget.pd=1", ["minutes and pd"]),

@@ -9,6 +9,7 @@ import random
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -216,11 +217,13 @@ def test_patience_is_that_of_the_phase_and_of_the_steps(clock: Clock) -> None:
             clock.wait(guard, 1.5)
 
 
-def test_any_progress_of_any_rank_counts(clock: Clock) -> None:
+@pytest.mark.parametrize("kind", ["step", "phase", "ticks"])
+def test_any_progress_of_any_rank_counts(clock: Clock, kind: str) -> None:
     guard = watch.Watch(clock.stage, 2, 10.0)
-    for number in range(30):
+    for number in range(9):
         clock.say(0, 1)
-        clock.say(1, number // 3, "evaluation" if number % 2 else "compute", ticks=number)
+        clock.say(1, number if kind == "step" else 1, "input" if kind == "phase" and number % 2 else "compute",
+                  ticks=number if kind == "ticks" else 0)
         clock.wait(guard, 8.0)
     clock.say(1, 10, "done")
     with pytest.raises(RankError, match=r"rank 0 .node elsewhere. does not answer"):  # those who are done hold up nobody
@@ -235,6 +238,46 @@ def test_after_the_agent_was_stopped_ranks_get_their_time_again(clock: Clock) ->
     clock.wait(guard, 7.0)
     with pytest.raises(RankError):
         clock.wait(guard, 1.5)
+
+
+ON_A_SMALL_DISK = """
+import sys, time
+from pathlib import Path
+from athanor.foundation.errors import RankError
+from athanor.foundation.run_folder import StageFolder
+from athanor.jobs.watch import Watch
+
+def watch(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        guard.check()
+        time.sleep(0.05)
+
+stage = StageFolder(Path(sys.argv[1]))
+guard = Watch(stage, 1, 0.6)
+stage.beats.mkdir(parents=True)
+(stage.beats / "rank-0.json").write_text('{"pid": 1, "host": "elsewhere", "step": 3, "phase": "compute", "ticks": 0}')
+import subprocess
+subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
+watch(2.0)
+subprocess.run(["mount", "-o", "remount,rw", sys.argv[1]], check=True)
+begun = time.monotonic()
+try:
+    watch(60.0)
+except RankError as error:
+    print(error, time.monotonic() - begun)
+"""
+
+
+def test_where_no_rank_can_give_a_sign_none_is_said_to_hang(tmp_path: Path) -> None:
+    """On a file system that becomes read-only, in a name space of the test's own, and writable again."""
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("this user may not make a name space")
+    script = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$@"'
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)],
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("rank 0 (node elsewhere) does not answer"), done.stdout
 
 
 def test_an_earlier_life_is_forgotten_and_ranks_that_never_begin_are_noticed(clock: Clock) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -76,6 +78,29 @@ def test_a_file_of_before_slurm_is_read(queue: Queue) -> None:
     assert queue.get(job.id) == job and add(queue, "other").id == "other-2"
 
 
+def test_another_process_may_bring_the_file_up_to_date_meanwhile(queue: Queue) -> None:
+    job = add(queue)
+    with contextlib.closing(sqlite3.connect(queue.root / FILE, isolation_level=None)) as base, ThreadPoolExecutor(1) as pool:
+        base.execute("ALTER TABLE job DROP COLUMN slurm")
+        base.execute("PRAGMA user_version = 1")
+        base.execute("BEGIN IMMEDIATE")
+        base.execute("ALTER TABLE job ADD COLUMN slurm TEXT")
+        base.execute("PRAGMA user_version = 2")
+        found = pool.submit(queue.all)
+        time.sleep(1.0)
+        base.execute("COMMIT")
+        assert found.result() == [job]
+
+
+def test_looking_at_jobs_waits_for_no_writer(queue: Queue) -> None:
+    job = add(queue)
+    base = sqlite3.connect(queue.root / FILE, isolation_level=None)
+    base.execute("BEGIN IMMEDIATE")
+    begun = time.monotonic()
+    assert queue.all() == [job] and time.monotonic() - begun < 5.0, "of 10 s after which it would give up"
+    base.close()
+
+
 def test_a_job_without_its_agent_is_lost(queue: Queue) -> None:
     job = add(queue)
     assert local.find(queue, job.id).state == "running", "it may just be starting"
@@ -135,6 +160,9 @@ def test_the_verbs_speak_json_and_refuse_early(queue: Queue, recipe_file: Path, 
                                                                                             click.UsageError)):
         with pytest.raises(error, match=r"go with --slurm|command scontrol is not on PATH|--time limits each start"):
             command.main(["submit", str(recipe_file), "--stage", "pretrain", *options], standalone_mode=False)
+    for minutes in ("0", "-1", "nan", "inf", "1e30"):
+        with pytest.raises(click.UsageError, match=r"minutes is|not in the range x>0"):
+            command.main(["submit", str(recipe_file), "--stage", "pretrain", "--minutes", minutes], standalone_mode=False)
     assert call("list") == {"jobs": []}, "what was refused is not listed"
     job = add(queue)
     with pytest.raises(UserError, match=r"tiny-2 is working in .*; wait for it, cancel it, or give the run another name"):

@@ -82,5 +82,7 @@ def test_the_nodes_are_those_of_the_recipe(recipe_file: Path) -> None:
     given = load_recipe(recipe_file, ["cluster.devices=12", "cluster.per_node=8"])
     assert slurm.settle(load_recipe(recipe_file, ["cluster.devices=16", "cluster.per_node=8"]), nodes=None, ranks_per_node=None,
                         **wish)["nodes"] == 2
-    with pytest.raises(UserError, match=r"cluster\.devices is 12, but 2 nodes of 8 ranks each have 16"):
+    with pytest.raises(UserError, match=r"is 12, but 2 nodes of 8 ranks each have 16; give --ranks-per-node a divisor of it"):
         slurm.settle(given, nodes=None, ranks_per_node=None, **wish)
+    with pytest.raises(UserError, match=r"is 12, but 2 nodes of 4 ranks each have 8; leave --nodes out"):
+        slurm.settle(given, nodes=2, ranks_per_node=4, **wish)

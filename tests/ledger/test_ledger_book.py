@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from athanor.foundation.errors import UserError
-from athanor.foundation.run_folder import write_json
+from athanor.foundation.run_folder import append_when_possible, read_jsonl, write_json
 from athanor.ledger.accounts import ACCOUNTS, STEPPING
-from athanor.ledger.attempts import book_of
+from athanor.ledger.attempts import book_of, roll_back
 from athanor.ledger.book import Book, read_book, total
 
 
@@ -75,6 +75,16 @@ def test_rolled_back_steps_are_lost_and_their_tokens_not_counted() -> None:
     assert book.accounts["lost"] == pytest.approx(10) and book.accounts["checkpoint"] == 1 and book.accounts["startup"] == 8
     assert book.accounts["useful"] == pytest.approx(25) and book.accounts["kernel"] == pytest.approx(50 - 25)
     assert book.accounts["unattributed"] == pytest.approx(0)
+
+
+def test_a_rollback_on_a_full_disk_is_told_after_the_lines_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "ledger.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        append_when_possible(file, {"last_step": 20})
+        roll_back(file, 10, 0)
+    append_when_possible(file, {"last_step": 12})
+    assert [row.get("last_step", row.get("resumed_step")) for row in read_jsonl(file)] == [20, 10, 12]
 
 
 def test_skipped_steps_are_lost_too() -> None:

@@ -29,11 +29,11 @@ def spoil(trainee: Any, kind: str) -> None:
 
 
 def train_spoiled(channel: Channel, spoiled: Sequence[Sequence[int]], kind: str, ranks: Sequence[int], once: str | None = None,
-                  die_at: int | None = None, **arguments: Any) -> dict[str, Any]:
+                  die_at: int | None = None, stop_at: int | None = None, **arguments: Any) -> dict[str, Any]:
     """Train; on `ranks`, what steps leave whose first sample lies in one of the ranges `spoiled` is spoiled.
 
     Where the file `once` exists it no longer is: a fault of the machine, not of the data. `die_at`: rank 1 is killed before it
-    takes in this sample after something was spoiled.
+    takes in this sample after something was spoiled; before it takes in sample `stop_at` it is asked to stop.
     """
     from athanor.train import loop, step
 
@@ -46,6 +46,8 @@ def train_spoiled(channel: Channel, spoiled: Sequence[Sequence[int]], kind: str,
         now = samples
         if rank == 1 and seen and samples == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1 and samples == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return fetch(job, mesh, trainee, samples)
 
     def learn(trainee: Any, batches: Any) -> None:

@@ -253,6 +253,48 @@ def test_killed_after_a_rollback_it_goes_on_with_the_same_bits(train: Train, run
     assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
 
 
+def test_stopped_in_the_step_that_rolls_back_it_goes_on_with_the_same_bits(train: Train, run_folder: Path, tmp_path: Path,
+                                                                           passing_over: Any) -> None:
+    fault = {"target": SPOILED, "spoiled": BAD, "kind": "gradient", "ranks": [1], "once": str(tmp_path / "once")}
+    found = train(run_folder, *TWO, **fault, stop_at=96)
+    stage = RunFolder(run_folder).stage("pretrain")
+    assert found["is_asked_to_stop"] and found["step"] == 4 and len(found["loss"]) == 4, "what was gone back from is not told"
+    assert [row["kind"] for row in rows_of(stage, "rollback", "stop")] == ["rollback", "stop"]
+    found, wanted = train(run_folder, *TWO, **fault), passing_over(64, 112)
+    assert found["loss"] == wanted["loss"] and hash_folder(stage.model) == wanted["model"]
+    book = read_book(stage.actual)
+    assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"]
+
+
+def test_stopped_between_skipped_steps_and_killed_after_the_rollback(train: Train, run_folder: Path, tmp_path: Path,
+                                                                     passing_over: Any) -> None:
+    """The stop saves a checkpoint between skipped steps, which nothing may go on from once the stage has gone back."""
+    fault = {"target": SPOILED, "spoiled": BAD, "kind": "gradient", "ranks": [1]}
+    train(run_folder, *TWO, **fault, stop_at=80)
+    stage = RunFolder(run_folder).stage("pretrain")
+    assert (stage.checkpoints / "step-00000006").is_dir()
+    with pytest.raises(RankError, match="rank 1 was killed by signal 9"):
+        train(run_folder, *TWO, **fault, die_at=112)
+    assert [row["passed"] for row in rows_of(stage, "rollback")] == [[64, 112]]
+    found, wanted = train(run_folder, *TWO, **fault), passing_over(64, 112)
+    assert found["loss"] == wanted["loss"] and hash_folder(stage.model) == wanted["model"]
+    book = read_book(stage.actual)
+    assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"]
+    assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
+
+
+@pytest.mark.slow
+def test_rolled_back_where_sums_are_exact_other_ranks_go_on_with_the_same_bits(train: Train, run_folder: Path, tmp_path: Path,
+                                                                              passing_over: Any) -> None:
+    exact = ("stage.pretrain.reduction=exact", "stage.pretrain.micro_batch_size=4", "stage.pretrain.data_shards=4")
+    fault = {"target": SPOILED, "spoiled": BAD, "kind": "gradient", "ranks": [1], "once": str(tmp_path / "once")}
+    with pytest.raises(RankError, match="rank 1 was killed by signal 9"):
+        train(run_folder, *TWO, *exact, die_at=112, **fault)
+    found, wanted = train(run_folder, *TWO, *exact, "parallel.dp_shard=1"), passing_over(64, 112, *exact)
+    assert found["loss"] == wanted["loss"]
+    assert hash_folder(RunFolder(run_folder).stage("pretrain").model) == wanted["model"]
+
+
 def test_resumed_its_guard_has_seen_the_same(train: Train, tmp_path: Path, data_folder: Path) -> None:
     kept = []
     for name, die_at in (("whole", None), ("killed", 7 * ROWS)):
@@ -275,8 +317,9 @@ def test_a_limited_number_of_rollbacks_then_it_is_held(train: Train, run_folder:
         train(run_folder, *often, "stage.pretrain.steps=9", "stage.pretrain.most_rollbacks=2", **bad)
     stage = RunFolder(run_folder).stage("pretrain")
     assert [row["passed"] for row in rows_of(stage, "rollback")] == [[80, 144], [80, 208]]
-    with pytest.raises(AthanorError, match="after 2 rollbacks to checkpoint step-00000005"):
-        train(run_folder, *often, "stage.pretrain.steps=9", "stage.pretrain.most_rollbacks=2", **bad)
+    for limit in (2, 1):  # one that has come down meanwhile is no reason to go on for ever
+        with pytest.raises(AthanorError, match="after 2 rollbacks to checkpoint step-00000005"):
+            train(run_folder, *often, "stage.pretrain.steps=9", f"stage.pretrain.most_rollbacks={limit}", **bad)
     assert train(run_folder, *often, "stage.pretrain.steps=9")["step"] == 9, "a limit may change meanwhile, and the data are good"
 
 
@@ -296,5 +339,8 @@ def test_a_checkpoint_between_skipped_steps_or_a_damaged_one_is_not_gone_back_to
     for step, skipped in ((2, 0), (4, 0), (6, 3)):
         saver.save(checkpoint.Meta(step, 8 * step, 0, step, 0, 1, {}, {}, {}, {"skipped_steps": skipped}))
     assert find_good(run) == (folder.checkpoints / "step-00000004", 32)
+    assert checkpoint.find_intact(folder.checkpoints, lambda *_: None) == folder.checkpoints / "step-00000004", (
+        "a restart before the next save goes on from where the rollback went")
     (folder.checkpoints / "step-00000004" / "COMPLETE").unlink()
-    assert find_good(run) is None and told[0][0] == "damaged" and "step-00000004" in told[0][1]
+    assert find_good(run) == (folder.checkpoints / "step-00000002", 16)
+    assert told[0][0] == "damaged" and "step-00000004" in told[0][1]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,14 @@ def test_the_latest_stay_and_every_nth(folder: StageFolder, keep_latest_k: int, 
         saver.save(meta_of(step))
     saver.finish()
     assert names(folder) == [f"step-{step:08d}" for step in left]
+
+
+def test_stops_between_skipped_steps_leave_what_can_be_gone_back_to(folder: StageFolder) -> None:
+    saver = Saver(folder, *trained(), keep_latest_k=2)
+    for step, skipped, left in [(1, 0, [1]), (2, 0, [1, 2]), (3, 1, [1, 2, 3]), (4, 2, [1, 2, 3, 4]), (5, 0, [4, 5])]:
+        saver.save(replace(meta_of(step), guards={"skipped_steps": skipped}))
+        saver.finish()
+        assert names(folder) == [f"step-{number:08d}" for number in left]
 
 
 def test_steps_between_are_saved_for_good(train: Train, run_folder: Path) -> None:

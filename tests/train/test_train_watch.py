@@ -17,11 +17,17 @@ from typing import Any
 import pytest
 import watch_ranks
 
+from athanor.foundation.errors import DiskError
 from athanor.foundation.intervals import Interval, Recorder, activate, interval
 from athanor.foundation.launch import run_ranks
 from athanor.foundation.recipe import load_recipe
-from athanor.foundation.run_folder import read_json, read_jsonl
-from athanor.train import beat
+from athanor.foundation.run_folder import StageFolder, read_json, read_jsonl
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.zoo.llama import build
+from athanor.parallel.stages import Stages
+from athanor.train import beat, checkpoint
+from athanor.train.optimizer import Optimizer
+from athanor.train.saver import Saver
 from athanor.train.straggler import WINDOW, WINDOWS, Pace, Stragglers
 
 SIZES = ("stage.pretrain.precision=fp32", "stage.pretrain.evaluate_every=9999", "stage.pretrain.checkpoint_every=9999",
@@ -54,6 +60,33 @@ def test_a_rank_tells_its_step_its_phase_and_that_it_is_done(train: Any, run_fol
     assert last["phase"] == "done" and last["step"] == 40 and last["ticks"] > 0, "validation counts its batches"
     assert seen[0]["phase"] == "startup" and all(a["beats"] <= b["beats"] for a, b in pairwise(seen))
     assert {row["pid"] for row in seen} == {last["pid"]}
+
+
+def test_where_no_sign_can_be_written_a_rank_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(DiskError, match=r"cannot write .*beats: Read-only file system"):
+        beat.Beat(tmp_path / "beats", lambda: 0)
+
+
+def test_long_saves_and_loads_count_what_they_do(tmp_path: Path) -> None:
+    """A large checkpoint takes longer than the watchdog's patience: it sees that the ranks get on with it."""
+    shape = DecoderShape(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    stages = Stages.alone(build(shape))
+    optimizer, folder = Optimizer(stages, "adamw", 0.1), StageFolder(tmp_path)
+    saver = Saver(folder, stages, optimizer, is_async=False)
+    beat.start(folder.beats, lambda: 0)
+    try:
+        alive = beat._active
+        assert alive is not None and alive.ticks == 0
+        saver.save(checkpoint.Meta(1, 8, 0, 1, 0, 1, {}, {}, {}))
+        saved = alive.ticks
+        assert saved > 0
+        found = checkpoint.find_intact(folder.checkpoints, lambda *_: None)
+        assert found is not None and (hashed := alive.ticks) >= saved + 3, "each file"
+        checkpoint.load(found, stages, optimizer)
+        assert alive.ticks >= hashed + len(list(stages.named_parameters()))
+    finally:
+        beat.stop()
 
 
 def test_ranks_say_where_they_stand(tmp_path: Path) -> None:
