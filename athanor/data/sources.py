@@ -40,7 +40,7 @@ def root(source: Source) -> Path:
     if source.kind == "tokens" and not path.is_dir() and path.with_name(path.name + ".bin").is_file():
         path = path.with_name(path.name + ".bin")
     if not path.exists():
-        raise DataError(f"source '{source.name}': {source.path} does not exist")
+        raise DataError(f"source '{source.name}': {path.absolute()} does not exist")
     if not path.is_dir() and not path.is_file():
         raise DataError(f"source '{source.name}': {source.path} is neither a file nor a folder")
     return path

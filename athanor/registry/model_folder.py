@@ -49,6 +49,9 @@ def check_model_folder(folder: Path) -> Facts:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder; a model is a Hugging Face folder with config.json, "
                          "safetensors weights and a tokenizer")
+    inside = [str(file.parent) for file in sorted(folder.glob("*/model/config.json"))]
+    if inside and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is a run folder; its model{'s are' if len(inside) > 1 else ' is'} {', '.join(inside)}")
     for file in model_files(folder):
         if file.suffix in PICKLES:
             raise ModelError(f"{file} may be a pickle, which can run code when it is loaded; save the weights as "

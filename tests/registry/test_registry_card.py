@@ -106,7 +106,17 @@ def _sharded_without_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001.safetensors"}}')
 
 
+def _as_a_run(folder: Path) -> None:
+    files = list(folder.iterdir())
+    (folder / "pretrain" / "model").mkdir(parents=True)
+    for file in files:
+        file.rename(folder / "pretrain" / "model" / file.name)
+    (folder / "data").mkdir()
+    (folder / "data" / "train.bin").touch()
+
+
 @pytest.mark.parametrize(("damage", "sentence"), [
+    (_as_a_run, "is a run folder; its model is .*/pretrain/model"),
     (_without("config.json"), "has no config.json"),
     (_without("model.safetensors"), "has no weights; expected model.safetensors"),
     (_without("tokenizer.json"), "has no tokenizer; expected tokenizer.json"),
