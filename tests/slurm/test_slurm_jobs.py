@@ -168,6 +168,7 @@ def test_a_spare_takes_the_place_of_a_lost_node(cluster: Cluster, runner: Runner
     assert split(runner.stage("run"), fault)["all"] < 40
 
 
+@pytest.mark.drill
 def test_a_job_that_is_interrupted_goes_on_from_where_it_saved(cluster: Cluster, runner: Runner,
                                                                wanted: Callable[[int], str]) -> None:
     """An agent killed, the leading one killed, requeued by hand, preempted by somebody more urgent."""
