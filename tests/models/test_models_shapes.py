@@ -193,7 +193,7 @@ def test_models_are_found_by_name_or_path(tmp_path: Path) -> None:
     recipe.write_text(f'name = "x"\n[data]\nvocab_size = 512\n{source}{sizes}')
     assert find_shape(recipe) == load_shape({"model_type": "llama", **SMALL, "vocab_size": 512})
     recipe.write_text(f'name = "x"\n[data]\n{source}{sizes}')
-    with pytest.raises(ModelError, match=r"my\.toml, \[model\] and data has no 'vocab_size'"):
+    with pytest.raises(ModelError, match=r"my\.toml leaves data\.vocab_size open, .*athanor plan .* choose them"):
         find_shape(recipe)
     with pytest.raises(ModelError, match="10000000 blocks"):
         load_shape({"model_type": "llama", **SMALL, "num_hidden_layers": 10**7}).parameters()

@@ -163,7 +163,9 @@ class DecoderShape(Counted):
             values["rope_scaling"] = RopeScaling.from_config(rope, longest, where)
         made = cls(**values)
         kinds = config.get("layer_types")
-        if for_training and kinds not in (None, [WINDOWS[made.window(layer) > 0] for layer in range(made.num_hidden_layers)]):
+        count = len(kinds) if isinstance(kinds, list) else -1
+        if for_training and kinds is not None and (count != made.num_hidden_layers or kinds != [
+                WINDOWS[made.window(layer) > 0] for layer in range(count)]):
             raise ModelError(f"{where}: layer_types = {kinds!r} are not the blocks that its other keys give a window to")
         return made
 
