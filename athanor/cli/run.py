@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import time
-import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ import click
 from athanor.cli.chain import Chain, hash_output, locked
 from athanor.cli.preflight import devices_of, plan_inputs, refuse_early
 from athanor.foundation.errors import UserError
+from athanor.foundation.identity import differences, read_identity
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, Stage, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, hash_value, read_json, read_jsonl, runs_root, write_atomic
@@ -184,13 +184,13 @@ def _refuse_other_plan(recipe: Recipe, run: RunFolder) -> None:
     """A plan that differs from what a stage was trained with is refused before it takes the place of the one that fits."""
     for stage in recipe.stage:
         folder = run.stage(stage.name)
-        if folder.metrics.exists() and folder.config.exists():
-            before = tomllib.loads(folder.config.read_text(encoding="utf-8")).get("identity", {})
-            differing = [f"{key} was {before[key]} and is {value}" for key, value in stage.model_dump().items()
-                         if value is not None and isinstance(before.get(key), (int, float, str)) and before[key] != value]
-            if differing:
-                raise UserError(f"the plan would now be another one than stage '{stage.name}' of {run.root} was trained with: "
-                                f"{'; '.join(differing[:4])}; train it anew with --fresh, or give the run another name=…")
+        before = read_identity(folder) if folder.metrics.exists() else {}
+        planned = {**stage.model_dump(), **{f"model.{key}": value for key, value in recipe.model.given().items()}}
+        shared = [key for key, value in planned.items() if value is not None and key in before]
+        differing = differences({key: before[key] for key in shared}, {key: planned[key] for key in shared})
+        if differing:
+            raise UserError(f"the plan would now be another one than stage '{stage.name}' of {run.root} was trained with: "
+                            f"{differing}; train it anew with --fresh, or give the run another name=…")
 
 
 def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> Callable[[], dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from athanor.data.lineage import check_intact, open_manifest
 from athanor.data.rows import Rows, open_rows
 from athanor.foundation.errors import LayoutError, ModelError, UserError
+from athanor.foundation.identity import differences, read_identity
 from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe, Stage
@@ -160,16 +160,10 @@ def claim_folder(job: Job, is_fresh: bool) -> None:
     check_intact(job.run.data)
     if folder.root.exists() and is_fresh:
         empty(folder)
-    if folder.config.exists():
-        try:
-            before = tomllib.loads(folder.config.read_text(encoding="utf-8")).get("identity", {})
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{folder.config} is damaged ({error}), so nobody knows what {folder.root} was trained with; start "
-                            "it anew with --fresh, or give the run another name") from None
-        if differing := differences(before, job.identity):
-            raise UserError(f"{folder.root} was trained with another configuration: {'; '.join(differing[:4])}"
-                            + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
-                            + "; start it anew with --fresh (of `athanor train` or `athanor run`), or give the run another name")
+    before = read_identity(folder)
+    if folder.config.exists() and (differing := differences(before, job.identity)):
+        raise UserError(f"{folder.root} was trained with another configuration: {differing}; start it anew with --fresh (of "
+                        "`athanor train` or `athanor run`), or give the run another name")
     write_atomic(folder.config, describe(job))
 
 
@@ -182,16 +176,6 @@ def empty(folder: StageFolder) -> None:
         for path in sorted(folder.root.iterdir(), key=lambda path: path == folder.config):
             if path not in (folder.forecast, folder.rehearsal, folder.logs):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`learning_rate was 0.001 and is 0.002`, for every key that differs."""
-    return [f"{key} was {old.get(key, 'unset')} and is {new.get(key, 'unset')}" for key in sorted({*old, *new})
-            if old.get(key) != _as_toml(new.get(key))]
-
-
-def _as_toml(value: Any) -> Any:
-    return tomllib.loads(f"x = {toml_value(value)}")["x"] if value is not None else None
 
 
 def describe(job: Job) -> str:

@@ -61,6 +61,12 @@ def test_a_plan_that_fits_no_more_is_refused_before_it_is_written(tmp_path: Path
         _refuse_other_plan(recipe, run)
     stage.config.write_text("[identity]\nsteps = 40\nseed = 1\n")
     _refuse_other_plan(recipe, run)
+    stage.config.write_text('[identity]\nsteps = 40\n"model.hidden_size" = 64\n')
+    with pytest.raises(UserError, match=r"model\.hidden_size was 64 and is 96; .*--fresh"):
+        _refuse_other_plan(recipe.with_plan({"model": {"hidden_size": 96}}), run)
+    stage.config.write_text("[identity]\nsteps = ")
+    with pytest.raises(UserError, match=r"config\.toml is damaged .*--fresh"):
+        _refuse_other_plan(recipe, run)
 
 
 def test_what_was_paid_for_knows_that_devices_change(tmp_path: Path) -> None:

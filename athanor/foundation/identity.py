@@ -1,0 +1,36 @@
+"""What decides what a stage learns, as its folder's config.toml keeps it, beside what would decide it now."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from athanor.foundation.errors import UserError
+from athanor.foundation.run_folder import StageFolder
+from athanor.foundation.toml import toml_value
+
+MOST_TOLD = 4
+
+
+def read_identity(folder: StageFolder) -> dict[str, Any]:
+    """The identity that a stage was trained with, empty when it was not begun. Raises UserError for a damaged config.toml."""
+    if not folder.config.exists():
+        return {}
+    try:
+        found: dict[str, Any] = tomllib.loads(folder.config.read_text(encoding="utf-8")).get("identity", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder.config} is damaged ({error}), so nobody knows what {folder.root} was trained with; start "
+                        "it anew with --fresh, or give the run another name") from None
+    return found
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """`learning_rate was 0.001 and is 0.002`, for the first few keys that differ; empty when none does."""
+    told = [f"{key} was {old.get(key, 'unset')} and is {new.get(key, 'unset')}" for key in sorted({*old, *new})
+            if old.get(key) != _as_toml(new.get(key))]
+    more = f"; and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+    return "; ".join(told[:MOST_TOLD]) + more
+
+
+def _as_toml(value: Any) -> Any:
+    return tomllib.loads(f"x = {toml_value(value)}")["x"] if value is not None else None
