@@ -72,10 +72,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """A half-sentence: the nearest valid name, then all of them when they are few."""
+    """A half-sentence: the nearest valid name, then all of them when they are few; some of many where none is near."""
     options = sorted(allowed)
     guess = nearest(name, options)
     parts = [f"did you mean '{guess}'?"] if guess else []
     if len(options) <= 24:
         parts.append("allowed: " + ", ".join(options))
+    elif not guess:
+        parts.append(f"allowed: {', '.join(options[:6])} and {len(options) - 6} more")
     return " ".join(parts)

@@ -1,0 +1,18 @@
+"""The half-sentence about names that are allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from athanor.foundation.errors import did_you_mean
+
+MANY = [f"name-{number:02}" for number in range(30)]
+
+
+@pytest.mark.parametrize(("name", "allowed", "said"), [
+    ("tain", ["train", "plan"], "did you mean 'train'? allowed: plan, train"),
+    ("xyz", ["train", "plan"], "allowed: plan, train"),
+    ("name-7", MANY, "did you mean 'name-"),
+    ("zzz", MANY, "allowed: name-00, name-01, name-02, name-03, name-04, name-05 and 24 more")])
+def test_whoever_is_refused_learns_what_is_allowed(name: str, allowed: list[str], said: str) -> None:
+    assert did_you_mean(name, allowed).startswith(said)
