@@ -73,7 +73,7 @@ def train(recipe_file: Path, shape: DecoderShape, ranks: int, *overrides: str,
     recipe = load_recipe(recipe_file, [*(f"model.{key}={toml(getattr(shape, key))}" for key in MODEL_KEYS), *overrides])
     assert layout_of(recipe).dp_shard in (-1, ranks)
     arguments = {"run_folder": str(run), "recipe": recipe, "stage": "pretrain", "launched": time.perf_counter()}
-    found = run_ranks(target, arguments, ranks, log_folder=run / "logs", timeout=240)[0]
+    found = run_ranks(target, arguments, ranks, log_folder=run / "logs", timeout=600)[0]
     found["book"] = read_json(run / "pretrain" / "actual.json")
     found["events"], found["metrics"] = (read_jsonl(run / "pretrain" / f"{name}.jsonl") for name in ("events", "metrics"))
     ends = [row["time"] for row in found["metrics"]]

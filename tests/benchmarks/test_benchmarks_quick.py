@@ -68,8 +68,10 @@ def test_model_speed_runs() -> None:
 
 @pytest.mark.slow
 def test_metering_runs() -> None:
-    for found in run("metering.py", "--json"):
-        assert all(seconds > 0 for taken in found["seconds"].values() for seconds in taken)
+    found = run("metering.py", "--json")
+    assert [(each["contest"], each["ranks"]) for each in found] == [
+        ("metered / unmetered", 1), ("metered / unmetered", 2), ("watched / unwatched", 1), ("watched / unwatched", 2)]
+    assert all(each["pairs"] == 2 and each["ratio"][1] <= each["ratio"][0] <= each["ratio"][2] for each in found)
 
 
 @pytest.mark.slow
