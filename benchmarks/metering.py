@@ -1,5 +1,6 @@
 """What the ledger costs: steps whose intervals are recorded and compared between ranks, against steps that do neither.
 And what the watchdog costs: signs of life, time without a processor and comparison of ranks, against none of them.
+And, as a control, what comes out when there is no difference.
 
     python benchmarks/metering.py [--steps N] [--json] [--quick]
 
@@ -29,7 +30,8 @@ from athanor.models.shapes.decoder import DecoderShape
 
 SEQ_LEN, ROWS = 128, 8
 BLOCK = 10  # steps of one kind
-CONTESTS = {"metering:train_metered": "metered / unmetered", "metering:train_watched": "watched / unwatched"}
+CONTESTS = {"metering:train_metered": "metered / unmetered", "metering:train_watched": "watched / unwatched",
+            "metering:train_alike": "both alike, to tell the noise"}
 SHAPE = DecoderShape(vocab_size=1024, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=2,
                      tie_word_embeddings=True)
 
@@ -39,14 +41,14 @@ class Blocks:
     """Switches between two kinds of steps, the same on all ranks, and times each block."""
 
     switch: Callable[[bool], None]
+    seed: int
     is_on: bool = True
     steps: int = 0
     order: list[bool] = field(default_factory=lambda: [True])  # blocks still to come; the first warms up
     turns: dict[bool, list[Turn]] = field(default_factory=lambda: {True: [], False: []})
-    draw: random.Random = field(default_factory=lambda: random.Random(0))
 
     def __post_init__(self) -> None:
-        self.watch = Stopwatch()
+        self.watch, self.draw = Stopwatch(), random.Random(self.seed)
 
     def end_step(self) -> None:
         self.steps += 1
@@ -74,7 +76,7 @@ def train_metered(channel: Callable[..., None], **arguments: Any) -> dict[str, A
     from athanor.train import loop, meter
 
     metered: list[meter.Meter] = []
-    blocks = Blocks(lambda is_on: intervals.activate(metered[0].recorder if is_on else None))
+    blocks = Blocks(lambda is_on: intervals.activate(metered[0].recorder if is_on else None), seed=1)
     end_step = meter.Meter.end_step
 
     def count(self: meter.Meter, **counted: Any) -> None:
@@ -96,7 +98,7 @@ def train_watched(channel: Callable[..., None], **arguments: Any) -> dict[str, A
     def switch(is_on: bool) -> None:
         metered[0].recorder.delay = metered[0].pace.delay if is_on else float
 
-    blocks = Blocks(switch)
+    blocks = Blocks(switch, seed=2)
     end_step, write, answer, take, add = (meter.Meter.end_step, beat.Beat.write, beat.Beat.answer, straggler.Pace.take,
                                           straggler.Stragglers.add)
 
@@ -118,6 +120,21 @@ def train_watched(channel: Callable[..., None], **arguments: Any) -> dict[str, A
     beat.Beat.answer = lambda self: answer(self) if blocks.is_on else None  # type: ignore[method-assign]
     straggler.Pace.take = take_nothing  # type: ignore[method-assign]
     straggler.Stragglers.add = lambda self, *told: add(self, *told) if blocks.is_on else None  # type: ignore[method-assign]
+    return {**loop.train_stage(channel, **arguments), "blocks": blocks.found()}
+
+
+def train_alike(channel: Callable[..., None], **arguments: Any) -> dict[str, Any]:
+    """Rank function: the trainer as it is in all blocks, which should come out as 1."""
+    from athanor.train import loop, meter
+
+    blocks = Blocks(lambda is_on: None, seed=3)
+    end_step = meter.Meter.end_step
+
+    def count(self: meter.Meter, **counted: Any) -> None:
+        end_step(self, **counted)
+        blocks.end_step()
+
+    meter.Meter.end_step = count  # type: ignore[assignment, method-assign]
     return {**loop.train_stage(channel, **arguments), "blocks": blocks.found()}
 
 
