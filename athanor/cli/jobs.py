@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -92,7 +93,7 @@ def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None
     from athanor.cli.chain import locked
     from athanor.cli.preflight import refuse_early, refuse_elsewhere
 
-    with locked(run):
+    with locked(run) if run.root.exists() else contextlib.nullcontext():  # one that is not there yet is left as it is
         if stage is None:
             from athanor.data.sources import scan
 
@@ -110,6 +111,8 @@ def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None
         except UserError:
             if is_new:
                 run.data.unlink()
+                with contextlib.suppress(OSError):  # there is more in it
+                    run.root.rmdir()
             raise
 
 

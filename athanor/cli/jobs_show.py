@@ -37,7 +37,7 @@ def progress(job: Job) -> dict[str, Any]:
 
     return {"stage": folder.root.name, "restarts": len(told("restart")), "told": told(*NOTABLE), "faults": told("fault", "held"),
             "damaged": told("damaged"), "ranks": next((row["ranks"] for row in reversed(events) if "ranks" in row), None),
-            "step": max((row["step"] for row in read_jsonl(folder.metrics) if row.get("time", 0.0) <= until), default=0)}
+            "step": next((row["step"] for row in reversed(read_jsonl(folder.metrics)) if row.get("time", 0.0) <= until), 0)}
 
 
 def log_of(job: Job, rank: int | None) -> Path:

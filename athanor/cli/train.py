@@ -88,6 +88,7 @@ def borrow(data: Path, run: RunFolder) -> bool:
     if run.data.exists() and not run.data.samefile(data):
         raise UserError(f"{run.data} exists already, so --data {data} would not be used; give the run another name with --run")
     if is_new := not run.data.exists():
+        run.root.mkdir(parents=True, exist_ok=True)
         run.data.symlink_to(data.resolve(strict=False), target_is_directory=True)
     return is_new
 

@@ -28,7 +28,7 @@ def check_same(folder: StageFolder, now: dict[str, Any]) -> None:
     """Refuse to go on in a folder that was begun with another identity. Raises UserError with what differs."""
     if folder.config.exists() and (differing := differences(read_identity(folder), now)):
         raise UserError(f"{folder.root} was trained with another configuration: {differing}; start it anew with --fresh (of "
-                        "`athanor train` or `athanor run`), or give the run another name")
+                        "`train`, `run` or `jobs submit`), or give the run another name")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:

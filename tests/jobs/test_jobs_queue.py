@@ -172,7 +172,7 @@ def test_a_job_tells_what_happened_to_it_and_not_to_others(queue: Queue) -> None
     for at, kind in enumerate(("start", "fault", "restart", "damaged", "fewer"), 11):
         happened(kind, float(at), ranks=4 - at // 15 * 2)
     happened("held", 31.0)
-    for step, at in ((7, 8.0), (9, 29.0), (12, 40.0)):
+    for step, at in ((7, 8.0), (11, 11.5), (9, 29.0), (12, 40.0)):  # it went back, and another went on later
         append_jsonl(stage.metrics, {"step": step, "time": at})
     assert progress(job) == {"stage": "pretrain", "step": 9, "ranks": 2, "restarts": 1, "faults": ["fault at 12"],
                              "damaged": ["damaged at 14"], "told": ["fault at 12", "damaged at 14", "fewer at 15"]}
@@ -218,7 +218,7 @@ def test_a_chain_is_refused_at_once_too(queue: Queue, recipe_file: Path, options
                                         sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         command.main(["submit", str(recipe_file), *options], standalone_mode=False)
-    assert queue.all() == []
+    assert queue.all() == [] and not (queue.root / "tiny").exists()
 
 
 def test_a_folder_in_use_is_refused_at_once(queue: Queue, recipe_file: Path) -> None:
