@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from athanor.cli.jobs_show import describe, log_of, progress
+from athanor.foundation.errors import UserError
 from athanor.foundation.launch import start_server
 from athanor.foundation.progress import console, say
-from athanor.foundation.run_folder import runs_root
+from athanor.foundation.recipe import Recipe, load_recipe, read_plan
+from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_seconds
 from athanor.jobs import local, slurm
 from athanor.jobs.queue import Job, Queue
@@ -37,6 +39,8 @@ def command() -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--stage", help="Train this stage alone; the whole chain is walked when left out.")
 @click.option("--run", type=click.Path(path_type=Path), help="The run folder of a stage; runs/<name> when left out.")
+@click.option("--data", type=click.Path(path_type=Path), help="A data folder for a stage; the run's own when left out.")
+@click.option("--fresh", "is_fresh", is_flag=True, help="Train anew, whatever the folder holds; what is done of a chain stays.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Ask it to save and stop after so long.")
 @click.option("--slurm", "on_slurm", is_flag=True, help="Give it to Slurm; the options below go with it.")
 @click.option("--nodes", type=click.IntRange(min=1), help="Nodes that work; enough for cluster.devices when left out.")
@@ -48,19 +52,20 @@ def command() -> None:
               help="How long before the time limit to finish a step and save.")
 @click.option("--sbatch", "options", multiple=True, help="A further option of sbatch, such as --sbatch=--gpus-per-node=8.")
 @json_option
-def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Path | None, minutes: float | None, as_json: bool,
-           **wish: Any) -> None:
+def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Path | None, data: Path | None, is_fresh: bool,
+           minutes: float | None, as_json: bool, **wish: Any) -> None:
     """Start RECIPE in the background, as `athanor run` or `athanor train --stage` would.
 
-    A run folder that has some of the work already goes on from there.
+    A run folder that has some of the work already goes on from there. What these verbs would refuse is refused at once, but for
+    what shows only when data are read.
     """
-    from athanor.foundation.recipe import load_recipe
-
     wanted = load_recipe(recipe, list(overrides))
     if stage is not None:
         wanted.get_stage(stage)
     elif run is not None:
         raise click.UsageError("--run goes with --stage; a whole chain is walked in runs/<name>")
+    elif data is not None:
+        raise click.UsageError("--data goes with --stage; a whole chain builds its own")
     if minutes is not None and not minutes <= local.MOST_MINUTES:  # nan is none
         raise click.UsageError(f"--minutes is {minutes:g}; at most {local.MOST_MINUTES:,} can be waited for")
     found = None
@@ -74,10 +79,41 @@ def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Pat
                                    "--stage")
     elif any(wish[name] for name in ("nodes", "ranks_per_node", "spares", "partition", "time_limit", "options")):
         raise click.UsageError("--nodes, --ranks-per-node, --spares, --partition, --time and --sbatch go with --slurm")
-    job = local.submit(_queue(), name=wanted.name, recipe=recipe, overrides=list(overrides), stage=stage,
-                       run=run or runs_root() / wanted.name, minutes=minutes, slurm=found)
+    queue, folder = _queue(), RunFolder(run or runs_root() / wanted.name)
+    local.refuse_busy(queue, folder.root)
+    _refuse(load_recipe(recipe, list(overrides)), folder, stage, data, is_fresh)
+    job = local.submit(queue, name=wanted.name, recipe=recipe, overrides=list(overrides), stage=stage, run=folder.root,
+                       minutes=minutes, slurm=found, is_fresh=is_fresh)
     where = "has started" if job.slurm is None else f"is Slurm's job {job.slurm['id']},"
     _tell(job, as_json, f"{job.id} {where} in {job.run}; `athanor jobs show {job.id}` says how far it is")
+
+
+def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None, is_fresh: bool) -> None:
+    """Raise what the agent would refuse as it begins. Unless something is refused, `data` are the run's from now on."""
+    from athanor.cli.chain import locked
+    from athanor.cli.preflight import refuse_early, refuse_elsewhere
+
+    with locked(run) if run.root.exists() else contextlib.nullcontext():  # one that is not there yet is left as it is
+        if stage is None:
+            from athanor.data.sources import scan
+
+            scan(recipe)
+            refuse_early(recipe)
+            refuse_elsewhere(recipe)
+            return
+        from athanor.cli.train import borrow, describe_machine, look_ahead
+
+        if run.plan.exists():
+            recipe = recipe.with_plan(read_plan(run.plan), str(run.plan))
+        is_new = data is not None and borrow(data, run)
+        try:
+            look_ahead(recipe, run, stage, describe_machine(recipe, run, stage), is_fresh)
+        except UserError:
+            if is_new:
+                run.data.unlink()
+                with contextlib.suppress(OSError):  # there is more in it
+                    run.root.rmdir()
+            raise
 
 
 @command.command("list")
@@ -85,15 +121,15 @@ def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Pat
 def list_jobs(as_json: bool) -> None:
     """All jobs, newest first."""
     found = local.jobs(_queue())
+    rows = [describe(job, job.starts()) for job in found]
     if as_json:
-        click.echo(json.dumps({"jobs": [_described(job) for job in found]}))
+        click.echo(json.dumps({"jobs": rows}))
         return
     from rich.table import Table
 
     table = Table("job", "state", "stage", "took", "", box=None, padding=(0, 2, 0, 0))
-    for job in found:
-        took = format_seconds((job.ended or time.time()) - job.submitted)
-        table.add_row(job.id, job.state, job.stage or "all", took, job.sentence)
+    for row in rows:
+        table.add_row(row["id"], row["state"], row["stage"] or "all", format_seconds(row["took_seconds"]), row["sentence"])
     console.print(table) if found else say(f"nothing was submitted to {runs_root()} yet")
 
 
@@ -101,21 +137,24 @@ def list_jobs(as_json: bool) -> None:
 @click.argument("job")
 @json_option
 def show(job: str, as_json: bool) -> None:
-    """One JOB: its state, how far it is, and what went wrong on the way."""
+    """One JOB: its state, how far it is, how long it ran, and what went wrong on the way."""
     found = local.find(_queue(), job)
-    progress = local.progress(found)
-    attempts = [] if found.slurm is None else slurm.attempts(found)
+    known = progress(found)
+    attempts = found.starts() if found.slurm is None else slurm.attempts(found)
+    described = describe(found, attempts)
     if as_json:
-        click.echo(json.dumps({**_described(found), **{key: progress[key] for key in progress if key != "stage"},
-                               "at_stage": progress["stage"], "attempts": attempts}))
+        click.echo(json.dumps({**described, **{key: known[key] for key in known if key != "stage"}, "at_stage": known["stage"],
+                               "attempts": attempts}))
         return
-    where = f"at step {progress['step']} of stage {progress['stage']}" if progress["stage"] else "before its first stage"
-    say(f"{found.id} is {found.state}, {where}, in {found.run}" + (f": {found.sentence}" if found.sentence else ""))
-    for sentence in progress["faults"]:
+    where = f"at step {known['step']} of stage {known['stage']}" if known["stage"] else "before its first stage"
+    on = f" on {known['ranks']} rank{'s' if known['ranks'] > 1 else ''}" if known["ranks"] else ""
+    say(f"{found.id} is {found.state}, {where}{on}, in {found.run}" + (f": {found.sentence}" if found.sentence else ""))
+    for sentence in known["told"]:
         say(f"  {sentence}")
     if attempts:
-        paid = sum(attempt["device_seconds"] for attempt in attempts)
-        say(f"  {format_seconds(paid)} of devices in {len(attempts)} start{'s' if len(attempts) > 1 else ''} by Slurm")
+        paid = sum(attempt.get("device_seconds", 0.0) for attempt in attempts)
+        say(f"  it took {format_seconds(described['took_seconds'])} in {len(attempts)} start{'s' if len(attempts) > 1 else ''}"
+            + (f", {format_seconds(paid)} of devices" if paid else ""))
 
 
 @command.command()
@@ -125,7 +164,7 @@ def show(job: str, as_json: bool) -> None:
 def logs(job: str, rank: int | None, as_json: bool) -> None:
     """What the agent of JOB said, or one of its ranks."""
     found = local.find(_queue(), job)
-    file = local.log_of(found, rank)
+    file = log_of(found, rank)
     text = file.read_text(encoding="utf-8", errors="replace")
     click.echo(json.dumps({"job": found.id, "file": str(file), "lines": text.splitlines()}) if as_json else text, nl=as_json)
 
@@ -162,7 +201,7 @@ def agent(job: str, lock: int | None, as_json: bool) -> None:
     found = queue.get(job)
     if found.slurm is not None:
         start_server("athanor.train.loop")  # while the nodes find each other
-    arguments = [found.recipe, *found.overrides]
+    arguments = [found.recipe, *found.overrides, *(["--fresh-before", str(found.submitted)] if found.is_fresh else [])]
     if found.stage is not None:
         arguments += ["--stage", found.stage, "--run", found.run]
     verb: click.Command = importlib.import_module(f"athanor.cli.{'train' if found.stage else 'run'}").command
@@ -172,7 +211,7 @@ def agent(job: str, lock: int | None, as_json: bool) -> None:
 
     code = work() if found.slurm is None else slurm.serve(queue, found, work)
     if as_json:
-        click.echo(json.dumps(_described(queue.get(job))))
+        _tell(queue.get(job), as_json)
     sys.exit(code)
 
 
@@ -180,11 +219,8 @@ def _queue() -> Queue:
     return Queue(runs_root())
 
 
-def _described(job: Job) -> dict[str, Any]:
-    return {"id": job.id, **asdict(job), "log": str(job.log)}
-
-
-def _tell(job: Job, as_json: bool, sentence: str) -> None:
+def _tell(job: Job, as_json: bool, sentence: str = "") -> None:
     if as_json:
-        click.echo(json.dumps(_described(job)))
-    say(sentence)
+        click.echo(json.dumps(describe(job, job.starts())))
+    if sentence:
+        say(sentence)

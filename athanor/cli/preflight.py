@@ -58,6 +58,13 @@ def refuse_early(recipe: Recipe) -> None:
         raise LayoutError(f"the degrees of [parallel] multiply to {needed}, which does not divide the {devices} devices")
 
 
+def refuse_elsewhere(recipe: Recipe) -> None:
+    """Raises UserError for a machine that a recipe only describes: nothing can be run there."""
+    if recipe.cluster.accelerator and recipe.cluster.file == "auto":
+        raise UserError(f"cluster.accelerator = '{recipe.cluster.accelerator}' is another machine, for `athanor plan` and "
+                        "`athanor rehearse`; to run on this one leave it out, or give this one's cluster.toml as cluster.file")
+
+
 def devices_of(recipe: Recipe) -> int:
     """Devices to use: the recipe's, or this machine's (on CPU a device is one core)."""
     return recipe.cluster.devices or len(os.sched_getaffinity(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import click
 
 from athanor.cli.chain import Chain, hash_output, locked
-from athanor.cli.preflight import devices_of, plan_inputs, refuse_early
+from athanor.cli.preflight import devices_of, plan_inputs, refuse_early, refuse_elsewhere
 from athanor.foundation.errors import UserError
 from athanor.foundation.identity import differences, read_identity
 from athanor.foundation.progress import say
@@ -31,37 +32,41 @@ STEP_ACCOUNTS = {"check": "check", "plan": "check", "data": "data", "evaluate": 
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--fresh", "is_fresh", is_flag=True, help="train anew the stages that are not done, whatever their folders hold")
+@click.option("--fresh-before", "before", type=float, default=0.0, hidden=True, help="--fresh, for what was begun earlier alone")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
-def command(recipe: Path, overrides: tuple[str, ...], is_fresh: bool, as_json: bool) -> None:
+def command(recipe: Path, overrides: tuple[str, ...], is_fresh: bool, before: float, as_json: bool) -> None:
     """Walk the whole chain of RECIPE; steps whose inputs have not changed are skipped, a killed run goes on."""
     started = time.time()
     loaded = load_recipe(recipe, list(overrides))
     run = RunFolder(runs_root() / loaded.name)
     with locked(run):
-        chain = walk(loaded, run, started, is_fresh)
+        chain = walk(loaded, run, started, math.inf if is_fresh else before)
     _tell(run, loaded)
     if as_json:
         click.echo(json.dumps({"run": str(run.root), "report": str(run.report), "wall_seconds": chain.wall_seconds(),
                                "steps": [line for line in chain.lines if line["event"] == "done"]}))
 
 
-def walk(recipe: Recipe, run: RunFolder, started: float, is_fresh: bool = False) -> Chain:
-    """Do every step that is not done yet, in order; with `is_fresh`, training that is not done begins anew."""
+def walk(recipe: Recipe, run: RunFolder, started: float, before: float = 0.0) -> Chain:
+    """Do every step that is not done yet, in order; training that is not done and was begun earlier than `before` begins anew."""
+    from athanor.cli.train import begins_anew
     from athanor.data.sources import inputs_of, scan
     from athanor.foundation.launch import start_server
+    from athanor.jobs.nodes import current
 
     sources = scan(recipe)
     refuse_early(recipe)
-    chain = Chain(run, devices_of(recipe), started)
+    nodes = current()  # of a job on Slurm, spare ones included
+    chain = Chain(run, devices_of(recipe) if nodes is None else nodes.count, started)
     start_server("athanor.train.loop")
     _check(chain, recipe, run)
-    planned = _plan(chain, recipe, run, sources, is_fresh)
+    planned = _plan(chain, recipe, run, sources, before > 0)
     write_atomic(run.recipe, recipe.annotated())
     data_inputs = inputs_of(planned)
     chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run, data_inputs))
     for stage in planned.stage:
         inputs = _stage_inputs(planned, stage, run)
-        replaced = _replaced(stage, run, is_fresh)
+        replaced = _replaced(stage, run, begins_anew(run.stage(stage.name), before))
         chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model],
                    _training(planned, stage, run, replaced is not None), replaced)
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
@@ -86,9 +91,7 @@ def _check(chain: Chain, recipe: Recipe, run: RunFolder) -> None:
         chain.step("check", {"file": str(hash_output(given))}, [run.cluster],
                    lambda: write_atomic(run.cluster, given.read_bytes()))
         return
-    if recipe.cluster.accelerator:
-        raise UserError(f"cluster.accelerator = '{recipe.cluster.accelerator}' is another machine, for `athanor plan` and "
-                        "`athanor rehearse`; to run on this one leave it out, or give this one's cluster.toml as cluster.file")
+    refuse_elsewhere(recipe)
     machine = [platform.node(), os.cpu_count(), platform.machine(), version("torch"), recipe.cluster.devices]
 
     was_measured = run.cluster.exists() and chain.last_inputs("check") is None

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from athanor.cli.board import Board
 from athanor.cli.chain import locked
+from athanor.cli.fewer import fewer_ranks
 from athanor.cli.live import View, format_loss
 from athanor.foundation.errors import UserError
+from athanor.foundation.identity import check_same
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
-from athanor.foundation.run_folder import RunFolder, runs_root
+from athanor.foundation.run_folder import RunFolder, StageFolder, read_jsonl, runs_root
 from athanor.foundation.units import format_count
 from athanor.jobs.agent import Agent, Stopped
 from athanor.jobs.nodes import current
+
+if TYPE_CHECKING:
+    from athanor.train.stage import Job
 
 
 @click.command()
@@ -30,9 +36,10 @@ from athanor.jobs.nodes import current
 @click.option("--run", "run_folder", type=click.Path(path_type=Path), help="the run folder; runs/<name> when left out")
 @click.option("--data", type=click.Path(path_type=Path), help="a data folder to train on; the run's own when left out")
 @click.option("--fresh", "is_fresh", is_flag=True, help="begin anew, even where the folder holds another configuration's work")
+@click.option("--fresh-before", "before", type=float, default=0.0, hidden=True, help="--fresh, for what was begun earlier alone")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document to standard output")
 def command(recipe: Path, overrides: tuple[str, ...], stage: str | None, run_folder: Path | None, data: Path | None,
-            is_fresh: bool, as_json: bool) -> None:
+            is_fresh: bool, before: float, as_json: bool) -> None:
     """Train one stage of RECIPE, from its newest checkpoint when there is one.
 
     KEY=VALUE overrides what recipe and plan say, such as stage.pretrain.steps=100. Under torchrun, srun or mpirun this
@@ -50,7 +57,7 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str | None, run_fol
     with locked(run) if is_first else contextlib.nullcontext():
         if data is not None and is_first:
             borrow(data, run)
-        result = train(wanted, run, stage, is_fresh=is_fresh)
+        result = train(wanted, run, stage, is_fresh=begins_anew(run.stage(stage), math.inf if is_fresh else before))
     if as_json and result["rank"] == 0:
         click.echo(json.dumps(result))
     elif result["rank"] == 0:
@@ -66,21 +73,42 @@ def choose_stage(recipe: Recipe, name: str | None) -> str:
     return recipe.get_stage(recipe.stage[0].name if name is None else name).name
 
 
-def borrow(data: Path, run: RunFolder) -> None:
-    """Let a run train on a data folder that lies elsewhere. Raises UserError when it is none, or the run has data of its own."""
+def begins_anew(folder: StageFolder, before: float) -> bool:
+    """Whether what a stage's folder holds is to go, since it was begun before that time (seconds since 1970)."""
+    return before > max((row["time"] for row in read_jsonl(folder.events) if row["kind"] == "start"), default=0.0)
+
+
+def borrow(data: Path, run: RunFolder) -> bool:
+    """Let a run train on a data folder that lies elsewhere; whether it did not before.
+
+    Raises UserError when it is none, or the run has data of its own.
+    """
     if not (data / "manifest.json").is_file():
         raise UserError(f"--data {data} is not a data folder: it has no manifest.json; `athanor data build` makes one")
     if run.data.exists() and not run.data.samefile(data):
         raise UserError(f"{run.data} exists already, so --data {data} would not be used; give the run another name with --run")
-    if not run.data.exists():
+    if is_new := not run.data.exists():
+        run.root.mkdir(parents=True, exist_ok=True)
         run.data.symlink_to(data.resolve(strict=False), target_is_directory=True)
+    return is_new
+
+
+def look_ahead(recipe: Recipe, run: RunFolder, stage: str, machine: dict[str, Any], is_fresh: bool) -> Job:
+    """A stage as its ranks will find it. Raises what they would refuse, but for damaged data."""
+    from athanor.train.stage import resolve
+
+    job = resolve(run, recipe, stage, machine["world_size"])
+    if not is_fresh:
+        now = job.identity
+        check_same(job.folder, {**now, "threads": machine["threads"]} if "threads" in now else now)  # of a rank, not of ours
+    return job
 
 
 def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False) -> dict[str, Any]:
     """Train a stage on this machine's ranks, or as the rank that another launcher made this process.
 
     Ranks that fail are started again. Returns what the rank function `train_stage` returns, and "rank": whose words these are.
-    Raises Stopped when asked to stop (SIGTERM) before the last step, Held when trying again cannot help.
+    Raises Stopped when asked to stop (SIGTERM, Ctrl-C) before the last step, Held when trying again cannot help.
     """
     from athanor.foundation.launch import launched_from_outside, start_server
 
@@ -101,12 +129,10 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
             result = {**train_stage(lambda **message: show(message), **arguments), "rank": int(os.environ["RANK"])}
             return learned(result, recipe, run, stage)
         start_server("athanor.train.loop")
-        from athanor.train.stage import resolve
-
-        resolve(run, recipe, stage, machine["world_size"])  # what cannot be trained starts no rank
-        agent = Agent(run.stage(stage), machine["world_size"], machine["threads"], on_message=show)
-        if (leader := current()) is not None:  # of several nodes
-            agent.launch, agent.ask_ranks = leader.launch, leader.ask
+        job = look_ahead(recipe, run, stage, machine, is_fresh)  # what cannot be trained starts no rank
+        agent = Agent(run.stage(stage), machine["world_size"], machine["threads"], on_message=show, fewer=fewer_ranks(job))
+        if (nodes := current()) is not None:
+            agent.devices = nodes
         return learned({**agent.run("athanor.train.loop:train_stage", arguments), "rank": 0}, recipe, run, stage)
 
 

@@ -24,6 +24,13 @@ def read_identity(folder: StageFolder) -> dict[str, Any]:
     return found
 
 
+def check_same(folder: StageFolder, now: dict[str, Any]) -> None:
+    """Refuse to go on in a folder that was begun with another identity. Raises UserError with what differs."""
+    if folder.config.exists() and (differing := differences(read_identity(folder), now)):
+        raise UserError(f"{folder.root} was trained with another configuration: {differing}; start it anew with --fresh (of "
+                        "`train`, `run` or `jobs submit`), or give the run another name")
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """`learning_rate was 0.001 and is 0.002`, for the first few keys that differ; empty when none does."""
     told = [f"{key} was {old.get(key, 'unset')} and is {new.get(key, 'unset')}" for key in sorted({*old, *new})

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from athanor.foundation.errors import AthanorError, RankError
+from athanor.foundation.title import set_title
 
 PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor",
            "torch.distributed.tensor.parallel", "torch.optim", "torch._dynamo", "torch.profiler", "safetensors.torch", "numpy",
@@ -42,12 +43,13 @@ SEARCH_SECONDS = 5.0  # the same while all that is known are broken connections,
 @dataclass(frozen=True)
 class Node:
     """This machine's part of ranks that several machines have: `count` of them from rank `first`; rank 0 is met at `address`,
-    `port`. `processes` are its ranks, once they are started."""
+    `port`. `devices` are the numbers of theirs (LOCAL_RANK; the first ones when left out), `processes` the ranks once started."""
 
     first: int
     count: int
     address: str
     port: int
+    devices: Sequence[int] = ()
     processes: list[Any] = field(default_factory=list)
 
 
@@ -91,9 +93,9 @@ def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_fo
     node = node or Node(0, world_size, "127.0.0.1", free_port())
     threads = threads or max(1, len(os.sched_getaffinity(0)) // node.count)
     processes, pipes = node.processes, []
-    for rank in range(node.first, node.first + node.count):
+    for rank, device in enumerate(node.devices or range(node.count), node.first):
         ours, theirs = context.Pipe(duplex=False)
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank - node.first), "WORLD_SIZE": str(world_size),
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(device), "WORLD_SIZE": str(world_size),
                        "LOCAL_WORLD_SIZE": str(node.count), "MASTER_ADDR": node.address, "MASTER_PORT": str(node.port)}
         log = log_folder / f"rank-{rank}.log"
         process = context.Process(target=_rank_main, args=(target, arguments, environment, str(log), threads, theirs),
@@ -197,6 +199,9 @@ def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, st
                pipe: Connection) -> None:
     _die_with_parent()
     os.environ.update(environment)
+    folder = Path(log).parent.parent  # runs/<run>/<stage>
+    set_title(f"athanor rank {environment['RANK']} of {environment['WORLD_SIZE']} in {folder}",
+              f"rank-{environment['RANK']}:{folder.parent.name}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)

@@ -213,14 +213,17 @@ class Recipe(Section):
 
     def with_plan(self, plan: dict[str, Any], plan_file: str = "plan.toml") -> Recipe:
         """The recipe with every value that was left open filled from a plan's tables of the same names."""
+        found = leaves({k: v for k, v in plan.items() if k in ("data", "model", "parallel", "stage", "evaluate")})
+        return self.with_values({key: value for key, value in found if self._origins.get(key) not in ("override", "recipe")},
+                                "plan", plan_file)
+
+    def with_values(self, values: dict[str, Any], origin: str, where: str = "recipe") -> Recipe:
+        """The recipe with these values at their dotted keys, which came from `origin`; None leaves a key open."""
         merged = self.model_dump(exclude_none=True)
-        origins = dict(self._origins)
-        for key, value in leaves({k: v for k, v in plan.items() if k in ("data", "model", "parallel", "stage", "evaluate")}):
-            if self._origins.get(key) not in ("override", "recipe"):
-                assign(merged, key.split("."), value, plan_file)
-                origins[key] = "plan"
-        recipe = _validate(merged, plan_file)
-        recipe._origins, recipe._file = origins, self._file
+        for key, value in values.items():
+            assign(merged, key.split("."), value, where)
+        recipe = _validate(merged, where)
+        recipe._origins, recipe._file = {**self._origins, **dict.fromkeys(values, origin)}, self._file
         return recipe
 
     def annotated(self, *tables: str) -> str:

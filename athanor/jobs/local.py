@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.events import EXIT_DONE, EXIT_HOLD, EXIT_REQUEUE
-from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, read_jsonl
+from athanor.foundation.run_folder import append_when_possible, disk_errors
 from athanor.jobs import slurm
 from athanor.jobs.agent import Stopped
 from athanor.jobs.queue import CANCELLED, DONE, HELD, LOST, RUNNING, STOPPED, WAITING, Job, Queue
@@ -31,16 +31,20 @@ EXIT_CODES = {DONE: EXIT_DONE, STOPPED: EXIT_REQUEUE, HELD: EXIT_HOLD}
 
 def submit(queue: Queue, **fields: Any) -> Job:
     """List a new job (the arguments of `Queue.add`) and start its agent. Raises UserError when another has its run folder."""
-    run = str(Path(fields["run"]).resolve())
-    for job in jobs(queue):
-        if job.state in (RUNNING, WAITING) and job.run == run:
-            raise UserError(f"{job.id} is working in {run}; wait for it, cancel it, or give the run another name")
+    refuse_busy(queue, fields["run"])
     job = queue.add(**fields)
     try:
         return start(queue, job)
     except UserError:
         queue.remove(job)
         raise
+
+
+def refuse_busy(queue: Queue, run: Path) -> None:
+    """Raises UserError when a job works in this run folder, or is about to."""
+    for job in jobs(queue):
+        if job.state in (RUNNING, WAITING) and job.run == str(run.resolve()):
+            raise UserError(f"{job.id} is working in {job.run}; wait for it, cancel it, or give the run another name")
 
 
 def resume(queue: Queue, reference: str) -> Job:
@@ -105,7 +109,9 @@ def work(queue: Queue, job: Job, command: Callable[[], object]) -> int:
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     if job.minutes is not None:
         signal.setitimer(signal.ITIMER_REAL, 60 * job.minutes)
-    state, sentence = HELD, "its agent failed; see its log"
+    state, sentence, life = HELD, "its agent failed; see its log", str(time.time())
+    if job.slurm is None:  # there it has written this before
+        append_when_possible(job.lives, {"life": life, "begun": time.time()})
     try:
         command()
         state, sentence = DONE, ""
@@ -120,40 +126,13 @@ def work(queue: Queue, job: Job, command: Callable[[], object]) -> int:
     ended_as = state
     if state == STOPPED:  # Slurm starts it again, unless that was not wanted
         ended_as = CANCELLED if queue.get(job.id).is_cancelled else STOPPED if job.slurm is None else RUNNING
+    if job.slurm is None:
+        append_when_possible(job.lives, {"life": life, "ended": time.time(), "code": EXIT_CODES[state]})
     queue.update(job, state=ended_as, exit_code=EXIT_CODES[state], sentence=sentence,
                  ended=None if ended_as == RUNNING else time.time())
     if sentence:
         print(f"athanor: {sentence}", file=sys.stderr)
     return EXIT_CODES[state]
-
-
-def progress(job: Job) -> dict[str, Any]:
-    """How far a job is, from its run folder: {"stage", "step", "faults": sentences, "restarts"} of the stage it is in."""
-    folder = RunFolder(Path(job.run)).stage(job.stage) if job.stage else _newest_stage(Path(job.run))
-    if folder is None:
-        return {"stage": None, "step": 0, "faults": [], "restarts": 0}
-    events = read_jsonl(folder.events)
-    return {"stage": folder.root.name, "step": max((row["step"] for row in read_jsonl(folder.metrics)), default=0),
-            "faults": [row["sentence"] for row in events if row["kind"] in ("fault", "held")],
-            "restarts": sum(row["kind"] == "restart" for row in events)}
-
-
-def log_of(job: Job, rank: int | None) -> Path:
-    """The log of a job's agent, or of one of the ranks it started last. Raises UserError when there is none."""
-    if rank is None:
-        return job.log
-    stage = progress(job)["stage"]
-    logs: list[Path] = sorted((Path(job.run) / stage / "logs").glob("rank-*.log")) if stage else []
-    found = [path for path in logs if path.stem == f"rank-{rank}"]
-    if not found:
-        known = ", ".join(path.stem.removeprefix("rank-") for path in logs)
-        raise UserError(f"{job.id} has no log of rank {rank}; " + (f"there are {known}" if known else "no rank was started yet"))
-    return found[0]
-
-
-def _newest_stage(run: Path) -> StageFolder | None:
-    files = sorted(run.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime)
-    return RunFolder(run).stage(files[-1].parent.name) if files else None
 
 
 def _seen(queue: Queue, job: Job) -> Job:

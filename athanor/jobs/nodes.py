@@ -27,7 +27,7 @@ from athanor.foundation.errors import AthanorError, RankError, UserError
 from athanor.foundation.events import EXIT_DONE, EXIT_REQUEUE
 from athanor.foundation.launch import Node, cause, free_port, patience, run_ranks
 from athanor.foundation.run_folder import disk_errors, read_json
-from athanor.jobs.agent import Stopped
+from athanor.jobs.agent import Devices, Stopped
 
 BEAT_SECONDS = 1.0
 LOOK_SECONDS = 0.25
@@ -136,17 +136,19 @@ class Peer:
     is_lost: bool = False
 
 
-class Leader:
+class Leader(Devices):
     """`with Leader(file, nodes, ranks_per_node) as leader: leader.launch(...)` runs ranks as `run_ranks` does, on all nodes.
 
     Of `nodes` agents only as many get ranks as these need; the others are spares, and take the places of lost ones in the
-    next attempt. Rank 0 is on the leader's own node.
+    next attempt. Rank 0 is on the leader's own node. `count` are all devices that are paid for.
     """
 
     def __init__(self, file: Path, nodes: int, ranks_per_node: int, name: str) -> None:
         self.file, self.nodes, self.ranks_per_node, self.name = file, nodes, ranks_per_node, name
+        self.count = nodes * ranks_per_node
         self.host, self.key = socket.gethostname(), secrets.token_bytes(32)
         self.peers: dict[int, Peer] = {}
+        self.team: dict[Peer, range] = {}  # the ranks of the newest attempt
         self.inbox: queue.Queue[tuple[Peer, Message]] = queue.Queue()
         self.attempt, self.is_asked, self.closed = 0, False, threading.Event()
         self.listener = Listener(("", 0), backlog=64)
@@ -176,6 +178,20 @@ class Leader:
             peer.wire.send("end")
         self.listener.close()
 
+    def room(self) -> int:
+        return self.ranks_per_node * (self.nodes - sum(peer.is_lost for peer in list(self.peers.values())))
+
+    def without(self, rank: int) -> int:
+        return 0 if self._peer(rank).number == 0 else self.room() - self.ranks_per_node  # there the ranks meet
+
+    def give_up(self, rank: int) -> str:
+        peer = self._peer(rank)
+        self._lose(peer)
+        return f"node {peer.name}"
+
+    def _peer(self, rank: int) -> Peer:
+        return next(peer for peer, ranks in self.team.items() if rank in ranks)
+
     def launch(self, target: str, arguments: dict[str, Any], world_size: int, *, log_folder: Path,
                on_message: Callable[[dict[str, Any]], None], threads: int | None = None,
                patrol: Callable[[], None] = lambda: None) -> list[Any]:
@@ -186,13 +202,14 @@ class Leader:
         port, age = free_port(), time.perf_counter() - arguments["launched"] if "launched" in arguments else None
         size = self.ranks_per_node
         parts = [range(first, min(first + size, world_size)) for first in range(0, world_size, size)]
-        for peer, ranks in zip(team, parts, strict=True):
+        self.team = dict(zip(team, parts, strict=True))
+        for peer, ranks in self.team.items():
             peer.wire.send("start", {"attempt": self.attempt, "node": Node(ranks[0], len(ranks), self.host, port), "age": age,
                                      "target": target, "arguments": arguments, "world_size": world_size,
                                      "log_folder": log_folder, "threads": threads})
         ended: dict[Peer, Any] = {}
         try:
-            return self._collect(dict(zip(team, parts, strict=True)), ended, on_message, patrol)
+            return self._collect(self.team, ended, on_message, patrol)
         finally:
             self._stop([peer for peer in team if peer not in ended])
 

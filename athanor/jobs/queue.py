@@ -6,7 +6,9 @@ The file only lists jobs; how far their work is stands in the run folders, and l
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -15,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from athanor.foundation.errors import UserError, did_you_mean
-from athanor.foundation.run_folder import disk_errors
+from athanor.foundation.run_folder import disk_errors, read_jsonl
 
 FILE = "jobs.sqlite"
-SCHEMA = 2  # PRAGMA user_version
+SCHEMA = 3  # PRAGMA user_version
+ADDED = {1: "slurm TEXT", 2: "is_fresh INTEGER NOT NULL DEFAULT 0"}  # columns by the last version without them
 WAITING, RUNNING, DONE, STOPPED, CANCELLED, HELD, LOST = "waiting", "running", "done", "stopped", "cancelled", "held", "lost"
 PATIENCE_SECONDS = 10.0  # for other processes that are writing
 
@@ -29,8 +32,8 @@ class Job:
 
     `state`: running; done; stopped (asked to, by a signal or the time limit) or cancelled (by `jobs cancel`), which saved and
     can go on; held (somebody must look); lost (its agent was killed, it can go on). `process` is the agent's number, None
-    while it is being started. `sentence` says how it ended. A job on Slurm (`slurm`: what it asks for, and as "id" Slurm's number
-    of it) may also be waiting there, which is not kept here.
+    while it is being started. `sentence` says how it ended. `is_fresh`: what was begun before it was submitted begins anew. A
+    job on Slurm (`slurm`: what it asks for, and as "id" Slurm's number of it) may also be waiting there, which is not kept here.
     """
 
     number: int
@@ -49,6 +52,7 @@ class Job:
     ended: float | None = None
     is_cancelled: bool = False  # somebody has asked for it, whether it has ended or not
     slurm: dict[str, Any] | None = None
+    is_fresh: bool = False
 
     @property
     def id(self) -> str:
@@ -59,12 +63,38 @@ class Job:
         """What its agent says; the agent holds a lock on it as long as it lives."""
         return Path(self.run) / "logs" / f"{self.id}.log"
 
+    @property
+    def lives(self) -> Path:
+        """Has a line when an agent of it began, {"life", "begun", "nodes"?}, and when that ended, {"life", "ended", "code"}."""
+        return self.log.with_suffix("") / "lives.jsonl"
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Each start: begun, ended or last seen (seconds since 1970), state (how its agent ended); on Slurm device-seconds."""
+        rows, found = read_jsonl(self.lives), []
+        ends = {row["life"]: row for row in rows if "ended" in row}
+        begins = [row for row in rows if "begun" in row]
+        for begin, after in itertools.pairwise([*begins, {"begun": math.inf}]):
+            if (end := ends.get(begin["life"])) is None:
+                is_running = self.state == RUNNING and begin is begins[-1]
+                last = time.time() if is_running else self._last_sign(begin["begun"], after["begun"])
+                end = {"ended": last, "code": RUNNING if is_running else "no end was written"}
+            found.append({"begun": begin["begun"], "ended": end["ended"], "state": str(end["code"])})
+            if self.slurm is not None:
+                devices = begin["nodes"] * self.slurm["ranks_per_node"]
+                found[-1]["device_seconds"] = (end["ended"] - begin["begun"]) * devices
+        return found
+
+    def _last_sign(self, since: float, until: float) -> float:
+        """When somebody wrote into the run folder last in a time of which an agent was killed."""
+        times = [row["time"] for file in Path(self.run).glob("*/*.jsonl") for row in read_jsonl(file) if "time" in row]
+        return max([since, *(moment for moment in times if since <= moment < until)])
+
 
 COLUMNS = tuple(field.name for field in fields(Job))
 TABLE = ("CREATE TABLE IF NOT EXISTS job (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, recipe TEXT NOT NULL, "
          "overrides TEXT NOT NULL, stage TEXT, run TEXT NOT NULL, folder TEXT NOT NULL, minutes REAL, submitted REAL NOT NULL, "
          "state TEXT NOT NULL, process INTEGER, exit_code INTEGER, sentence TEXT NOT NULL DEFAULT '', ended REAL, "
-         "is_cancelled INTEGER NOT NULL DEFAULT 0, slurm TEXT)")
+         "is_cancelled INTEGER NOT NULL DEFAULT 0, slurm TEXT, is_fresh INTEGER NOT NULL DEFAULT 0)")
 
 
 class Queue:
@@ -74,13 +104,13 @@ class Queue:
         self.root, self.file = root, root / FILE
 
     def add(self, *, name: str, recipe: Path, overrides: list[str], stage: str | None, run: Path, minutes: float | None,
-            slurm: dict[str, Any] | None = None) -> Job:
+            slurm: dict[str, Any] | None = None, is_fresh: bool = False) -> Job:
         """A new row, in state running."""
         with self._open() as base:
-            row = base.execute("INSERT INTO job (name, recipe, overrides, stage, run, folder, minutes, submitted, state, slurm) "
-                               "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING *",
+            row = base.execute("INSERT INTO job (name, recipe, overrides, stage, run, folder, minutes, submitted, state, slurm, "
+                               "is_fresh) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING *",
                                (name, str(recipe.resolve()), json.dumps(overrides), stage, str(run.resolve()), str(Path.cwd()),
-                                minutes, time.time(), RUNNING, json.dumps(slurm))).fetchone()
+                                minutes, time.time(), RUNNING, json.dumps(slurm), is_fresh)).fetchone()
         return _job(row)
 
     def remove(self, job: Job) -> None:
@@ -128,8 +158,8 @@ class Queue:
                         raise UserError(f"{self.file} has schema {version}, this version reads up to {SCHEMA}; use a newer "
                                         "Athanor")
                     base.execute(TABLE)
-                    if version == 1:
-                        base.execute("ALTER TABLE job ADD COLUMN slurm TEXT")
+                    for older in range(version or SCHEMA, SCHEMA):
+                        base.execute(f"ALTER TABLE job ADD COLUMN {ADDED[older]}")
                     base.execute(f"PRAGMA user_version = {SCHEMA}")
                     base.commit()
                 yield base
@@ -145,4 +175,4 @@ def _version(base: sqlite3.Connection) -> int:
 def _job(row: sqlite3.Row) -> Job:
     values = {name: row[name] for name in COLUMNS}
     return Job(**{**values, "overrides": json.loads(values["overrides"]), "is_cancelled": bool(values["is_cancelled"]),
-                  "slurm": json.loads(values["slurm"] or "null")})
+                  "is_fresh": bool(values["is_fresh"]), "slurm": json.loads(values["slurm"] or "null")})

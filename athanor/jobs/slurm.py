@@ -7,8 +7,6 @@ look. Ranks that fail are started again inside the allocation, by the agents (jo
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import shlex
 import shutil
@@ -175,9 +173,9 @@ def serve(queue: Queue, job: Job, work: Callable[[], int]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the leader tells when and how to stop
         return join(life / "leader.json", number, node)
     write_atomic(life / "begun", "")
-    record, lives = _meeting(job) / "lives.jsonl", read_jsonl(_meeting(job) / "lives.jsonl")
+    lives = read_jsonl(job.lives)
     nodes = int(os.environ["SLURM_NNODES"])
-    append_jsonl(record, {"life": life.name, "begun": time.time(), "step": _steps(job), "nodes": nodes})
+    append_jsonl(job.lives, {"life": life.name, "begun": time.time(), "step": _steps(job), "nodes": nodes})
     queue.update(job, state=RUNNING, process=os.getpid(), exit_code=None, sentence="", ended=None)
     threading.Thread(target=_listen, args=(life / "stop",), daemon=True).start()
     mine = [row["step"] for row in lives if "begun" in row and row["life"].startswith(f"{os.environ['SLURM_JOB_ID']}-")]
@@ -190,7 +188,7 @@ def serve(queue: Queue, job: Job, work: Callable[[], int]) -> int:
     else:
         with Leader(life / "leader.json", nodes, job.slurm["ranks_per_node"], node):
             code = work()
-    append_jsonl(record, {"life": life.name, "ended": time.time(), "code": code})
+    append_jsonl(job.lives, {"life": life.name, "ended": time.time(), "code": code})
     is_cancelled = code == EXIT_REQUEUE and queue.get(job.id).is_cancelled
     write_atomic(life / "verdict", "cancelled" if is_cancelled else str(code))
     return code
@@ -213,18 +211,7 @@ def attempts(job: Job) -> list[dict[str, Any]]:
             seconds_paid = float(seconds)
             found.append({"begun": float(begun), "ended": float(begun) + seconds_paid, "state": state.lower(),
                           "device_seconds": seconds_paid * int(nodes) * job.slurm["ranks_per_node"]})
-    if found:
-        return found
-    rows = read_jsonl(_meeting(job) / "lives.jsonl")
-    ends = {row["life"]: row for row in rows if "ended" in row}
-    signs = [row["time"] for file in Path(job.run).glob("*/*.jsonl") for row in read_jsonl(file) if "time" in row]
-    begins = [row for row in rows if "begun" in row]
-    for begin, after in itertools.pairwise([*begins, {"begun": math.inf}]):
-        last_sign = max([begin["begun"], *(sign for sign in signs if sign < after["begun"])])  # of a leader that was killed
-        end = ends.get(begin["life"], {"ended": last_sign, "code": "no end was written"})
-        found.append({"begun": begin["begun"], "ended": end["ended"], "state": str(end["code"]),
-                      "device_seconds": (end["ended"] - begin["begun"]) * begin["nodes"] * job.slurm["ranks_per_node"]})
-    return found
+    return found or job.starts()
 
 
 def _requeues() -> bool:

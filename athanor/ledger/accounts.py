@@ -37,8 +37,8 @@ ACCOUNTS = (
     Account("publish", "export, registry, first answers, report", "#bdb99a"),
     Account("startup", "process start to first step", "#6b7280"),
     Account("lost", "steps computed and thrown away", "#b42318"),
-    Account("down", "from a fault to new processes", "#e0685c"),
-    Account("spare", "devices held in reserve", "#9aa0aa"),
+    Account("down", "from a fault to new processes; devices given up", "#e0685c"),
+    Account("spare", "devices held in reserve, or left over", "#9aa0aa"),
     Account("unattributed", "what no account explains", "#111827"),
 )
 BY_NAME = {account.name: account for account in ACCOUNTS}

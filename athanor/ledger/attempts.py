@@ -27,15 +27,17 @@ def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail_seconds: 
                                "device_seconds": tail_seconds * devices})
 
 
-def note(ledger_file: Path, accounts: Mapping[str, float], *, until: float, attempt: int, step: int, devices: int) -> None:
+def note(ledger_file: Path, accounts: Mapping[str, float], *, until: float, attempt: int, step: int, devices: int,
+         idle: Mapping[str, int] | None = None) -> None:
     """Add a line for what the ranks did not write themselves: seconds of all `devices` by account, outside of steps.
 
-    `until`: when they ended, in seconds since 1970.
+    `until`: when they ended, in seconds since 1970. `idle`: further devices without a rank in that time, by account.
     """
-    wall = sum(accounts.values())
+    wall, idle = sum(accounts.values()), idle or {}
+    spent = {name: accounts.get(name, 0.0) * devices + wall * idle.get(name, 0) for name in {**accounts, **idle}}
     append_jsonl(ledger_file, {"attempt": attempt, "time": until, "first_step": step, "last_step": step, "wall_seconds": wall,
-                               "device_seconds": wall * devices, "tokens": 0, "model_flops": 0, "model_flops_full": 0,
-                               "accounts": {name: seconds * devices for name, seconds in accounts.items()}})
+                               "device_seconds": wall * (devices + sum(idle.values())), "tokens": 0, "model_flops": 0,
+                               "model_flops_full": 0, "accounts": spent})
 
 
 def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, peak_flops: float | None) -> Book:

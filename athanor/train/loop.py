@@ -98,13 +98,14 @@ class Run:
 
 
 def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *, launched: float, device_type: str = "cpu",
-                accelerator: str = "cpu", peak_flops: float | None = None, is_fresh: bool = False) -> dict[str, Any]:
+                accelerator: str = "cpu", peak_flops: float | None = None, is_fresh: bool = False,
+                idle: dict[str, int] | None = None) -> dict[str, Any]:
     """Rank function: train one stage of a recipe (its plan already in it) in a run folder.
 
     `launched`: when starting the ranks began, on the host's monotonic clock; `peak_flops`: of one device, in the compute
-    dtype, for MFU and the ledger, None when unknown. `channel` gets of each step, from rank 0, {"step", "steps", "loss",
-    "grad_norm", "learning_rate", "tokens_per_second", "mfu", "validation_loss", "accounts"}, the last being device-seconds of
-    this attempt until the ranks last compared notes.
+    dtype, for MFU and the ledger, None when unknown; `idle`: devices without a rank, by account. `channel` gets of each step,
+    from rank 0, {"step", "steps", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "validation_loss",
+    "accounts"}, the last being device-seconds of this attempt until the ranks last compared notes.
     Returns {"run", "step", "steps", "is_asked_to_stop", "loss", "grad_norm", "tokens_per_second"}.
     """
     progress = Progress()
@@ -124,7 +125,7 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
                           keep_every=job.settings.keep_every, is_async=job.settings.save_async, owner=progress.owner)
             meter = Meter(job.folder.root / "ledger.jsonl", devices=job.layout.world_size, accelerator=accelerator,
                           peak_flops=peak_flops, launched=launched, attempt=progress.attempt, first_step=progress.step,
-                          peers=mesh.peers())
+                          peers=mesh.peers(), idle=idle)
             beat.follow(meter.recorder)
             run = Run(job, trainee, progress, meter, channel, saver)
             meter.stragglers = Stragglers(mesh.peers(), lambda rank, host, told: run.log("straggler", told, rank=rank, host=host))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ class Meter:
     """One per rank. `launched` is when the launcher began to start this attempt, on the host's monotonic clock.
 
     The time from then until now is `startup`; later set-up belongs into `interval("startup")`. What no interval covers
-    ends up in `unattributed`, which is why the loop wraps everything that can take time.
+    ends up in `unattributed`, which is why the loop wraps everything that can take time. `idle`: devices that are paid for and
+    have no rank, by account.
     """
 
     def __init__(self, ledger_file: Path, *, devices: int, accelerator: str, peak_flops: float | None, launched: float,
-                 attempt: int = 0, first_step: int = 0, peers: Sequence[Sequence[int]] | None = None) -> None:
+                 attempt: int = 0, first_step: int = 0, peers: Sequence[Sequence[int]] | None = None,
+                 idle: Mapping[str, int] | None = None) -> None:
         self.file, self.devices, self.accelerator, self.peak_flops = ledger_file, devices, accelerator, peak_flops
-        self.attempt, self.step, self.peers = attempt, first_step, peers
+        self.attempt, self.step, self.peers, self.idle = attempt, first_step, peers, idle or {}
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.recorder = Recorder()
         self.pace = Pace(self.recorder)
@@ -99,7 +101,7 @@ class Meter:
                 gathered = [(mine, wall, own, host)]
             if self.rank == 0:
                 windows, walls, owns, hosts = zip(*gathered, strict=True)
-                accounts = attribute(windows, self.peers)
+                accounts = attribute(windows, self.peers) | {name: wall * count for name, count in self.idle.items()}
                 if self.stragglers is not None:
                     self.stragglers.add(owns, hosts)
                 self.spent_flops += self.flops
@@ -107,9 +109,9 @@ class Meter:
                     self.accounts[name] = self.accounts.get(name, 0.0) + seconds
                 append_when_possible(self.file, {
                     "attempt": self.attempt, "time": time.time(), "first_step": self.first_step, "last_step": self.step,
-                    "wall_seconds": wall, "device_seconds": sum(walls), "tokens": self.tokens,
-                    "model_flops": self.flops, "model_flops_full": self.flops_full, "skipped_steps": self.skipped_steps,
-                    "accounts": accounts})
+                    "wall_seconds": wall, "device_seconds": sum(walls) + wall * sum(self.idle.values()),
+                    "tokens": self.tokens, "model_flops": self.flops, "model_flops_full": self.flops_full,
+                    "skipped_steps": self.skipped_steps, "accounts": accounts})
             self.skipped_steps = 0
             self.first_step, self.tokens, self.flops, self.flops_full = self.step, 0.0, 0.0, 0.0
 

@@ -12,8 +12,8 @@ import torch
 
 from athanor.data.lineage import check_intact, open_manifest
 from athanor.data.rows import Rows, open_rows
-from athanor.foundation.errors import LayoutError, ModelError, UserError
-from athanor.foundation.identity import differences, read_identity
+from athanor.foundation.errors import LayoutError, ModelError
+from athanor.foundation.identity import check_same
 from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe, Stage
@@ -160,10 +160,7 @@ def claim_folder(job: Job, is_fresh: bool) -> None:
     check_intact(job.run.data)
     if folder.root.exists() and is_fresh:
         empty(folder)
-    before = read_identity(folder)
-    if folder.config.exists() and (differing := differences(before, job.identity)):
-        raise UserError(f"{folder.root} was trained with another configuration: {differing}; start it anew with --fresh (of "
-                        "`athanor train` or `athanor run`), or give the run another name")
+    check_same(folder, job.identity)
     write_atomic(folder.config, describe(job))
 
 

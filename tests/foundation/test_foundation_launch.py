@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from athanor.foundation.errors import RankError, RecipeError
-from athanor.foundation.launch import cause, run_ranks
+from athanor.foundation.launch import Node, cause, free_port, run_ranks
 
 
 def test_ranks_meet_report_and_return_in_order(tmp_path: Path) -> None:
@@ -26,6 +26,15 @@ def test_a_killed_rank_is_named_and_the_others_do_not_stay(tmp_path: Path) -> No
         run_ranks("launch_ranks:kill_rank_one", {"pids": str(tmp_path)}, 2, log_folder=tmp_path)
     assert caught.value.rank == 1 and caught.value.log == str(tmp_path / "rank-1.log")
     assert not _alive(int((tmp_path / "pid-0").read_text()))
+
+
+def test_ranks_can_be_told_apart_and_have_the_devices_that_are_chosen(tmp_path: Path) -> None:
+    shown = run_ranks("launch_ranks:tell_names", {}, 2, log_folder=tmp_path / "blue" / "chat" / "logs",
+                      node=Node(0, 2, "127.0.0.1", free_port(), [3, 1]))
+    assert [found["device"] for found in shown] == ["3", "1"]
+    assert [found["name"] for found in shown] == ["rank-0:blue", "rank-1:blue"]
+    for rank, found in enumerate(shown):
+        assert f"athanor rank {rank} of 2 in {tmp_path / 'blue' / 'chat'}".startswith(found["title"]) and len(found["title"]) > 20
 
 
 def test_an_exception_is_told_with_its_log_and_a_refusal_as_itself(tmp_path: Path) -> None:

@@ -41,18 +41,44 @@ def until(condition: Callable[[], Any], seconds: float = 90) -> Any:
     return found
 
 
+@pytest.fixture
+def athanor(tmp_path: Path) -> Callable[..., Any]:
+    """The command with its runs in one folder: what it prints, or for a refusal the sentence."""
+
+    def call(*arguments: object, code: int = 0) -> Any:
+        done = subprocess.run([sys.executable, "-m", "athanor", *map(str, arguments), "--json"], text=True, capture_output=True,
+                              env={**os.environ, "ATHANOR_RUNS": str(tmp_path)}, timeout=120, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stderr if code else json.loads(done.stdout)
+
+    return call
+
+
 @pytest.mark.slow
-def test_a_job_outlives_its_ranks_its_agent_and_a_change_of_mind(recipe_file: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_a_fresh_job_throws_away_once_what_was_there(athanor: Any, recipe_file: Path, data_folder: Path, tmp_path: Path) -> None:
+    stage = RunFolder(tmp_path / "run").stage("pretrain")
+    other = [*OVERRIDES, "stage.pretrain.steps=2", "stage.pretrain.learning_rate=0.5"]
+    assert "no manifest.json" in athanor("jobs", "submit", recipe_file, "--stage", "pretrain", *OVERRIDES, "--data", "x", code=2)
+    athanor("train", recipe_file, "--stage", "pretrain", "--data", data_folder, *other)
+    submit = ("jobs", "submit", recipe_file, "--stage", "pretrain", "--data", data_folder, *OVERRIDES)
+    assert "another configuration: learning_rate was 0.5 and is" in athanor(*submit, code=2)
+    job = athanor(*submit, "--fresh")
+    until(lambda: max((row["step"] for row in read_jsonl(stage.metrics)), default=0) > 12)
+    os.kill(job["process"], signal.SIGKILL)
+    until(lambda: athanor("jobs", "show", job["id"])["state"] == "lost")
+    athanor("jobs", "resume", job["id"])
+    done = until(lambda: (found := athanor("jobs", "show", job["id"]))["state"] != "running" and found)
+    assert done["state"] == "done" and done["step"] == 200 and len(done["attempts"]) == 2
+    assert [row["step"] >= 10 for row in read_jsonl(stage.events) if row["kind"] == "start"] == [False, True]
+    assert done["took_seconds"] == pytest.approx(sum(row["ended"] - row["begun"] for row in done["attempts"]))
+
+
+@pytest.mark.slow
+def test_a_job_outlives_its_ranks_its_agent_and_a_change_of_mind(athanor: Any, recipe_file: Path, data_folder: Path,
+                                                                 tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    environment = {**os.environ, "ATHANOR_RUNS": str(tmp_path)}
-
-    def athanor(*arguments: object) -> Any:
-        done = subprocess.run([sys.executable, "-m", "athanor", *map(str, arguments), "--json"], env=environment, text=True,
-                              capture_output=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
     def step() -> int:
         return max((row["step"] for row in read_jsonl(stage.metrics)), default=0)

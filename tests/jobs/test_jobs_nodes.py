@@ -125,6 +125,17 @@ def test_a_spare_takes_the_place_of_a_lost_node(team: Any, tmp_path: Path, how: 
         run(leader, "add_up", 2, tmp_path, offset=0)
 
 
+def test_a_node_that_is_given_up_makes_room_for_a_spare_and_is_told_by_account(team: Any, tmp_path: Path) -> None:
+    leader, _ = team(3)
+    assert leader.count == leader.room() == 3 and leader.idle(2) == {"spare": 1}
+    run(leader, "add_up", 2, tmp_path, offset=0)
+    assert leader.without(1) == 2 and leader.without(0) == 0, "the ranks meet where the leader is"
+    assert leader.give_up(1) == "node n2" and leader.room() == 2
+    assert leader.idle(2) == {"down": 1} and leader.idle(1) == {"spare": 1, "down": 1}
+    assert len(run(leader, "add_up", 2, tmp_path, offset=0)) == 2, "the spare does its part"
+    assert leader.without(1) == 1
+
+
 def test_an_agent_without_a_leader_ends_its_ranks(team: Any, tmp_path: Path) -> None:
     """What the leader does not hear of any more does not go on behind its back."""
     code = FOLLOW.replace("start_server()", """start_server()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -16,8 +17,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from athanor.cli.chain import locked
 from athanor.cli.jobs import command
-from athanor.foundation.errors import RecipeError, UserError
+from athanor.cli.jobs_show import describe, progress
+from athanor.cli.train import begins_anew
+from athanor.foundation.errors import LayoutError, RecipeError, UserError
+from athanor.foundation.run_folder import RunFolder, append_jsonl
 from athanor.jobs import local
 from athanor.jobs.agent import Held, Stopped
 from athanor.jobs.queue import FILE, Job, Queue
@@ -61,7 +66,7 @@ def test_a_damaged_or_newer_file_is_refused_in_a_sentence(queue: Queue) -> None:
     base = sqlite3.connect(queue.root / FILE)
     base.execute("PRAGMA user_version = 9")
     base.close()
-    with pytest.raises(UserError, match="has schema 9, this version reads up to 2"):
+    with pytest.raises(UserError, match="has schema 9, this version reads up to 3"):
         queue.all()
     (queue.root / FILE).write_text("no database, but long enough to be looked at" * 9)
     with pytest.raises(UserError, match=r"cannot be used: .*; when it is damaged, move it away"):
@@ -72,6 +77,7 @@ def test_a_file_of_before_slurm_is_read(queue: Queue) -> None:
     job = add(queue)
     base = sqlite3.connect(queue.root / FILE)
     base.execute("ALTER TABLE job DROP COLUMN slurm")
+    base.execute("ALTER TABLE job DROP COLUMN is_fresh")
     base.execute("PRAGMA user_version = 1")
     base.commit()
     base.close()
@@ -81,11 +87,11 @@ def test_a_file_of_before_slurm_is_read(queue: Queue) -> None:
 def test_another_process_may_bring_the_file_up_to_date_meanwhile(queue: Queue) -> None:
     job = add(queue)
     with contextlib.closing(sqlite3.connect(queue.root / FILE, isolation_level=None)) as base, ThreadPoolExecutor(1) as pool:
-        base.execute("ALTER TABLE job DROP COLUMN slurm")
-        base.execute("PRAGMA user_version = 1")
-        base.execute("BEGIN IMMEDIATE")
-        base.execute("ALTER TABLE job ADD COLUMN slurm TEXT")
+        base.execute("ALTER TABLE job DROP COLUMN is_fresh")
         base.execute("PRAGMA user_version = 2")
+        base.execute("BEGIN IMMEDIATE")
+        base.execute("ALTER TABLE job ADD COLUMN is_fresh INTEGER NOT NULL DEFAULT 0")
+        base.execute("PRAGMA user_version = 3")
         found = pool.submit(queue.all)
         time.sleep(1.0)
         base.execute("COMMIT")
@@ -139,6 +145,43 @@ def test_every_end_is_one_of_three_exit_codes(queue: Queue, signals: None, act: 
     assert (ended.exit_code, ended.state, ended.sentence) == (code, state, sentence) and ended.ended is not None
 
 
+def test_what_a_job_took_leaves_out_the_time_it_lay_still(queue: Queue, signals: None) -> None:
+    job = add(queue)
+    assert job.starts() == [] and describe(job, [])["took_seconds"] == 0
+    for seconds in (0.2, 0.1):
+        local.work(queue, job, lambda seconds=seconds: time.sleep(seconds))  # type: ignore[misc]
+        time.sleep(0.5)
+    first, second = job.starts()
+    assert first["state"] == second["state"] == "0" and second["begun"] - first["ended"] >= 0.5
+    assert 0.3 <= describe(job, job.starts())["took_seconds"] < second["ended"] - first["begun"] - 0.4
+    append_jsonl(job.lives, {"life": "killed", "begun": time.time() - 60})
+    assert job.starts()[-1]["state"] == "running" and job.starts()[-1]["ended"] == pytest.approx(time.time(), abs=5)
+    append_jsonl(queue.root / "tiny" / "pretrain" / "metrics.jsonl", {"step": 1, "time": time.time() - 50})
+    last = queue.update(job, state="lost").starts()[-1]
+    assert last["state"] == "no end was written" and last["ended"] - last["begun"] == pytest.approx(10, abs=0.5)
+
+
+def test_a_job_tells_what_happened_to_it_and_not_to_others(queue: Queue) -> None:
+    stage = RunFolder(queue.root / "tiny").stage("pretrain")
+
+    def happened(kind: str, at: float, **details: object) -> None:
+        append_jsonl(stage.events, {"kind": kind, "time": at, "sentence": f"{kind} at {at:.0f}", **details})
+
+    happened("fault", 5.0)
+    job = queue.update(add(queue), submitted=10.0, ended=30.0, state="held")
+    for at, kind in enumerate(("start", "fault", "restart", "damaged", "fewer"), 11):
+        happened(kind, float(at), ranks=4 - at // 15 * 2)
+    happened("held", 31.0)
+    for step, at in ((7, 8.0), (11, 11.5), (9, 29.0), (12, 40.0)):  # it went back, and another went on later
+        append_jsonl(stage.metrics, {"step": step, "time": at})
+    assert progress(job) == {"stage": "pretrain", "step": 9, "ranks": 2, "restarts": 1, "faults": ["fault at 12"],
+                             "damaged": ["damaged at 14"], "told": ["fault at 12", "damaged at 14", "fewer at 15"]}
+    append_jsonl(job.lives, {"life": "a", "begun": 11.0})
+    append_jsonl(job.lives, {"life": "a", "ended": 13.0, "code": 86})
+    told = CliRunner().invoke(command, ["show", job.id], catch_exceptions=False).output
+    assert "at step 9 of stage pretrain on 2 ranks" in told and "  damaged at 14" in told and "took 2.00 s in 1 start" in told
+
+
 def test_a_time_limit_asks_to_stop_and_a_cancelled_job_says_so(queue: Queue, signals: None) -> None:
     job = add(queue, minutes=0.2 / 60)
     begin = time.monotonic()
@@ -148,7 +191,60 @@ def test_a_time_limit_asks_to_stop_and_a_cancelled_job_says_so(queue: Queue, sig
     assert local.work(queue, other, raising(Stopped("as asked"))) == 85 and queue.get(other.id).state == "cancelled"
 
 
-def test_the_verbs_speak_json_and_refuse_early(queue: Queue, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "error", "sentence"), [
+    (["--data", "nowhere"], UserError, r"--data nowhere is not a data folder"),
+    ([], UserError, r"manifest.json"),
+    (["--data", "{data}", "parallel.tp=3", "parallel.dp_shard=1"], LayoutError, r"tp = 3 does not divide"),
+    (["--data", "{data}", "stage.pretrain.learning_rate=0.5"], UserError, r"was trained with another configuration: .*--fresh"),
+])
+def test_what_the_agent_would_refuse_is_refused_at_once(queue: Queue, recipe_file: Path, data_folder: Path, options: list[str],
+                                                        error: type[UserError], sentence: str) -> None:
+    stage = RunFolder(queue.root / "tiny").stage("pretrain")
+    stage.root.mkdir(parents=True)
+    stage.config.write_text("[identity]\nlearning_rate = 0.01")
+    with pytest.raises(error, match=sentence):
+        command.main(["submit", str(recipe_file), "--stage", "pretrain", "parallel.dp_shard=1",
+                      *(option.format(data=data_folder) for option in options)], standalone_mode=False)
+    assert queue.all() == [] and not (queue.root / "tiny" / "data").is_symlink(), "what was refused leaves no trace"
+
+
+@pytest.mark.parametrize(("options", "error", "sentence"), [
+    (["--data", "x"], click.UsageError, "--data goes with --stage; a whole chain builds its own"),
+    (["data.source.modules.path=nowhere"], UserError, r"nowhere does not exist"),
+    (["stage.pretrain.objective=pretrian"], UserError, r"did you mean 'pretrain'"),
+    (["cluster.accelerator=H100-80"], UserError, r"is another machine"),
+])
+def test_a_chain_is_refused_at_once_too(queue: Queue, recipe_file: Path, options: list[str], error: type[Exception],
+                                        sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        command.main(["submit", str(recipe_file), *options], standalone_mode=False)
+    assert queue.all() == [] and not (queue.root / "tiny").exists()
+
+
+def test_a_folder_in_use_is_refused_at_once(queue: Queue, recipe_file: Path) -> None:
+    with locked(RunFolder(queue.root / "tiny")), pytest.raises(UserError, match="another process is working in"):
+        command.main(["submit", str(recipe_file), "--stage", "pretrain"], standalone_mode=False)
+
+
+def test_what_a_fresh_job_began_itself_stays(queue: Queue, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = RunFolder(queue.root / "tiny").stage("pretrain")
+    assert [begins_anew(stage, before) for before in (0.0, 10.0, math.inf)] == [False, True, True]
+    append_jsonl(stage.events, {"kind": "start", "time": 9.0})
+    append_jsonl(stage.events, {"kind": "fault", "time": 12.0})
+    assert [begins_anew(stage, before) for before in (0.0, 9.0, 10.0, math.inf)] == [False, False, True, True]
+    job = queue.update(add(queue), submitted=10.0, is_fresh=True)
+    asked: list[list[str]] = []
+    verb = click.Command("train", callback=lambda: None)
+    monkeypatch.setattr(verb, "main", lambda arguments, **_: asked.append(arguments))
+    monkeypatch.setattr("athanor.cli.train.command", verb)
+    monkeypatch.setattr(local, "work", lambda queue, job, act: act() or 0)
+    with (queue.root / "lock").open("w") as lock, pytest.raises(SystemExit, match="0"):
+        command.main(["agent", job.id, "--lock", str(lock.fileno())], standalone_mode=False)
+    assert asked[0][2:4] == ["--fresh-before", "10.0"]
+
+
+def test_the_verbs_speak_json_and_refuse_early(queue: Queue, recipe_file: Path, data_folder: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     def call(*arguments: str) -> object:
         return json.loads(CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False).stdout)
 
@@ -156,8 +252,8 @@ def test_the_verbs_speak_json_and_refuse_early(queue: Queue, recipe_file: Path, 
     with pytest.raises(RecipeError, match="has no stage 'pretrian'; did you mean 'pretrain'"):
         CliRunner().invoke(command, ["submit", str(recipe_file), "--stage", "pretrian"], catch_exceptions=False)
     monkeypatch.setenv("PATH", "")
-    for options, error in ((["--nodes", "2"], click.UsageError), (["--slurm"], UserError), (["--slurm", "--minutes", "1"],
-                                                                                            click.UsageError)):
+    for options, error in ((["--nodes", "2"], click.UsageError), (["--slurm", "--data", str(data_folder)], UserError),
+                           (["--slurm", "--minutes", "1"], click.UsageError)):
         with pytest.raises(error, match=r"go with --slurm|command scontrol is not on PATH|--time limits each start"):
             command.main(["submit", str(recipe_file), "--stage", "pretrain", *options], standalone_mode=False)
     for minutes in ("0", "-1", "nan", "inf", "1e30"):

@@ -72,6 +72,33 @@ def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: i
     return loop.train_stage(channel, **arguments)
 
 
+def train_on_a_failing_device(channel: Callable[..., None], marks: str, device: int, step: int, pause: float,
+                              **arguments: Any) -> dict[str, Any]:
+    """Train; the rank on this device is killed in the step after `step`, and from then on before each first step.
+
+    That ends when the folder `marks` has a file `mended`. Each step takes `pause` seconds longer.
+    """
+    from athanor.foundation.intervals import interval
+    from athanor.train import loop
+
+    failed, is_mended = Path(marks, "failed"), Path(marks, "mended").exists()
+    is_here, done = int(os.environ["LOCAL_RANK"]) == device and not is_mended, 0
+    if is_here and failed.exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        nonlocal done
+        if is_here and _first_step(arguments) + done == step:
+            failed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        with interval("input"):
+            time.sleep(pause)
+
+    _before_step(loop, work)
+    return loop.train_stage(channel, **arguments)
+
+
 def _cut_connections() -> None:
     """End every TCP connection of this process, as a dead switch would."""
     for entry in Path("/proc/self/fd").iterdir():

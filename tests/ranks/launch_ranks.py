@@ -24,6 +24,12 @@ def add_up(channel: Callable[..., None], offset: int) -> dict[str, Any]:
     return {"rank": rank, "sum": float(total) + offset, "threads": torch.get_num_threads()}
 
 
+def tell_names(channel: Callable[..., None]) -> dict[str, str]:
+    """What `ps` shows of this process, and which device it has."""
+    title = Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").decode()
+    return {"title": title, "name": Path("/proc/self/comm").read_text().strip(), "device": os.environ["LOCAL_RANK"]}
+
+
 def wait_with_pid(channel: Callable[..., None], pids: str) -> None:
     Path(pids, f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     time.sleep(60)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ import pytest
 from cluster import Cluster, command_of, processes
 
 from athanor.foundation.run_folder import RunFolder, StageFolder, hash_folder, read_jsonl
+from athanor.ledger.book import read_book
 
 STEPS, EVERY = 60, 5
 OVERRIDES = [f"stage.pretrain.steps={STEPS}", f"stage.pretrain.checkpoint_every={EVERY}", "stage.pretrain.precision=fp32",
-             "stage.pretrain.evaluate_every=10000"]
+             "stage.pretrain.evaluate_every=10000", "stage.pretrain.reduction=exact"]
 PACED = "stage.pretrain.objective=paced.objective"
 # Agents import torch, four of them on perhaps two slow and busy cores; what is asserted about speed is measured from a fault
 PATIENCE_SECONDS = 240
@@ -166,12 +168,33 @@ def test_a_spare_takes_the_place_of_a_lost_node(cluster: Cluster, runner: Runner
     (told,) = runner.events("run", "fault")
     assert f"rank 1 ended with node {nodes[1]}" in told["sentence"] and len(shown["attempts"]) == 1
     assert split(runner.stage("run"), fault)["all"] < 40
+    book = read_book(runner.stage("run").actual)
+    assert book.device_seconds == pytest.approx(3 * book.wall_seconds, rel=0.02), "the spare node is paid for as well"
+    assert book.accounts["spare"] > 0 and book.accounts["down"] > 0
+    assert book.accounts["unattributed"] < 0.05 * book.device_seconds, book.accounts
+    assert book.device_seconds == pytest.approx(shown["attempts"][0]["device_seconds"], rel=0.5), "and what Slurm counts is more"
+
+
+def test_without_a_spare_the_job_goes_on_with_fewer_ranks(cluster: Cluster, runner: Runner, wanted: Callable[[int], str]) -> None:
+    job = runner.submit("run", 2)
+    until(lambda: runner.step("run") >= 12)
+    nodes = expand(cluster, slurm_number(cluster, job).split()[2])
+    try:
+        fault = cluster.crash(nodes[1])
+        shown = assert_done(runner, job, "run", wanted(1))
+    finally:
+        cluster.start_node(nodes[1])
+    assert [row["ranks"] for row in runner.events("run", "start")] == [2, 1] and len(shown["attempts"]) == 1
+    assert "there are devices for 1 of 2 ranks, so it goes on with 1" in shown["told"][-1] and shown["ranks"] == 1
+    split(runner.stage("run"), fault)
+    book = read_book(runner.stage("run").actual)
+    assert book.device_seconds == pytest.approx(2 * book.wall_seconds, rel=0.02), "the lost node is paid for until the end"
 
 
 @pytest.mark.drill
 def test_a_job_that_is_interrupted_goes_on_from_where_it_saved(cluster: Cluster, runner: Runner,
                                                                wanted: Callable[[int], str]) -> None:
-    """An agent killed, the leading one killed, requeued by hand, preempted by somebody more urgent."""
+    """An agent killed (its ranks are done without), the leading one killed, requeued by hand, preempted by somebody urgent."""
     job = runner.submit("run", 2)
     number = job["slurm"]["id"]
 
@@ -198,7 +221,8 @@ def test_a_job_that_is_interrupted_goes_on_from_where_it_saved(cluster: Cluster,
         print(f"{'saved' if saves else 'killed'}: {lost} steps lost")
         assert lost == 0 if saves else lost <= EVERY
     shown = assert_done(runner, job, "run", wanted(2))
-    assert len(shown["attempts"]) == 1 + len(acts)
+    assert len(shown["attempts"]) == len(acts), "one of them was for the agents alone"
+    assert sorted(row["ranks"] for row in runner.events("run", "start")) == [1, 2, 2, 2, 2]
     until(lambda: slurm_number(cluster, job).split()[:2] == [str(number), "COMPLETED"])
 
 
@@ -212,7 +236,7 @@ def test_a_slurm_that_requeues_by_no_exit_code_is_asked_to(cluster: Cluster, run
         job = runner.submit("run", 2)
         assert "exec scontrol requeue" in Path(job["log"]).with_suffix(".sbatch").read_text()
         until(lambda: runner.step("run") >= 2)
-        for agent in agents_on(expand(cluster, slurm_number(cluster, job).split()[2])[1]):
+        for agent in agents_on(expand(cluster, slurm_number(cluster, job).split()[2])[0]):
             os.kill(agent, signal.SIGKILL)
         until(lambda: len(runner.events("run", "start")) == 2)
         cancel(cluster, runner, job)
@@ -265,13 +289,16 @@ def test_a_waiting_job_says_for_what_and_leaves_the_queue(cluster: Cluster, runn
 
 @pytest.mark.drill
 def test_a_job_that_somebody_must_look_at_is_held(cluster: Cluster, runner: Runner) -> None:
-    (runner.runs / "run" / "data").mkdir(parents=True)
-    job = runner.call("jobs", "submit", runner.recipe, "--stage", "pretrain", "name=run", *OVERRIDES, "--slurm", "--nodes", 2)
+    data = runner.runs / "data"
+    shutil.copytree(runner.data, data)
+    file = next(path for path in sorted(data.glob("*.bin")) if path.stem != "evaluation")
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")  # which only who reads all of it sees
+    job = runner.call("jobs", "submit", runner.recipe, "--stage", "pretrain", "name=run", *OVERRIDES, "--data", data, "--slurm",
+                      "--nodes", 2)
     shown = until(lambda: (found := runner.show(job))["state"] not in ("running", "waiting") and found)
-    assert shown["state"] == "held" and shown["exit_code"] == 86 and "manifest.json" in shown["sentence"]
+    assert shown["state"] == "held" and shown["exit_code"] == 86 and file.name in shown["sentence"]
     until(lambda: slurm_number(cluster, job).split()[1] in ("SPECIAL_EXIT", "REQUEUE_HOLD"))
-    (runner.runs / "run" / "data").rmdir()
-    (runner.runs / "run" / "data").symlink_to(runner.data)
+    shutil.copy(runner.data / file.name, file)
     again = runner.call("jobs", "resume", job["id"])
     until(lambda: runner.step("run") > 0)
     assert again["slurm"]["id"] != job["slurm"]["id"] and slurm_number(cluster, job).split()[1] == "CANCELLED"

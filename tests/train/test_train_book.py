@@ -91,6 +91,15 @@ def test_little_is_unattributed_and_a_hidden_interval_shows(train: Any, tmp_path
     assert sum(hidden.accounts.values()) == pytest.approx(hidden.device_seconds)
 
 
+def test_devices_without_a_rank_are_paid_for(train: Any, run_folder: Path) -> None:
+    train(run_folder, *SIZES, idle={"spare": 2, "down": 1}, launched=time.perf_counter())
+    book = read_book(run_folder / "pretrain" / "actual.json")
+    assert book.accounts["spare"] == pytest.approx(2 * book.wall_seconds)
+    assert book.accounts["down"] == pytest.approx(book.wall_seconds)
+    assert book.device_seconds == pytest.approx((1 + 3) * book.wall_seconds, rel=1e-3) and book.devices == 1
+    assert abs(book.accounts["unattributed"]) < 0.05 * book.wall_seconds, book.accounts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_explains_its_seconds(train: Any, tmp_path: Path, data_folder: Path, layout: str) -> None:

@@ -62,8 +62,10 @@ def test_under_torchrun_it_is_a_rank(recipe_file: Path, run_folder: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to its whole process group"])
-def test_sigterm_saves_and_asks_to_be_queued_again(recipe_file: Path, run_folder: Path, to_all: bool) -> None:
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+                         ids=["to the command", "to its whole process group", "Ctrl-C"])
+def test_a_signal_saves_and_asks_to_be_queued_again(recipe_file: Path, run_folder: Path, number: signal.Signals,
+                                                    to_all: bool) -> None:
     arguments = [ATHANOR, "train", recipe_file, "--stage", "pretrain", "--json", "--run", run_folder, "parallel.dp_shard=2",
                  "stage.pretrain.steps=2000", "stage.pretrain.evaluate_every=2000", "stage.pretrain.checkpoint_every=2000"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -72,10 +74,10 @@ def test_sigterm_saves_and_asks_to_be_queued_again(recipe_file: Path, run_folder
     while not metrics.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+    (os.killpg if to_all else os.kill)(process.pid, number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_REQUEUE, errors
-    assert output == "" and "as asked" in errors
+    assert output == "" and "as asked" in errors and ("Ctrl-C once more ends at once" in errors) == (number == signal.SIGINT)
     (saved,) = (run_folder / "pretrain" / "checkpoints").iterdir()
     assert (saved / "COMPLETE").is_file() and not (run_folder / "pretrain" / "model").exists()
 
