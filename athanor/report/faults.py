@@ -55,5 +55,6 @@ def summary(faults: Sequence[Fault], paid_seconds: float) -> str:
 
 
 def cells(fault: Fault) -> list[str]:
-    """Device-seconds by account of COSTS, and of all of them."""
-    return [f"{seconds:,.1f}" for seconds in (*(fault.cost.accounts[name] for name in COSTS), fault.cost.device_seconds)]
+    """Device-seconds by account of COSTS, and of all of them; a restart in place may take hundredths of a second."""
+    held = *(fault.cost.accounts[name] for name in COSTS), fault.cost.device_seconds
+    return [f"{seconds:,.1f}" if seconds >= 10 else f"{seconds:.2f}" for seconds in held]
