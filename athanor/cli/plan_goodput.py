@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,8 +14,7 @@ from athanor.foundation.progress import console, say
 from athanor.foundation.units import format_seconds, format_share
 
 if TYPE_CHECKING:
-    from athanor.laws.goodput import Job
-    from athanor.laws.levers import Lever
+    from athanor.laws.goodput import Job, Lever
 
 QUANTILES = {"p10": 10, "p50": 50, "p90": 90}
 
@@ -27,9 +27,9 @@ QUANTILES = {"p10": 10, "p50": 50, "p90": 90}
 @click.option("--params", type=COUNT, help="parameters, saved with 14 bytes each")
 @click.option("--write-rate", type=COUNT, help="bytes a second that all devices together write")
 @click.option("--save-async", is_flag=True, help="steps go on while a copy is written, as in a recipe unless it says otherwise")
-@click.option("--blocked-seconds", type=float, help="with --save-async: seconds that the copy blocks steps; a measured share "
+@click.option("--blocked-seconds", type=float, help="with --save-async: seconds that the copy blocks steps; 8 % "
               "of a save unless given")
-@click.option("--slowed", type=float, help="with --save-async: share that steps lose during a write; as measured unless given")
+@click.option("--slowed", type=float, help="with --save-async: share that steps lose during a write; 0.1 unless given")
 @click.option("--restart-seconds", type=float, default=600.0, show_default=True, help="from new processes to the first step")
 @click.option("--detect-seconds", type=float, default=300.0, show_default=True, help="from a fault to new processes")
 @click.option("--hang-seconds", type=float, help="the same of faults that nobody sees but a watchdog, if they take longer")
@@ -44,10 +44,9 @@ def command(devices: int, target: float | None, seed: int, as_json: bool, **give
     import numpy as np
 
     from athanor.laws import goodput
-    from athanor.laws.levers import reach
 
     job, waiting_seconds = job_of(devices, given)
-    levers = [] if target is None else reach(job, target)
+    levers = [] if target is None else goodput.levers(job, target)
     wall = job.simulate(seed=seed)["wall"]
     finish = {name: float(np.percentile(wall, share)) for name, share in QUANTILES.items()}
     if not as_json:
@@ -65,8 +64,7 @@ def command(devices: int, target: float | None, seed: int, as_json: bool, **give
         "finish_seconds": {**finish, "mean": float(wall.mean())}, "device_seconds": job.wall_seconds * devices,
         "stepping_device_seconds": job.stepping_seconds * devices,
         "accounts": {name: seconds * devices for name, seconds in job.expect().items()},
-        "target": target, "levers": {lever.name: {"unit": lever.unit, "now": lever.now, "needed": lever.needed,
-                                                  "goodput_without": lever.most} for lever in levers}}))
+        "target": target, "levers": [asdict(lever) for lever in levers]}))
 
 
 def job_of(devices: int, given: dict[str, Any]) -> tuple[Job, float]:
@@ -87,7 +85,7 @@ def job_of(devices: int, given: dict[str, Any]) -> tuple[Job, float]:
     blocked, slowed = given["blocked_seconds"], given["slowed"]
     if not given["save_async"] and (blocked, slowed) != (None, None):
         raise UserError("--blocked-seconds and --slowed are of a save beside which steps go on; give --save-async, too")
-    saving = goodput.measured_saving(save, given["save_async"])
+    saving = goodput.typical_saving(save, given["save_async"])
     if given["save_async"]:
         saving = goodput.Saving(saving.blocked_seconds if blocked is None else blocked, saving.write_seconds,
                                 saving.slowed if slowed is None else slowed)
@@ -131,14 +129,18 @@ def show_levers(levers: list[Lever], target: float) -> None:
     """For each lever what it is, and what it would have to be."""
     from rich.table import Table
 
+    if not levers:
+        say(f"a goodput of {format_share(target)} is reached already")
+        return
     say(f"What would bring a goodput of {format_share(target)}, alone and at the best interval each time:")
     table = Table(box=None)
     for column in ("", "now", "needed", "share of now"):
         table.add_column(column, justify="right" if column else "left")
     for lever in levers:
-        written = [_amount(lever.unit, amount) for amount in (lever.now, lever.needed) if amount is not None]
-        share = f"cannot: {format_share(lever.most)} with none" if lever.share is None else format_share(lever.share)
-        table.add_row(lever.name, written[0], "–" if lever.share is None else written[1], share)
+        cells = ["–", f"cannot: {format_share(lever.goodput_without)} with none"]
+        if lever.needed is not None:
+            cells = [_amount(lever.unit, lever.needed), format_share(lever.needed / lever.now)]
+        table.add_row(lever.name, _amount(lever.unit, lever.now), *cells)
     console.print(table)
 
 

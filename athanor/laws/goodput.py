@@ -1,8 +1,9 @@
-"""What faults, saves and restarts take: the best interval between saves, expected goodput, and when a run will be finished."""
+"""What faults, saves and restarts take: the best interval between saves, goodput, the finish, and what would bring more."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +14,11 @@ from athanor.foundation.units import check_positive, format_seconds
 from athanor.laws.published import constants
 
 DAY = 86400.0
-ACCOUNTS = ("kernel", "checkpoint", "lost", "down", "startup")
 BYTES_PER_PARAMETER = 14  # of a checkpoint in mixed precision: weights in 2, master weights and both moments of Adam in 12
 DETECT_SECONDS, RESTART_SECONDS = 300.0, 600.0  # unless given: from a fault to new processes, from these to the first step
 MOST_FAULTS = 100_000
 LEAST_GOODPUT = 0.01  # below this nobody would start, and a simulation would not end
+NOTHING = 1e-9  # of what there is: as good as none
 
 
 def faults_per_second(devices: int, per_day: float | None = None, per_device_day: float | None = None) -> float:
@@ -30,8 +31,7 @@ def faults_per_second(devices: int, per_day: float | None = None, per_device_day
 
 
 def mean_detection(seen_seconds: float, hang_seconds: float | None, hang_share: float | None = None) -> float:
-    """Mean seconds from a fault to new processes, when the share that nobody but a watchdog sees (None: as many as in
-    Llama 3 405B's run) takes `hang_seconds`. The mean is enough: what detection takes is added to each fault."""
+    """Mean seconds from a fault to new processes; of a share (None: Llama 3 405B's) that only a watchdog sees, `hang_seconds`."""
     if hang_share is None:
         kinds = constants()["faults"]["kind"]
         hang_share = sum(kind["count"] for kind in kinds if kind["hangs"]) / sum(kind["count"] for kind in kinds)
@@ -49,10 +49,9 @@ def saving_seconds(parameters: float, write_bytes_per_second: float) -> float:
 
 @dataclass(frozen=True)
 class Saving:
-    """What a checkpoint takes: the loop waits `blocked_seconds`, then it is written for `write_seconds` beside slower steps.
+    """What a checkpoint takes: the loop waits `blocked_seconds`; then it is written, and steps lose the share `slowed` meanwhile.
 
-    Until it is written it protects nothing, and the next one waits for it. A synchronous one is waited for as a whole. `slowed`:
-    the share of a second that steps lose meanwhile.
+    Until it is written it protects nothing, and the next one waits for it. A synchronous one is waited for as a whole.
     """
 
     blocked_seconds: float
@@ -84,9 +83,9 @@ class Saving:
         return {"kernel": followed * self.slowed * beside, "checkpoint": saves * self.blocked_seconds + waited}
 
 
-def measured_saving(waiting_seconds: float, is_async: bool) -> Saving:
-    """A checkpoint for which a waiting loop would wait so long; asynchronous, by the shares that were measured."""
-    shares = constants()["saving"]
+def typical_saving(waiting_seconds: float, is_async: bool, device_type: str = "cuda") -> Saving:
+    """A checkpoint for which a waiting loop would wait so long; asynchronous, by the shares in `laws.toml`."""
+    shares = constants()["saving"]["cpu" if device_type == "cpu" else "accelerator"]
     return Saving(waiting_seconds) if not is_async else Saving(
         shares["blocked"] * waiting_seconds, shares["written"] * waiting_seconds, shares["slowed"])
 
@@ -127,8 +126,8 @@ class Job:
     interval: float = 0.0  # seconds of stepping between saves; 0: the best
 
     def __post_init__(self) -> None:
-        check_positive(stepping_seconds=self.stepping_seconds, rate_of_faults=self.faults)
-        check_positive(**{name: getattr(self, name) or None for name in ("detect_seconds", "restart_seconds", "interval")})
+        check_positive(stepping_seconds=self.stepping_seconds, rate_of_faults=self.faults, interval=self.interval or None,
+                       detect_seconds=self.detect_seconds or None, restart_seconds=self.restart_seconds or None)
         interval = self.interval or best_interval(self.saving, self.faults)
         object.__setattr__(self, "interval", self.stepping_seconds / math.ceil(self.stepping_seconds / interval - 1e-9))
         if self.faults * (self.first_seconds + self.restart_seconds) > 50 or self.goodput < LEAST_GOODPUT:
@@ -157,11 +156,9 @@ class Job:
         """
         again = math.expm1(self.faults * self.first_seconds)  # tries in vain at the first save after a start
         missed = -math.expm1(-self.faults * self.next_seconds)  # share of the other saves that a fault comes before
-        others = self.saves - 1
-        vain = again + others * missed * (1 + again)
-        took = self.saving.seconds(self.saves, others * (1 - missed), self.interval)
-        starts = 1 + vain  # that succeed
-        failed = starts * math.expm1(self.faults * self.restart_seconds)  # those that fail
+        vain = again + (self.saves - 1) * missed * (1 + again)
+        took = self.saving.seconds(self.saves, (self.saves - 1) * (1 - missed), self.interval)
+        failed = (1 + vain) * math.expm1(self.faults * self.restart_seconds)  # starts that fail, of 1 + vain that succeed
         return {**took, "lost": vain / self.faults - self.stepping_seconds - math.fsum(took.values()),
                 "down": (vain + failed) * self.detect_seconds, "startup": failed / self.faults}
 
@@ -185,17 +182,15 @@ class Job:
                             f"{MOST_FAULTS:,} are, so give fewer days of steps")
         rng = np.random.default_rng(seed)
         left, followed = np.full(trials, self.saves), np.zeros(trials)  # saves that kept steps followed without a fault
-        spent = {name: np.zeros(trials) for name in ACCOUNTS}
+        spent = {name: np.zeros(trials) for name in self.expect()}
         running = np.arange(trials)
         while running.size:
             until_fault = rng.exponential(1 / self.faults, running.size)
             worked = np.maximum(0.0, until_fault - self.restart_seconds)
-            done = np.floor((worked - self.first_seconds) / self.next_seconds).astype(np.int64) + 1
-            done = np.clip(done, 0, left[running])
+            done = np.clip(1 + np.floor((worked - self.first_seconds) / self.next_seconds).astype(np.int64), 0, left[running])
             left[running] -= done
-            followed[running] += np.maximum(0, done - 1)
-            faulty = left[running] > 0
-            until_kept = self.first_seconds - self.saving.write_seconds + np.maximum(0, done - 1) * self.next_seconds
+            followed[running] += (more := np.maximum(0, done - 1))
+            faulty, until_kept = left[running] > 0, self.first_seconds - self.saving.write_seconds + more * self.next_seconds
             spent["startup"][running] += np.minimum(until_fault, self.restart_seconds)
             spent["lost"][running] += np.where(faulty, worked - np.where(done > 0, until_kept, 0.0), 0.0)
             spent["down"][running] += np.where(faulty, self.detect_seconds, 0.0)
@@ -209,12 +204,60 @@ class Job:
 def within(wall_seconds: float, saving: Saving, faults: float, detect_seconds: float = DETECT_SECONDS,
            restart_seconds: float = RESTART_SECONDS) -> Job:
     """The job whose expected wall time is `wall_seconds`: what a budget of the calendar leaves for steps that are kept."""
+    def job(stepping_seconds: float) -> Job:
+        return Job(stepping_seconds, saving, detect_seconds, restart_seconds, faults)
+
     check_positive(wall_seconds=wall_seconds)
-    least, most = 0.0, wall_seconds
+    found = largest(0.0, wall_seconds, lambda seconds: job(seconds).wall_seconds <= wall_seconds)
+    if not found:
+        raise UserError(f"{wall_seconds / DAY:.3g} days are not enough for one restart")
+    return job(found)
+
+
+def largest(least: float, most: float, is_fine: Callable[[float], bool]) -> float:
+    """The largest number between these that is fine, when all smaller ones are; `least` when none is."""
     for _ in range(50):
         middle = (least + most) / 2
-        is_short = Job(middle, saving, detect_seconds, restart_seconds, faults).wall_seconds <= wall_seconds
-        least, most = (middle, most) if is_short else (least, middle)
-    if not least:
-        raise UserError(f"{wall_seconds / DAY:.3g} days are not enough for one restart")
-    return Job(least, saving, detect_seconds, restart_seconds, faults)
+        least, most = (middle, most) if is_fine(middle) else (least, middle)
+    return least
+
+
+@dataclass(frozen=True)
+class Lever:
+    """What `name` is now and must come down to for a goodput, None where even the goodput without any of it is not enough."""
+
+    name: str
+    unit: str
+    now: float
+    needed: float | None
+    goodput_without: float
+
+
+def improved(job: Job, *, faults: float = 1.0, detection: float = 1.0, restart: float = 1.0, saves: float = 1.0) -> Job:
+    """The job with these shares of what it has now, saved as often as is best then."""
+    saving = Saving(saves * job.saving.blocked_seconds, saves * job.saving.write_seconds, job.saving.slowed)
+    return Job(job.stepping_seconds, saving, detection * job.detect_seconds, restart * job.restart_seconds, faults * job.faults)
+
+
+def levers(job: Job, target: float) -> list[Lever]:
+    """What would bring a goodput: each improvement alone; then all, by the same share, the least of all at once.
+
+    None where the target is reached. Raises UserError for one that is no share.
+    """
+    if not 0 < target < 1:
+        raise UserError(f"a goodput of {target:g} is no target; a share between 0 and 1 is, such as 0.97")
+    if improved(job).goodput >= target:
+        return []
+
+    def lever(name: str, unit: str, now: float, parts: Sequence[str]) -> Lever:
+        def reached(share: float) -> float:
+            return improved(job, **dict.fromkeys(parts, share)).goodput
+
+        most = reached(NOTHING)
+        share = largest(NOTHING, 1.0, lambda share: reached(share) >= target)
+        return Lever(name, unit, now, share * now if most >= target else None, most)
+
+    now = {"faults": ("a day", job.faults * DAY), "detection": ("seconds", job.detect_seconds),
+           "restart": ("seconds", job.restart_seconds),
+           "saves": ("seconds", job.saving.blocked_seconds + job.saving.write_seconds)}
+    return [*(lever(name, *amount, [name]) for name, amount in now.items()), lever("all together", "of each", 1.0, list(now))]

@@ -17,7 +17,7 @@ from athanor.cost.rates import Rates
 from athanor.cost.step import price
 from athanor.foundation.layout import Layout, keeps_whole
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
-from athanor.laws.goodput import Saving, measured_saving
+from athanor.laws.goodput import Saving, typical_saving
 from athanor.ledger.book import Book
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.memory import peak_memory
@@ -128,7 +128,7 @@ class Forecaster:
 
     def saving(self, shape: DecoderShape, layout: Layout, is_async: bool) -> Saving:
         """One checkpoint of the step loop."""
-        return measured_saving(self.save_seconds(shape, layout), is_async)
+        return typical_saving(self.save_seconds(shape, layout), is_async, self.cluster.device_type)
 
     def save_seconds(self, shape: DecoderShape, layout: Layout) -> float:
         """One checkpoint that is waited for: weights and both moments of this rank's shards, written and synced."""

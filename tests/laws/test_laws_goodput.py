@@ -17,13 +17,14 @@ from athanor.laws.goodput import (
     Saving,
     best_interval,
     faults_per_second,
+    improved,
+    levers,
     mean_detection,
-    measured_saving,
     saving_seconds,
+    typical_saving,
     within,
     young_interval,
 )
-from athanor.laws.levers import improved, reach
 from athanor.laws.published import constants
 from athanor.ledger.accounts import NAMES
 
@@ -153,25 +154,24 @@ def test_best_interval_of_asynchronous_saves_is_where_a_search_finds_it(saving: 
 
 def test_levers_say_what_would_bring_the_target() -> None:
     job, target = Job(54 * DAY, Saving(0.4, 2.8, 0.1), 300, 600, faults_per_second(16384)), 0.97
-    levers = {lever.name: lever for lever in reach(job, target)}
-    assert list(levers) == ["faults", "detection", "restart", "saves", "all together"]
-    for name, lever in levers.items():
-        shares = dict.fromkeys(("faults", "detection", "restart", "saves"), lever.share) if name == "all together" else {
-            name: lever.share}
-        if lever.share is None:
-            assert lever.needed is None and lever.most < target
-            assert improved(job, **{name: 1e-6}).goodput == pytest.approx(lever.most, rel=1e-4)
+    found = {lever.name: lever for lever in levers(job, target)}
+    assert list(found) == ["faults", "detection", "restart", "saves", "all together"]
+    for name, lever in found.items():
+        if lever.needed is None:
+            assert lever.goodput_without < target
+            assert improved(job, **{name: 1e-6}).goodput == pytest.approx(lever.goodput_without, rel=1e-4)
         else:
+            names = ("faults", "detection", "restart", "saves") if name == "all together" else (name,)
+            shares = dict.fromkeys(names, lever.needed / lever.now)
             assert improved(job, **shares).goodput == pytest.approx(target, abs=1e-6)
             assert improved(job, **{key: 0.98 * share for key, share in shares.items()}).goodput > target
-    assert {name for name, lever in levers.items() if lever.share is None} == {"detection", "restart", "saves"}
-    rate = (levers["faults"].needed or 0.0) / DAY
+    assert {name for name, lever in found.items() if lever.needed is None} == {"detection", "restart", "saves"}
+    rate = (found["faults"].needed or 0.0) / DAY
     assert rate * (300 + 600 + 2.8) + math.sqrt(2 * rate * 0.68) == pytest.approx(1 / target - 1, rel=0.03), "to first order"
-    assert (levers["all together"].share or 0) > (levers["faults"].share or 1), "less of each when all come down"
-    with pytest.raises(UserError, match="already"):
-        reach(job, 0.9)
+    assert (found["all together"].needed or 0) > rate / job.faults, "less of each when all come down"
+    assert levers(job, 0.9) == [], "reached already"
     with pytest.raises(UserError, match="between 0 and 1"):
-        reach(job, 97.0)
+        levers(job, 97.0)
 
 
 def test_kinds_of_faults_are_those_of_the_table() -> None:
@@ -252,11 +252,13 @@ def test_verb_goodput_prints_interval_accounts_and_finish() -> None:
     assert not done.stdout and "Save every" in done.stderr and "checkpoint" in done.stderr and "P90" in done.stderr
     beside = json.loads(CliRunner().invoke(command, [*arguments, "--save-async", "--slowed", "0.2", "--hang-seconds", "700",
                                                      "--hang-share", "0.5", "--target", "0.97", "--json"]).stdout)
-    assert beside["blocked_seconds"] == pytest.approx(measured_saving(5.0, True).blocked_seconds) and beside["slowed"] == 0.2
+    assert beside["blocked_seconds"] == pytest.approx(typical_saving(5.0, True).blocked_seconds) and beside["slowed"] == 0.2
     assert beside["accounts"]["kernel"] > 0 and beside["detect_seconds"] == pytest.approx(500) and beside["save_seconds"] == 5
     assert beside["stepping_device_seconds"] + sum(beside["accounts"].values()) == pytest.approx(beside["device_seconds"])
-    assert beside["levers"]["saves"]["needed"] is None and 0 < beside["levers"]["faults"]["needed"] < 419 / 54
+    needed = {lever["name"]: lever["needed"] for lever in beside["levers"]}
+    assert needed["saves"] is None and 0 < needed["faults"] < 419 / 54
     told = CliRunner().invoke(command, [*arguments, "--target", "0.97"], catch_exceptions=False).stderr
+    assert "is reached already" in CliRunner().invoke(command, [*arguments, "--target", "0.5"]).stderr
     assert "all together" in told and "cannot: " in told and "97.0 %" in told
     late = ["--devices", "1", "--days-of-steps", "4e6", "--checkpoint-seconds", "30", "--failures-per-1000-device-days", "0.001"]
     assert "after the year 9999" in CliRunner().invoke(command, late, catch_exceptions=False).stderr
@@ -268,7 +270,7 @@ def test_verb_goodput_prints_interval_accounts_and_finish() -> None:
                            ([*arguments[:4], "--params", "1e9", "--write-rate", "0"], "write rate = 0"),
                            ([*arguments, "--slowed", "0.1"], "give --save-async, too"),
                            ([*arguments, "--save-async", "--slowed", "2"], "slowed = 2"),
-                           ([*arguments, "--target", "0.5"], "already"),
+                           ([*arguments, "--target", "50"], "goodput of 50 is no target"),
                            ([*arguments, "--failures-per-1000-device-days", "-3"], "= -3; it must be a number above 0")):
         error = CliRunner().invoke(command, wrong).exception
         assert isinstance(error, UserError) and message in str(error), wrong

@@ -15,7 +15,7 @@ from athanor.cli.main import program
 from athanor.cluster.spec import read_cluster
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.recipe import Recipe, load_recipe
-from athanor.laws.goodput import faults_per_second, measured_saving
+from athanor.laws.goodput import faults_per_second, typical_saving
 from athanor.models.shapes.find import find_shape
 from athanor.planner.estimate import estimate, read_cluster_words
 from athanor.planner.named import named_cluster
@@ -88,7 +88,7 @@ def test_a_budget_in_days_buys_what_faults_leave() -> None:
         waiting, beside = (_bought(devices, save_async) for save_async in (False, True))
         assert beside["every"] < 0.7 * waiting["every"] and beside["steps"] > waiting["steps"], "cheaper saves come more often"
         one = waiting["checkpoint"] / (math.ceil(waiting["steps"] / waiting["every"]) + 1)  # the model's folder takes as long
-        saving = measured_saving(one, True)
+        saving = typical_saving(one, True)
         assert waiting["why"].startswith("a save takes") and beside["why"].startswith("a save blocks")
         for found, written, slowed in ((waiting, 0.0, 0.0), (beside, saving.write_seconds, saving.slowed)):
             interval, beside_writes = found["every"] * found["seconds"], slowed * written / (found["every"] * found["seconds"])
