@@ -25,7 +25,7 @@ def command(run_or_recipe: str, overrides: tuple[str, ...], out: Path | None, as
     from athanor.ledger.reconcile import WHOLE_CHAIN
     from athanor.report.page import write_report
     from athanor.report.run_record import read_run
-    from athanor.report.terminal import print_ledger
+    from athanor.report.terminal import print_faults, print_ledger
 
     run = RunFolder(find_run(run_or_recipe, list(overrides)))
     record = read_run(run)
@@ -33,10 +33,14 @@ def command(run_or_recipe: str, overrides: tuple[str, ...], out: Path | None, as
     if as_json:
         books = {found.name: found.to_json() for found in record.books}
         chain = books.pop(WHOLE_CHAIN, None)
-        click.echo(json.dumps({"run": str(run.root), "report": str(path), "chain": chain, "stages": books}))
+        faults = {stage.name: [fault.to_json() for fault in stage.faults] for stage in record.stages}
+        click.echo(json.dumps({"run": str(run.root), "report": str(path), "chain": chain, "stages": books, "faults": faults}))
         return
     for found in record.books:
         print_ledger(found)
+    paid = {found.name: found.actual.device_seconds for found in record.books if found.actual}
+    for stage in record.stages:
+        print_faults(stage, paid.get(stage.name, 0.0))
     if not record.books:
         say("there is no book in this run folder yet")
     say(f"report: {path}")

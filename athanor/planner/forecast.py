@@ -17,6 +17,7 @@ from athanor.cost.rates import Rates
 from athanor.cost.step import price
 from athanor.foundation.layout import Layout, keeps_whole
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
+from athanor.laws.goodput import Saving, typical_saving
 from athanor.ledger.book import Book
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.planner.memory import peak_memory
@@ -43,6 +44,7 @@ class StageChoice:
     evaluate_rows: int | None = None  # of a validation, where these are not all
     recompute: str = "none"
     schedule: str = DEFAULT_SCHEDULE
+    save_async: bool = True
 
     def global_batch_tokens(self, layout: Layout) -> int:
         return self.seq_len * self.micro_batch_size * self.num_microbatches * layout.data_ranks
@@ -98,8 +100,9 @@ class Forecaster:
         slow, devices = python_factor(self.cluster.python), layout.world_size
         once = {"startup": (constants["startup_seconds"] + constants["startup_seconds_per_parameter"] * shape.parameters()) * slow
                 + self.cluster.startup_seconds.get("join", 0.0)}
-        saves = math.ceil(stage.steps / stage.checkpoint_every) + 1  # and the model's folder
-        once["checkpoint"] = saves * self.save_seconds(shape, layout)
+        saves, apart = math.ceil(stage.steps / stage.checkpoint_every), stage.checkpoint_every * step.seconds
+        once |= self.saving(shape, layout, stage.save_async).seconds(saves, saves - 1, apart)
+        once["checkpoint"] += self.save_seconds(shape, layout)  # the model's folder
         checks = math.ceil(stage.steps / stage.evaluate_every)
         once["evaluation"] = checks * self.validation_seconds(step, shape, layout, stage)
         once["metering"] = constants["metering_seconds"] * slow * stage.steps * step.seconds / constants["metering_every_seconds"]
@@ -123,8 +126,12 @@ class Forecaster:
                            recompute=stage.recompute, num_microbatches=stage.num_microbatches, optimizer=stage.optimizer,
                            schedule=stage.schedule, device_type=self.cluster.device_type)
 
+    def saving(self, shape: DecoderShape, layout: Layout, is_async: bool) -> Saving:
+        """One checkpoint of the step loop."""
+        return typical_saving(self.save_seconds(shape, layout), is_async, self.cluster.device_type)
+
     def save_seconds(self, shape: DecoderShape, layout: Layout) -> float:
-        """One checkpoint: weights and both moments of this rank's shards, written and synced."""
+        """One checkpoint that is waited for: weights and both moments of this rank's shards, written and synced."""
         size = 12.0 * shape.parameters() / (layout.dp_shard * layout.tp * layout.pp)
         disk = self.cluster.disk
         written = size / disk["write_bytes_per_second"] + disk.get("sync_seconds", 0.0)

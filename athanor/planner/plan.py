@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
 
     ranked, job = ranking(), None
     if recipe.budget.days is not None:
-        job = _expected(forecaster, ranked[0], recipe.budget.days)
+        job = _expected(forecaster, ranked[0], recipe.budget.days, main.save_async)
         shares = {name: share * job.goodput for name, share in shares.items()}
         ranked = ranking()
     best, spare = ranked[0], 0.0
@@ -106,16 +106,16 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
                 notes, dict(factors or {}))
 
 
-def _expected(forecaster: Forecaster, best: Candidate, days: float) -> goodput.Job:
+def _expected(forecaster: Forecaster, best: Candidate, days: float, save_async: bool) -> goodput.Job:
     """What faults leave of so many days of the calendar on this shape and layout."""
-    save = forecaster.save_seconds(best.shape, best.layout)
-    return goodput.within(days * goodput.DAY, save, goodput.faults_per_second(best.layout.world_size))
+    saving = forecaster.saving(best.shape, best.layout, save_async)
+    return goodput.within(days * goodput.DAY, saving, goodput.faults_per_second(best.layout.world_size))
 
 
 def _add_faults(book: Book, job: goodput.Job) -> None:
     """What faults are expected to take; saves stand in the book already."""
     for name, seconds in job.expect().items():
-        if name != "checkpoint":
+        if name not in ("kernel", "checkpoint"):
             book.add(name, seconds * book.devices, "planned")
             book.wall_seconds += seconds
     book.device_seconds = book.wall_seconds * book.devices

@@ -100,7 +100,8 @@ def open_stage(stage: Stage, text: Text, cluster: ClusterSpec, parallel: Paralle
         checkpoint_every=stage.checkpoint_every or 1, evaluate_every=stage.evaluate_every or 1,
         optimizer=stage.optimizer or "muon", document_tokens=text.pair_tokens if is_pairs else text.document_tokens,
         evaluation_tokens=text.evaluation_tokens * (load()["text"]["pairs_share"] if is_pairs else 1.0),
-        recompute=parallel.recompute or "none", schedule=parallel.pipeline_schedule or DEFAULT_SCHEDULE)
+        recompute=parallel.recompute or "none", schedule=parallel.pipeline_schedule or DEFAULT_SCHEDULE,
+        save_async=stage.save_async)
 
 
 def fill_stage(forecaster: Forecaster, best: Candidate, stage: Stage, template: StageChoice, text: Text,
@@ -143,13 +144,13 @@ def fill_stage(forecaster: Forecaster, best: Candidate, stage: Stage, template: 
 def _with_intervals(forecaster: Forecaster, best: Candidate, stage: Stage, choice: StageChoice, step: Step,
                     reasons: dict[str, str]) -> StageChoice:
     """How often to save (with the highest goodput) and to validate."""
-    save = forecaster.save_seconds(best.shape, best.layout)
-    apart = goodput.best_interval(save, goodput.faults_per_second(best.layout.world_size))
+    saving = forecaster.saving(best.shape, best.layout, choice.save_async)
+    apart = goodput.best_interval(saving, goodput.faults_per_second(best.layout.world_size))
     best_apart, quarter = max(1, round(apart / step.seconds)), math.ceil(choice.steps / 4)
     checkpoint = stage.checkpoint_every or min(best_apart, quarter)
     why = "balances saving against work lost to faults" if best_apart <= quarter else "is a quarter of the stage"
     every = format_seconds(checkpoint * step.seconds)
-    reasons["checkpoint_every"] = f"a save takes {format_seconds(save)}; one every {every} {why}"
+    reasons["checkpoint_every"] = f"{saving}; one every {every} {why}"
     return _with_validations(forecaster, best, stage, replace(choice, checkpoint_every=checkpoint), step, reasons)
 
 

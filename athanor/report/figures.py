@@ -55,7 +55,7 @@ def headlines(record: RunRecord) -> list[Figure]:
     if leading:
         book = leading.actual or leading.forecast
         assert book is not None, "a reconciliation has at least one book"
-        figures += _ratios(book, leading.name)
+        figures += _ratios(book, leading.name, leading.forecast)
     return figures
 
 
@@ -88,7 +88,7 @@ def baselines(score: Row) -> list[tuple[str, float]]:
     return [(name, float(details[key])) for name in ("xz", "gzip") for key in (name, f"{name}_bits_per_byte") if key in details]
 
 
-def _ratios(book: Book, name: str) -> list[Figure]:
+def _ratios(book: Book, name: str, foreseen: Book | None) -> list[Figure]:
     derived, forecast = book.derived(), " (forecast)" if book.kind == "forecast" else ""
     of = "" if name == "whole chain" else f", {name}"
     figures = []
@@ -101,7 +101,9 @@ def _ratios(book: Book, name: str) -> list[Figure]:
         hfu = "the same" if abs(derived["hfu"] - derived["mfu"]) < 5e-4 else _percent(derived["hfu"])
         figures.append(Figure(_percent(derived["mfu"]), "MFU", f", causal attention{beside}; HFU {hfu}{forecast}", "mfu"))
     if "goodput" in derived:
-        figures.append(Figure(_percent(derived["goodput"]), "goodput", f": kept stepping time / paid{forecast}", "goodput"))
+        beside = f"; forecast {_percent(foreseen.derived()['goodput'])}" if foreseen and not forecast else ""
+        rest = f": kept stepping time / paid{forecast}{beside}"
+        figures.append(Figure(_percent(derived["goodput"]), "goodput", rest, "goodput"))
     return figures
 
 

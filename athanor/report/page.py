@@ -15,7 +15,7 @@ from athanor.foundation.units import format_count, format_seconds, format_share
 from athanor.ledger.accounts import ACCOUNTS
 from athanor.ledger.book import Book
 from athanor.ledger.reconcile import Line, Reconciliation
-from athanor.report import figures, plots, sections
+from athanor.report import faults, figures, plots, sections
 from athanor.report.curves import charts, flops_note
 from athanor.report.run_record import RunRecord, StageRecord, read_run
 
@@ -53,7 +53,8 @@ def render(record: RunRecord) -> str:
         format_share=format_share, seconds=_seconds, is_far=_is_far, longest=_longest,
         stacked_bar=plots.stacked_bar, error_bar=plots.error_bar, draw=plots.draw,
         stages=[(stage, charts(stage, of_stage.get(stage.name)), _events(stage)) for stage in record.stages],
-        flops_note=lambda name: flops_note(of_stage.get(name)), shown_events=SHOWN_EVENTS,
+        flops_note=lambda name: flops_note(of_stage.get(name)), shown_events=SHOWN_EVENTS, faults=faults, clock=figures.clock,
+        paid_by={found.name: found.actual.device_seconds for found in record.books if found.actual},
         scores=sections.scores(record.scores), funnel=sections.funnel(record),
         excerpts=sections.excerpts(record), chain=sections.chain(record),
         samples=[(stage.name, sections.samples(stage)) for stage in record.stages if stage.samples],

@@ -12,6 +12,7 @@ from typing import Any
 from athanor.foundation.errors import UserError
 from athanor.foundation.run_folder import RunFolder, StageFolder, read_json, read_jsonl
 from athanor.ledger.reconcile import Reconciliation, reconcile_run
+from athanor.report.faults import Fault, timeline
 
 Row = dict[str, Any]
 LIMITS = {"time": 1e11}  # seconds since 1970 that a calendar can write
@@ -27,13 +28,14 @@ EXPECTED = {
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One training stage: rows of its JSON-lines files, and the seconds per step that the plan foresaw."""
+    """One training stage: rows of its JSON-lines files, what interrupted it, and the seconds per step that the plan foresaw."""
 
     name: str
     metrics: Sequence[Row]
     events: Sequence[Row]
     samples: Sequence[Row]
     step_seconds: float | None
+    faults: Sequence[Fault] = ()
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,18 @@ def _read_stage(stage: StageFolder, plan: Row) -> StageRecord:
     forecast = plan.get("forecast", {}).get(name, {})
     rows = _rows(stage.metrics, "step", "time", "tokens", "loss", "validation_loss", "step_seconds", "tokens_per_second")
     metrics = {row["step"]: row for row in rows if "step" in row}  # a step done again replaces its row
-    return StageRecord(name, [metrics[step] for step in sorted(metrics)], _rows(stage.events, "time", "step"),
-                       _rows(stage.samples, "step"), forecast.get("step_seconds") if isinstance(forecast, dict) else None)
+    events = _rows(stage.events, "time", "step")
+    return StageRecord(name, [metrics[step] for step in sorted(metrics)], events, _rows(stage.samples, "step"),
+                       forecast.get("step_seconds") if isinstance(forecast, dict) else None,
+                       timeline(events, _ledger(stage.root / "ledger.jsonl")))
+
+
+def _ledger(path: Path) -> list[Row]:
+    """Lines of a ledger that are whole."""
+    numbers = "first_step", "last_step"
+    return [row for row in _rows(path, *numbers, "resumed_step", "device_seconds", "skipped_steps")
+            if "resumed_step" in row or (all(name in row for name in numbers) and isinstance(row.get("accounts"), dict)
+                                         and all(_is_number(seconds) for seconds in row["accounts"].values()))]
 
 
 def _rows(path: Path, *numbers: str) -> list[Row]:

@@ -12,7 +12,9 @@ from athanor.foundation.progress import console as people
 from athanor.foundation.units import format_seconds, format_share
 from athanor.ledger.accounts import BY_NAME
 from athanor.ledger.reconcile import Line, Reconciliation
-from athanor.report.figures import signed_percent
+from athanor.report import faults
+from athanor.report.figures import clock, signed_percent
+from athanor.report.run_record import StageRecord
 
 MOST_BAR = 72  # characters of the longest bar
 
@@ -21,6 +23,20 @@ def print_ledger(found: Reconciliation, console: Console | None = None) -> None:
     """Show a pair of books to people (on standard error unless another console is given)."""
     console = console or people
     console.print(ledger(found, console.width))
+
+
+def print_faults(stage: StageRecord, paid_seconds: float) -> None:
+    """Show people what interrupted a stage, and what each time cost in device-seconds."""
+    if not stage.faults:
+        return
+    people.print(Text(f"{stage.name} was {faults.summary(stage.faults, paid_seconds)}"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("at", "what happened", "again", *(f"{name}, s" for name in faults.COSTS), "in all"):
+        table.add_column(column, justify="left" if column == "what happened" else "right", no_wrap=column != "what happened")
+    for fault in stage.faults:
+        at = "–" if fault.at is None else clock(fault.at, 0)
+        table.add_row(at, Text(fault.sentence), str(fault.cost.steps_again), *faults.cells(fault))
+    people.print(table)
 
 
 def ledger(found: Reconciliation, width: int = 100) -> RenderableType:
@@ -86,5 +102,7 @@ def _figures(found: Reconciliation) -> list[Text]:
     shown = (("mfu", "MFU, causal attention: useful / stepping time"), ("mfu_full_attention", "MFU, full-square attention"),
              ("hfu", "HFU: useful + recompute / stepping time"), ("goodput", "goodput: kept stepping time / paid"),
              ("end_to_end", "end to end: useful / paid"))
-    lines = [Text(f"{format_share(derived[key]):>8}  {words}") for key, words in shown if key in derived]
+    foreseen = found.forecast.derived() if found.forecast and found.actual else {}
+    lines = [Text(f"{format_share(derived[key]):>8}  {words}" + (f"; forecast {format_share(foreseen[key])}" if key == "goodput"
+                  and key in foreseen else "")) for key, words in shown if key in derived]
     return lines + [Text(note, style="dim") for note in book.notes]

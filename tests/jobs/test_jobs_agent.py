@@ -24,6 +24,7 @@ from athanor.foundation.run_folder import RunFolder, StageFolder, hash_folder, r
 from athanor.jobs import agent as agent_module
 from athanor.jobs.agent import Agent, Held, Stopped
 from athanor.ledger.book import read_book
+from athanor.ledger.interruptions import interruptions
 from athanor.train.settings import layout_of
 
 STEPS, EVERY = 24, 6
@@ -101,6 +102,10 @@ def assert_every_second_is_told(stage: StageFolder, wall_seconds: float) -> None
     assert book.wall_seconds <= wall_seconds and book.wall_seconds == pytest.approx(wall_seconds, rel=0.1, abs=0.3)
     assert abs(book.accounts["unattributed"]) <= 0.05 * book.device_seconds + 0.1, book.accounts
     assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"]
+    costs = interruptions(read_jsonl(stage.root / "ledger.jsonl"))
+    for account in ("lost", "down"):
+        assert sum(each.accounts[account] for each in costs) == pytest.approx(book.accounts.get(account, 0.0)), account
+    assert [each.resumed_step for each in costs] == [row["step"] for row in events(stage, "restart")]
 
 
 @pytest.mark.parametrize("who", ["one", pytest.param("all", marks=pytest.mark.slow)])

@@ -119,7 +119,16 @@ def test_book_of_a_stage_closes_and_counts_saves_and_validations(machine: Cluste
     assert book.accounts["unattributed"] == pytest.approx(0.0, abs=1e-6)
     assert book.kind == "forecast" and book.device_seconds == pytest.approx(2 * book.wall_seconds)
     assert book.tokens == 100 * 2 * 8 * 2 * 256
-    assert book.accounts["checkpoint"] == pytest.approx(2 * 5 * forecaster.save_seconds(SHAPE, layout))
+    waiting, save = forecaster.stage(SHAPE, layout, replace(STAGE, save_async=False)), forecaster.save_seconds(SHAPE, layout)
+    assert waiting.accounts["checkpoint"] == pytest.approx(2 * (4 + 1) * save), "four and the model's folder, of two devices"
+    saving, step = forecaster.saving(SHAPE, layout, True), forecaster.step(SHAPE, layout, STAGE)
+    assert 0 < saving.blocked_seconds < 0.1 * save and 25 * step.seconds > saving.write_seconds, "the writes have room"
+    assert book.accounts["checkpoint"] == pytest.approx(2 * (4 * saving.blocked_seconds + saving.write_seconds + save)), (
+        "the last write is waited for")
+    slower = 2 * 3 * saving.slowed * saving.write_seconds
+    assert book.accounts["kernel"] - waiting.accounts["kernel"] == pytest.approx(slower, rel=1e-6)
+    saved = waiting.wall_seconds - book.wall_seconds
+    assert 2 * saved == pytest.approx(waiting.accounts["checkpoint"] - book.accounts["checkpoint"] - slower)
     more = forecaster.stage(SHAPE, layout, replace(STAGE, evaluate_every=25))
     assert more.accounts["evaluation"] == pytest.approx(2 * book.accounts["evaluation"])
     assert book.model_flops < book.model_flops_full

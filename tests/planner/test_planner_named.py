@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,7 +15,7 @@ from athanor.cli.main import program
 from athanor.cluster.spec import read_cluster
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.recipe import Recipe, load_recipe
-from athanor.laws.goodput import faults_per_second
+from athanor.laws.goodput import faults_per_second, typical_saving
 from athanor.models.shapes.find import find_shape
 from athanor.planner.estimate import estimate, read_cluster_words
 from athanor.planner.named import named_cluster
@@ -83,16 +85,31 @@ def test_a_chain_is_not_run_for_a_machine_that_is_not_here(toy: Callable[..., Re
 
 def test_a_budget_in_days_buys_what_faults_leave() -> None:
     for devices in (64, 2048):
-        recipe = load_recipe(LLAMA, [f"cluster.devices={devices}", "parallel.dp_replicate=1", "parallel.dp_shard=-1",
-                                     "budget.days=20"])
-        recipe.stage[0].tokens = None
-        plan = make_plan(recipe, named_cluster(recipe.cluster), LONG)
-        steps, seconds = plan.values["stage"][0]["steps"], plan.steps["pretrain"].seconds
-        save = plan.books["pretrain"].accounts["checkpoint"] / devices
-        faults = faults_per_second(devices)
-        interval = plan.values["stage"][0]["checkpoint_every"] * seconds
-        first_order = 1 - faults * (interval / 2 + 900) - save / (20 * 86400)  # a fault loses half an interval and a restart
-        assert 0.95 < first_order < 0.99 and steps * seconds / (20 * 86400) == pytest.approx(first_order, abs=2e-3)
-        around = sum(plan.books["pretrain"].accounts[name] for name in ("checkpoint", "lost", "down", "startup")) / devices
-        assert steps * seconds + around == pytest.approx(20 * 86400, rel=2e-3)
-        assert "faults a day are expected" in plan.notes[-1]
+        waiting, beside = (_bought(devices, save_async) for save_async in (False, True))
+        assert beside["every"] < 0.7 * waiting["every"] and beside["steps"] > waiting["steps"], "cheaper saves come more often"
+        one = waiting["checkpoint"] / (math.ceil(waiting["steps"] / waiting["every"]) + 1)  # the model's folder takes as long
+        saving = typical_saving(one, True)
+        assert waiting["why"].startswith("a save takes") and beside["why"].startswith("a save blocks")
+        for found, written, slowed in ((waiting, 0.0, 0.0), (beside, saving.write_seconds, saving.slowed)):
+            interval, beside_writes = found["every"] * found["seconds"], slowed * written / (found["every"] * found["seconds"])
+            lost = faults_per_second(devices) * (interval / 2 + written + 900)  # half an interval, the write, a restart
+            first_order = 1 - lost - found["checkpoint"] / (20 * 86400) - beside_writes
+            assert 0.95 < first_order < 0.99
+            assert found["steps"] * found["seconds"] / (20 * 86400) == pytest.approx(first_order, abs=2e-3)
+            assert found["wall"] == pytest.approx(20 * 86400, rel=2e-3)
+
+
+def _bought(devices: int, save_async: bool) -> dict[str, Any]:
+    """What a plan for 20 days says of its only stage."""
+    recipe = load_recipe(LLAMA, [f"cluster.devices={devices}", "parallel.dp_replicate=1", "parallel.dp_shard=-1",
+                                 "budget.days=20", f"stage.pretrain.save_async={str(save_async).lower()}"])
+    recipe.stage[0].tokens = None
+    plan = make_plan(recipe, named_cluster(recipe.cluster), LONG)
+    assert "faults a day are expected" in plan.notes[-1]
+    stage, seconds, book = plan.values["stage"][0], plan.steps["pretrain"].seconds, plan.books["pretrain"]
+    around = sum(book.accounts[name] for name in ("checkpoint", "lost", "down", "startup"))
+    kernel = book.accounts["kernel"] - stage["steps"] * plan.steps["pretrain"].accounts["kernel"]
+    assert kernel > 0 if save_async else kernel == pytest.approx(0, abs=1e-6 * book.device_seconds)
+    return {"steps": stage["steps"], "seconds": seconds, "every": stage["checkpoint_every"],
+            "checkpoint": book.accounts["checkpoint"] / devices, "why": plan.reasons["stage.pretrain.checkpoint_every"],
+            "wall": stage["steps"] * seconds + (around + kernel) / devices}

@@ -16,7 +16,8 @@ from athanor.planner.forecast import Forecaster, StageChoice
 
 SHAPE = DecoderShape(vocab_size=4096, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4)
 STAGE = StageChoice("pretrain", seq_len=256, micro_batch_size=8, num_microbatches=2, steps=100, precision="fp32",
-                    checkpoint_every=25, evaluate_every=50, optimizer="adamw", document_tokens=1e9)
+                    checkpoint_every=25, evaluate_every=50, optimizer="adamw", document_tokens=1e9,
+                    save_async=False)  # so that steps are all that `kernel` holds
 LAYOUT = Layout(tp=2)
 TRUE = {"computing": 1.5, "tensor": 2.0, "optimizer": 0.7}
 

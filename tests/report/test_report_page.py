@@ -118,6 +118,29 @@ def test_figures_come_first_and_name_their_definitions(page: Page, finished: Run
     assert linked == {"#def-wall-clock", "#def-bits_per_byte", "#def-end_to_end", "#def-mfu", "#def-goodput"}
 
 
+def test_faults_stand_with_what_each_cost(page: Page, finished: RunFolder) -> None:
+    book = read_book(finished.stage("pretrain").actual)
+    row, = page.find("tr", data_fault="0")
+    cells = page.cells(row)
+    assert cells[:3] == ["2:10", "rank 1 was killed by signal 9 (SIGKILL) after step 300", "10"]
+    lost = book.accounts["lost"]
+    assert [float(cell) for cell in cells[3:]] == [pytest.approx(seconds, abs=0.051) for seconds in (lost, 0, 7, lost + 7)], (
+        "the start after it, and not the run's first")
+    told = next(page.texts[i] for i in page.find("summary") if "interrupted" in page.texts[i])
+    assert told == (f"interrupted once, 10 steps done again: {lost + 7:,.1f} device-seconds, "
+                    f"{100 * (lost + 7) / book.device_seconds:.1f} % of what was paid")
+    forecast = read_book(finished.forecast).derived()["goodput"]
+    assert f"kept stepping time / paid; forecast {100 * forecast:.0f}\u00a0%" in page.texts[page.find("div", class_="big")[0]]
+
+
+@pytest.mark.parametrize("odd", ["NaN", "null", '"x"', "[]"])
+def test_a_ledger_with_odd_lines_is_read_as_far_as_it_goes(copy: RunFolder, tmp_path: Path, odd: str) -> None:
+    ledger = copy.stage("pretrain").root / "ledger.jsonl"
+    odd_line = json.dumps({"first_step": 0, "last_step": "ODD", "resumed_step": "ODD", "accounts": {"lost": "ODD"}})
+    ledger.write_text(odd_line.replace('"ODD"', odd) + "\n" + ledger.read_text() + '{"accounts": [], "first_step": 3}\n')
+    assert len(page_of(copy, tmp_path).find("tr", data_fault="0")) == 1
+
+
 def test_links_lead_somewhere_and_ids_are_unique(page: Page) -> None:
     ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))

@@ -59,11 +59,16 @@ def test_the_verb_writes_the_page_and_prints_one_json_document(finished: RunFold
     assert {name: line["actual"] for name, line in value["chain"]["accounts"].items()} == pytest.approx(actual.accounts)
     assert value["chain"]["wall_error"] == pytest.approx(read_book(finished.forecast).wall_seconds / actual.wall_seconds - 1)
     assert list(value["stages"]) == ["pretrain", "chat"]
+    (fault,) = value["faults"]["pretrain"]
+    assert value["faults"]["chat"] == [] and "killed by signal 9" in fault["sentence"]
+    assert (fault["step"], fault["resumed_step"]) == (300, 290) and fault["seconds_since_start"] == pytest.approx(130.4)
+    assert fault["accounts"]["lost"] == pytest.approx(read_book(finished.stage("pretrain").actual).accounts["lost"])
 
 
 def test_people_get_the_ledger_on_standard_error(finished: RunFolder, tmp_path: Path) -> None:
     result = CliRunner().invoke(command, [str(finished.root), "--out", str(tmp_path / "page.html")], catch_exceptions=False)
     assert result.stdout == ""
+    assert "pretrain was interrupted once, 10 steps done again: " in result.stderr and "killed by" in result.stderr
 
 
 def test_a_recipe_leads_to_its_run_folder(finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

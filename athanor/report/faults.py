@@ -1,0 +1,60 @@
+"""The faults, stops and rollbacks of a stage in their order, and what each cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from athanor.foundation.units import format_share
+from athanor.ledger.interruptions import COSTS, Interruption, interruptions
+
+TOLD, RESUMED = ("fault", "held", "stop", "rollback"), ("restart", "rollback")  # kinds of events
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`at`: seconds since the stage's first event, None when nobody saw it; `sentence`: what was told of it."""
+
+    at: float | None
+    sentence: str
+    cost: Interruption
+
+    def to_json(self) -> dict[str, Any]:
+        cost = self.cost
+        return {"seconds_since_start": self.at, "sentence": self.sentence, "step": cost.step, "resumed_step": cost.resumed_step,
+                "accounts": cost.accounts, "device_seconds": cost.device_seconds}
+
+
+def timeline(events: Sequence[dict[str, Any]], ledger: Sequence[dict[str, Any]]) -> list[Fault]:
+    """What interrupted a stage. Events and lines of the ledger are in the same order: each going on is told in both."""
+    told: list[list[dict[str, Any]]] = [[]]
+    for event in events:
+        if event.get("kind") in TOLD:
+            told[-1].append(event)
+        if event.get("kind") in RESUMED:
+            told.append([])
+    first = next((event["time"] for event in events if "time" in event), 0.0)
+    found = interruptions(ledger)
+    return [_fault(group, cost, first) for group, cost in zip(told + [[]] * len(found), found, strict=False)]
+
+
+def _fault(told: Sequence[dict[str, Any]], cost: Interruption, first: float) -> Fault:
+    times = [event["time"] - first for event in told if "time" in event]
+    sentences = dict.fromkeys(str(event.get("sentence", "")) for event in told)
+    return Fault(min(times, default=None), "; ".join(sentences) or "it ended, and nobody was left to say why", cost)
+
+
+def summary(faults: Sequence[Fault], paid_seconds: float) -> str:
+    """What all of them took, of the device-seconds paid."""
+    cost = sum(fault.cost.device_seconds for fault in faults)
+    again = sum(fault.cost.steps_again for fault in faults)
+    share = f", {format_share(cost / paid_seconds)} of what was paid" if paid_seconds > 0 else ""
+    return (f"interrupted {'once' if len(faults) == 1 else f'{len(faults)} times'}, {again} step{'' if again == 1 else 's'} done "
+            f"again: {cost:,.1f} device-seconds{share}")
+
+
+def cells(fault: Fault) -> list[str]:
+    """Device-seconds by account of COSTS, and of all of them; a restart in place may take hundredths of a second."""
+    held = *(fault.cost.accounts[name] for name in COSTS), fault.cost.device_seconds
+    return [f"{seconds:,.1f}" if seconds >= 10 else f"{seconds:.2f}" for seconds in held]
