@@ -63,6 +63,13 @@ def devices_of(recipe: Recipe) -> int:
     return recipe.cluster.devices or len(os.sched_getaffinity(0))
 
 
+def planned(recipe: Recipe, run: RunFolder) -> Recipe:
+    """What a recipe leaves open, filled from the plan that it names, or else from the one in its run folder, if there is one."""
+    if recipe.plan.file != "auto":
+        return recipe.with_plan(read_plan(Path(recipe.plan.file)), recipe.plan.file)
+    return recipe.with_plan(read_plan(run.plan), str(run.plan)) if run.plan.exists() else recipe
+
+
 def plan_inputs(recipe: Recipe, run: RunFolder, sources: dict[str, Any]) -> dict[str, str]:
     """By hash: the recipe, the measured cluster, the sources' sizes and the plan that is to be followed."""
     given = read_plan(Path(recipe.plan.file)) if recipe.plan.file != "auto" else {}

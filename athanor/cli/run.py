@@ -60,10 +60,8 @@ def walk(recipe: Recipe, run: RunFolder, started: float, is_fresh: bool = False)
     data_inputs = inputs_of(planned)
     chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run, data_inputs))
     for stage in planned.stage:
-        inputs = _stage_inputs(planned, stage, run)
-        replaced = _replaced(stage, run, is_fresh)
-        chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model],
-                   _training(planned, stage, run, replaced is not None), replaced)
+        chain.step(f"train {stage.name}", _stage_inputs(planned, stage, run), [run.stage(stage.name).model],
+                   _training(planned, stage, run, is_fresh))
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
     facts = {**models, "data": _data_hash(run)}
     if planned.evaluate.lm_eval_data is not None:
@@ -172,14 +170,6 @@ def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str
     return inputs
 
 
-def _replaced(stage: Stage, run: RunFolder, is_fresh: bool = False) -> str | None:
-    """The hash of the configuration whose work must go before a stage can begin (empty: it has none); None when none must.
-
-    Only `is_fresh` throws work away; without it, what was trained goes on, or is refused by what differs.
-    """
-    return hash_output(run.stage(stage.name).config) or "" if is_fresh else None
-
-
 def _refuse_other_plan(recipe: Recipe, run: RunFolder) -> None:
     """A plan that differs from what a stage was trained with is refused before it takes the place of the one that fits."""
     for stage in recipe.stage:
@@ -194,6 +184,8 @@ def _refuse_other_plan(recipe: Recipe, run: RunFolder) -> None:
 
 
 def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> Callable[[], dict[str, Any]]:
+    """Only `is_fresh` throws work away; without it, what was trained goes on, or is refused by what differs."""
+
     def work() -> dict[str, Any]:
         from athanor.cli.train import train
 
@@ -207,7 +199,7 @@ def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> C
 def _evaluate(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     from athanor.cli.evaluate import evaluate_run
 
-    return {"seconds": evaluate_run(recipe, run).seconds}
+    return {"seconds": evaluate_run(recipe, run, keeps_unchanged=True).seconds}
 
 
 def _register(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
@@ -251,7 +243,6 @@ def actual_book(chain: Chain, recipe: Recipe, run: RunFolder, report_seconds: fl
         if line["event"] == "done" and (account := STEP_ACCOUNTS.get(line["step"]) or _idle_account(line, run)):
             books.append(_step_book(account, line["seconds"], line["devices"]))
     books.append(_step_book("publish", report_seconds, chain.devices))
-    books.append(_step_book("lost", chain.replaced_seconds() / chain.devices, chain.devices))
     books += [read_book(run.stage(stage.name).actual) for stage in recipe.stage]
     book = total(books, "actual", wall_seconds=chain.wall_seconds(), devices=chain.devices, device_seconds=chain.device_seconds())
     if recipe.cluster.price_per_device_hour is not None:
@@ -265,8 +256,7 @@ def _idle_account(line: dict[str, Any], run: RunFolder) -> str | None:
     if verb != "train":
         return None
     begin = line["time"] - line["seconds"]
-    ledger = run.stage(stage).root / "ledger.jsonl"
-    is_idle = not any(begin <= row.get("time", 0.0) <= line["time"] for row in read_jsonl(ledger))
+    is_idle = not any(begin <= row.get("time", 0.0) <= line["time"] for row in read_jsonl(run.stage(stage).ledger))
     return "startup" if is_idle else None
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from athanor.cli.chain import Chain, hash_output
 from athanor.cli.data import command as data
-from athanor.cli.run import _build_data, _replaced, _stage_inputs
+from athanor.cli.preflight import planned
+from athanor.cli.run import _build_data, _stage_inputs
 from athanor.cli.train import command as train
 from athanor.data.sources import inputs_of
 from athanor.foundation.errors import RecipeError, UserError
@@ -79,22 +79,16 @@ def test_a_build_of_the_same_trains_nothing_anew(built: Recipe, tmp_path: Path) 
     assert _stage_inputs(built, built.stage[0], run) != before
 
 
-def test_fresh_replaces_what_was_trained_by_hand(built: Recipe, tmp_path: Path) -> None:
-    run, stage = RunFolder(tmp_path / "runs" / "rebuilt"), built.stage[0]
-    inputs = _stage_inputs(built, stage, run)
-    run.stage("pretrain").root.mkdir()
-    run.stage("pretrain").config.write_text("by hand")
-    chain = Chain(run, 2, 0.0)
-    assert _replaced(stage, run) is None
-    assert _replaced(stage, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
-
-    def refused() -> None:
-        raise UserError("was trained with another configuration")
-
-    with pytest.raises(UserError):
-        chain.step("train pretrain", inputs, [], refused)
-    assert _replaced(stage, run) is None, "a refusal throws nothing away, the next time either"
-    assert _replaced(stage, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
+def test_a_named_plan_is_followed_before_the_run_folders(built: Recipe, tmp_path: Path) -> None:
+    run, file = RunFolder(tmp_path / "runs" / "rebuilt"), tmp_path / "recipe.toml"
+    assert planned(built, run) == built, "there is no plan"
+    for name, steps in ((run.plan, 7), (tmp_path / "named.toml", 9)):
+        name.write_text(f'[[stage]]\nname = "pretrain"\nsteps = {steps}\nseq_len = 32\n')
+    named = load_recipe(file, [f"plan.file={tmp_path / 'named.toml'}"])
+    assert [planned(recipe, run).stage[0].steps for recipe in (built, named)] == [7, 9]
+    assert planned(named, run).stage[0].seq_len == 64, "the recipe wins"
+    with pytest.raises(RecipeError, match=r"plan .*none\.toml does not exist"):
+        planned(load_recipe(file, [f"plan.file={tmp_path / 'none.toml'}"]), run)
 
 
 def test_the_stage_may_be_left_out_where_there_is_one(built: Recipe, tmp_path: Path) -> None:

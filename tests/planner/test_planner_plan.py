@@ -121,6 +121,7 @@ def test_every_axis_is_forecast(machine: ClusterSpec, toy: Toy, axis: str) -> No
     account = {"pp": "pipeline", "cp": "context", "tp": "tensor", "dp_replicate": "data_parallel"}[axis]
     assert plan.values["parallel"][axis] == 2 and plan.forecast.accounts[account] > 0
     assert ("bubble" in plan.forecast.accounts) == (axis == "pp")
+    assert {book.layout for book in (*plan.books.values(), plan.forecast)} == {f"{axis}=2"}
     for stage in plan.values["stage"]:
         rows = stage["global_batch_tokens"] // stage["seq_len"]
         data_ranks = 2 if axis == "dp_replicate" else 1
