@@ -34,7 +34,7 @@ class Chain:
         `work` returns details for the record, or None.
         """
         last = self.last(name)
-        if last is not None and last["inputs"] == inputs and last["outputs"] == self._hashes(outputs):
+        if last is not None and last["inputs"] == inputs and self.is_untouched(name, outputs):
             say(f"{name}: unchanged")
             return False
         if not self.begun:
@@ -49,6 +49,11 @@ class Chain:
                      "inputs": inputs, "outputs": self._hashes(outputs), "details": details})
         say(f"{name}: {format_seconds(seconds)}")
         return True
+
+    def is_untouched(self, name: str, outputs: Sequence[Path]) -> bool:
+        """Whether the outputs of a step are what it wrote when it was last done, if it ever was."""
+        last = self.last(name)
+        return last is None or last["outputs"] == self._hashes(outputs)
 
     def last(self, name: str) -> dict[str, Any] | None:
         """The newest done line of a step."""

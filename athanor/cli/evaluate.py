@@ -157,6 +157,11 @@ def _print_scores(result: Evaluation) -> None:
     for model, scores in result.scores.items():
         for task, score in scores.items():
             beside = ", ".join(f"{name} {score.details[name]:.4g}" for name in ("xz", "gzip") if name in score.details)
-            table.add_row(model, task, f"{score.value:.4g}", f"{score.low:.4g} to {score.high:.4g}", score.unit, str(score.count),
+            table.add_row(model, task, f"{score.value:.4g}", interval(asdict(score), 4), score.unit, str(score.count),
                           format_seconds(result.seconds[model][task]), beside)
     console.print(table)
+
+
+def interval(score: dict[str, Any], digits: int = 3) -> str:
+    """How sure a score is, which a single item cannot tell."""
+    return "of one item" if score["count"] == 1 else f"{score['low']:.{digits}g} to {score['high']:.{digits}g}"

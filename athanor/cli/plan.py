@@ -139,8 +139,8 @@ def show(plan: Plan) -> None:
                           row["layout"])
         console.print(table)
     forecast = plan.forecast
-    table = Table(title=f"Forecast: {format_seconds(forecast.wall_seconds)} on {forecast.devices} devices, laid out as "
-                        f"{forecast.layout}", box=None, title_justify="left")
+    say(f"Forecast: {format_seconds(forecast.wall_seconds)} on {forecast.devices} devices, laid out as {forecast.layout}")
+    table = Table(box=None)
     for column in ("account", *plan.books, "whole chain", "share"):
         table.add_column(column, justify="left" if column == "account" else "right")
     for name in sorted(forecast.accounts, key=forecast.accounts.__getitem__, reverse=True):

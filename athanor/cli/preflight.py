@@ -71,10 +71,11 @@ def planned(recipe: Recipe, run: RunFolder) -> Recipe:
 
 
 def plan_inputs(recipe: Recipe, run: RunFolder, sources: dict[str, Any]) -> dict[str, str]:
-    """By hash: the recipe, the measured cluster, the sources' sizes and the plan that is to be followed."""
+    """By hash: the recipe, how it evaluates, the measured cluster, the sources' sizes and the plan that is to be followed."""
     given = read_plan(Path(recipe.plan.file)) if recipe.plan.file != "auto" else {}
     cluster = run.cluster if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
-    return {"recipe": hash_value(recipe.model_dump(exclude={"serve", "metrics"})),
+    return {"recipe": hash_value(recipe.model_dump(exclude={"serve", "metrics", "evaluate"})),
+            "evaluate": hash_value(recipe.evaluate.model_dump()),
             "cluster": hash_file(cluster) if cluster.exists() else "",
             "sources": hash_value(sources), "given": hash_value(given)}
 

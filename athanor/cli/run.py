@@ -110,9 +110,11 @@ def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any],
 
     def make() -> dict[str, Any]:
         if was_planned:
-            say(f"{run.plan} was made before")
+            say(f"{run.plan} was made before" + ("" if made_from == inputs else ", and the stages are trained with it already"))
             return {"was_planned": True}
         plan = plan_run(recipe.with_plan(given, recipe.plan.file), run)  # what a plan fixes is only forecast
+        for sentence in (plan.reasons["model"], plan.reasons["parallel"], *plan.notes):
+            say(sentence)
         if not is_fresh:
             _refuse_other_plan(recipe.with_plan(given or plan.values, str(run.plan)), run)
         write_plan(plan, run, run.plan, inputs)
@@ -121,9 +123,13 @@ def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any],
         return {"forecast_seconds": plan.forecast.wall_seconds}
 
     inputs = plan_inputs(recipe, run, sources)
-    was_planned = (run.plan.exists() and run.forecast.exists() and chain.last_inputs("plan") is None
-                   and read_plan(run.plan).get("inputs") == inputs)
-    chain.step("plan", inputs, [run.plan, run.forecast], make)
+    outputs = [run.plan, run.forecast]
+    made_from = read_plan(run.plan).get("inputs", {}) if run.plan.exists() and run.forecast.exists() else {}
+    is_trained = any(run.stage(stage.name).metrics.exists() for stage in recipe.stage)
+    was_planned = (made_from == inputs and chain.last_inputs("plan") is None) or (
+        is_trained and not is_fresh and chain.is_untouched("plan", outputs)
+        and made_from == {**inputs, "evaluate": made_from.get("evaluate")})  # then only how it is evaluated is another
+    chain.step("plan", inputs, outputs, make)
     return recipe.with_plan(read_plan(run.plan), str(run.plan))
 
 
@@ -132,6 +138,7 @@ def _build_data(recipe: Recipe, run: RunFolder, inputs: dict[str, str]) -> dict[
     from athanor.cli.data import build_with_bar
     from athanor.data.lineage import open_manifest
     from athanor.data.rows import open_rows
+    from athanor.evaluate.find import check_data
 
     was_built = _was_built(run.data, inputs)
     if was_built:
@@ -139,6 +146,8 @@ def _build_data(recipe: Recipe, run: RunFolder, inputs: dict[str, str]) -> dict[
     manifest = open_manifest(run.data) if was_built else build_with_bar(recipe, run.data)
     for stage in recipe.stage:
         open_rows(run.data, stage.data, stage.seq_len or 256, recipe.seed)
+    for task in recipe.evaluate.tasks:
+        check_data(task, run.data)
     return {"hash": manifest["hash"], "seconds": manifest["seconds"], "was_built": was_built}
 
 
@@ -268,6 +277,7 @@ def _step_book(account: str, seconds: float, devices: int) -> Book:
 
 def _tell(run: RunFolder, recipe: Recipe) -> None:
     """The ledger, how good the models are, and where to go from here."""
+    from athanor.cli.evaluate import interval
     from athanor.evaluate.scores import read_scores
     from athanor.ledger.reconcile import WHOLE_CHAIN
     from athanor.report.run_record import read_run
@@ -277,7 +287,7 @@ def _tell(run: RunFolder, recipe: Recipe) -> None:
         if found.name == WHOLE_CHAIN:
             print_ledger(found)
     for model, scores in read_scores(run.scores).items():
-        parts = [f"{task} {score['value']:.3g} ({score['low']:.3g} to {score['high']:.3g})"
+        parts = [f"{task} {score['value']:.3g} ({interval(score)})"
                  + (f", xz {score['details']['xz']:.3g}" if "xz" in score["details"] else "") for task, score in scores.items()]
         say(f"{model}: {'; '.join(parts)}")
     say(f"report: {run.report}")

@@ -143,6 +143,9 @@ def open_rows(data_folder: Path, data: str, seq_len: int, seed: int, split: Spli
         rows = _document_rows(data_folder, manifest, seq_len, seed, split, identity)
     else:
         rows = _conversation_rows(data_folder, manifest, data, seq_len, seed, split, identity)
+    if split == "train" and data == "pairs" and not manifest["pairs"]:
+        raise DataError(f"'pairs' are made from Python functions with docstrings, and {data_folder} has none; give the stage a "
+                        "JSONL file of conversations as its data, or leave it out")
     if split == "train" and rows.count == 0:
         raise DataError(f"'{data}' of {data_folder} has not one row of {seq_len} tokens; give more text or a smaller seq_len"
                         + (f" ({rows.dropped} conversations are longer)" if rows.dropped else ""))

@@ -11,7 +11,7 @@ import pytest
 from bigram_model import follow, write_bigram
 from click.testing import CliRunner
 
-from athanor.cli.evaluate import command, evaluate_run, run_candidates
+from athanor.cli.evaluate import command, evaluate_run, interval, run_candidates
 from athanor.data.text.tokenizer import Tokenizer
 from athanor.evaluate.ranks import Candidate, evaluate
 from athanor.evaluate.subject import spread
@@ -111,6 +111,12 @@ def test_a_chain_scores_only_what_has_changed(run: RunFolder, tmp_path: Path, mo
         file.write(json.dumps({"doc_id": "d", "source": "s", "uri": "d.py", "text": "x = 1\n" * 9}) + "\n")
     evaluate_run(recipe, run, keeps_unchanged=True)
     assert asked.pop() == (["pretrain", "chat"], everything), "other data"
+
+
+def test_one_item_has_no_interval() -> None:
+    score = {"value": 2.05, "low": 2.05, "high": 2.05, "count": 1}
+    assert interval(score) == "of one item"
+    assert interval(score | {"count": 2, "low": 1.23456}) == "1.23 to 2.05" and interval(score | {"count": 2}, 2) == "2 to 2"
 
 
 def test_a_model_folder_on_its_own(run: RunFolder) -> None:
