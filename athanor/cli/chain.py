@@ -61,12 +61,7 @@ class Chain:
 
     def last_inputs(self, name: str) -> dict[str, str] | None:
         """The inputs of the last attempt at a step, finished or not; None when this chain never began it."""
-        started = self.last_start(name)
-        return None if started is None else started["inputs"]
-
-    def last_start(self, name: str) -> dict[str, Any] | None:
-        """The newest start line of a step."""
-        return next((line for line in reversed(self.lines) if line["event"] == "start" and line["step"] == name), None)
+        return next((line["inputs"] for line in reversed(self.lines) if line["event"] == "start" and line["step"] == name), None)
 
     def end(self) -> None:
         """Note that this invocation did everything, if it did anything."""

@@ -91,9 +91,9 @@ def evaluate_run(recipe: Recipe, run: RunFolder, *, stages: tuple[str, ...] = ()
     from athanor.evaluate.scores import merge_scores, unchanged
 
     candidates, tasks, data = run_candidates(recipe, run, stages), tasks or tuple(recipe.evaluate.tasks), data or run.data
-    settings: dict[str, Any] = {"limit": limit or recipe.evaluate.limit, "tp": recipe.evaluate.tp}
-    if recipe.evaluate.lm_eval_data is not None:
-        settings["lm_eval_data"] = Path(recipe.evaluate.lm_eval_data)
+    shared = recipe.evaluate.lm_eval_data
+    settings: dict[str, Any] = {"limit": limit or recipe.evaluate.limit, "tp": recipe.evaluate.tp,
+                                "lm_eval_data": None if shared is None else Path(shared)}
     hashes = made_from(candidates, tasks, data, **settings) if limit is None else {}
     if keeps_unchanged and (kept := unchanged(run.scores, hashes)):
         say(f"scored before, of the same model and data: {', '.join(f'{model} {task}' for model, task in sorted(kept))}")

@@ -80,8 +80,9 @@ def plan_recipe(recipe: Path, overrides: tuple[str, ...], cluster_file: Path | N
         say(f"written to {file}")
 
 
-def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -> Plan:
-    """Plan a recipe on its cluster; measures this machine into the run folder when nothing else is given."""
+def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None, measures: bool = False) -> Plan:
+    """Plan a recipe on its cluster; measures this machine into the run folder when nothing else is given. A chain that has
+    measured it as a step of its own `measures`."""
     from athanor.cli.check import check
     from athanor.cluster.spec import read_cluster
     from athanor.cost.own import factors
@@ -99,7 +100,7 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -
         say(f"measuring this machine into {file}")
         check(file, recipe.cluster.devices)
     cluster = read_cluster(file)
-    return make_plan(recipe, cluster, sources, factors(runs_root(), cluster))
+    return make_plan(recipe, cluster, sources, factors(runs_root(), cluster), measures)
 
 
 def write_plan(plan: Plan, run: RunFolder, file: Path, inputs: dict[str, str]) -> None:

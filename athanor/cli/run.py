@@ -112,7 +112,9 @@ def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any],
         if was_planned:
             say(f"{run.plan} was made before" + ("" if made_from == inputs else ", and the stages are trained with it already"))
             return {"was_planned": True}
-        plan = plan_run(recipe.with_plan(given, recipe.plan.file), run)  # what a plan fixes is only forecast
+        measured = chain.last("check")
+        measures = measured is not None and not measured["details"].get("was_measured")
+        plan = plan_run(recipe.with_plan(given, recipe.plan.file), run, measures=measures)  # what a plan fixes is only forecast
         for sentence in (plan.reasons["model"], plan.reasons["parallel"], *plan.notes):
             say(sentence)
         if not is_fresh:

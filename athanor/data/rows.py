@@ -90,7 +90,6 @@ class Windows:
         starts = np.unique(np.append(begins[begins < self.seq_len], 0))
         return {"tokens": tokens, "weight": weight, "starts": starts.astype(np.int32)}
 
-
     def origin(self, index: int) -> dict[str, Any]:
         """The source's name, the first and last document that a row has tokens of, and its tokens [first, end) there."""
         begin = index * self.seq_len
@@ -121,7 +120,6 @@ class Conversations:
         if place < self.seq_len:
             starts.append(place)
         return {"tokens": tokens, "weight": weight, "starts": np.asarray(starts, dtype=np.int32)}
-
 
     def origin(self, index: int) -> dict[str, Any]:
         """What the conversations are of, and the numbers of those in a row."""

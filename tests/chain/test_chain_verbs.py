@@ -104,6 +104,7 @@ def test_what_text_without_python_cannot_give_is_told_before_training(built: Rec
     for overrides, words in (
             (['evaluate.tasks=["bits_per_byte", "python_parses"]'], r"functions\.jsonl is empty, .* leave out tasks that ask"),
             (['evaluate.tasks=["identifiers"]'], r"holds no Python file; .* leave out the task identifiers"),
+            (["data.evaluation_share=0"], r"evaluation\.jsonl is empty, .* raise data\.evaluation_share, or give more documents"),
             (["stage.pretrain.data=pairs"], r"'pairs' are made from Python functions with docstrings, and .* has none")):
         recipe = load_recipe(file, [*source, *overrides])
         with pytest.raises(UserError, match=words):
@@ -119,7 +120,7 @@ def test_a_plan_stays_when_only_the_evaluation_of_what_it_trained_changes(
     class Made(Exception):
         pass
 
-    def plan_run(recipe: Recipe, run: RunFolder) -> None:
+    def plan_run(*arguments: object, **options: object) -> None:
         made.append(1)
         raise Made
 

@@ -194,7 +194,10 @@ def test_whole_forecast_adds_stages_and_steps_of_the_chain(machine: ClusterSpec,
     assert plan.forecast.wall_seconds == pytest.approx(stages + sum(plan.chain.values()))
     assert plan.forecast.accounts["unattributed"] == pytest.approx(0.0, abs=1e-6)
     assert plan.forecast.accounts["data"] == pytest.approx(2 * plan.chain["data"])
-    assert set(plan.chain) == {"check", "plan", "data", "evaluate", "registry", "serve", "report"}
+    assert set(plan.chain) == {"check", "plan", "data", "evaluate", "registry", "serve", "report"} and plan.chain["check"] > 0
+    before = make_plan(toy(), machine, SCAN, measures=False)
+    assert before.forecast.accounts["check"] == pytest.approx(plan.forecast.accounts["check"] - 2 * plan.chain["check"])
+    assert before.forecast.accounts["unattributed"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_shares_of_the_budget(toy: Toy) -> None:
