@@ -50,13 +50,13 @@ def test_runs_share_a_data_folder(recipe_file: Path, run_folder: Path, tmp_path:
 
 
 def test_a_plan_that_the_recipe_names_is_followed(recipe_file: Path, run_folder: Path, tmp_path: Path) -> None:
-    for plan, decay in ((run_folder / "plan.toml", 0.2), (tmp_path / "named.toml", 0.3)):
-        plan.write_text(f'[[stage]]\nname = "pretrain"\nsteps = 50\nweight_decay = {decay}\n')
     arguments = [str(recipe_file), "--stage", "pretrain", "--json", "--run", str(run_folder), "stage.pretrain.steps=1",
-                 "parallel.dp_shard=1"]
-    CliRunner().invoke(command, [*arguments, f"plan.file={tmp_path / 'named.toml'}"], catch_exceptions=False)
-    trained = tomllib.loads((run_folder / "pretrain" / "config.toml").read_text())["identity"]
-    assert (trained["weight_decay"], trained["steps"]) == (0.3, 1)
+                 "parallel.dp_shard=1", "--fresh"]
+    for plan, decay in ((tmp_path / "named.toml", 0.3), (run_folder / "plan.toml", 0.2)):  # of the run's own there is none first
+        plan.write_text(f'[[stage]]\nname = "pretrain"\nsteps = 50\nweight_decay = {decay}\n')
+        CliRunner().invoke(command, [*arguments, f"plan.file={tmp_path / 'named.toml'}"], catch_exceptions=False)
+        trained = tomllib.loads((run_folder / "pretrain" / "config.toml").read_text())["identity"]
+        assert (trained["weight_decay"], trained["steps"]) == (0.3, 1)
     with pytest.raises(RecipeError, match=r"plan none\.toml does not exist"):
         CliRunner().invoke(command, [*arguments, "plan.file=none.toml"], catch_exceptions=False)
 
