@@ -28,21 +28,19 @@ class Chain:
         self.lines = read_jsonl(run.chain)
         self.begun = False
 
-    def step(self, name: str, inputs: dict[str, str], outputs: Sequence[Path], work: Callable[[], dict[str, Any] | None],
-             replaces: str | None = None) -> bool:
+    def step(self, name: str, inputs: dict[str, str], outputs: Sequence[Path], work: Callable[[], dict[str, Any] | None]) -> bool:
         """Do `work` unless it was done with these inputs and its outputs are still what it wrote. Returns whether it ran.
 
-        `work` returns details for the record, or None. `replaces`: the hash of what it is to throw away first, if anything.
+        `work` returns details for the record, or None.
         """
         last = self.last(name)
-        if last is not None and last["inputs"] == inputs and last["outputs"] == self._hashes(outputs):
+        if last is not None and last["inputs"] == inputs and self.is_untouched(name, outputs):
             say(f"{name}: unchanged")
             return False
         if not self.begun:
             self._write({"event": "begin", "time": self.started, "devices": self.devices})
             self.begun = True
-        self._write({"event": "start", "step": name, "time": time.time(), "inputs": inputs,
-                     **({} if replaces is None else {"replaces": replaces})})
+        self._write({"event": "start", "step": name, "time": time.time(), "inputs": inputs})
         say(f"{name} …")
         start = time.perf_counter()
         details = work() or {}
@@ -52,28 +50,18 @@ class Chain:
         say(f"{name}: {format_seconds(seconds)}")
         return True
 
+    def is_untouched(self, name: str, outputs: Sequence[Path]) -> bool:
+        """Whether the outputs of a step are what it wrote when it was last done, if it ever was."""
+        last = self.last(name)
+        return last is None or last["outputs"] == self._hashes(outputs)
+
     def last(self, name: str) -> dict[str, Any] | None:
         """The newest done line of a step."""
         return next((line for line in reversed(self.lines) if line["event"] == "done" and line["step"] == name), None)
 
     def last_inputs(self, name: str) -> dict[str, str] | None:
         """The inputs of the last attempt at a step, finished or not; None when this chain never began it."""
-        started = self.last_start(name)
-        return None if started is None else started["inputs"]
-
-    def last_start(self, name: str) -> dict[str, Any] | None:
-        """The newest start line of a step."""
-        return next((line for line in reversed(self.lines) if line["event"] == "start" and line["step"] == name), None)
-
-    def replaced_seconds(self) -> float:
-        """Device-seconds of finished training whose work was thrown away later, because the recipe had changed."""
-        lost, held = 0.0, dict[str, float]()
-        for line in self.lines:
-            if line["event"] == "start" and "replaces" in line:
-                lost += held.pop(line["step"], 0.0)
-            elif line["event"] == "done" and line["step"].startswith("train "):
-                held[line["step"]] = held.get(line["step"], 0.0) + line["seconds"] * line["devices"]
-        return lost
+        return next((line["inputs"] for line in reversed(self.lines) if line["event"] == "start" and line["step"] == name), None)
 
     def end(self) -> None:
         """Note that this invocation did everything, if it did anything."""

@@ -11,9 +11,10 @@ import click
 
 from athanor.cli.chain import locked
 from athanor.cli.counts import INDEX
-from athanor.foundation.errors import DataError, RecipeError
+from athanor.cli.preflight import planned
+from athanor.foundation.errors import DataError
 from athanor.foundation.progress import Bar, console, say
-from athanor.foundation.recipe import Recipe, load_recipe, read_plan
+from athanor.foundation.recipe import Recipe, load_recipe
 from athanor.foundation.run_folder import RunFolder, read_json, runs_root
 from athanor.foundation.units import format_bytes, format_count, format_seconds, format_share
 
@@ -35,7 +36,7 @@ def build(recipe: Path, overrides: tuple[str, ...], out: Path | None, as_json: b
     wanted = load_recipe(recipe, list(overrides))
     run = RunFolder(runs_root() / wanted.name)
     folder = out or run.data
-    wanted = _with_plan(wanted, run)
+    wanted = planned(wanted, run)
     with locked(run) if out is None else contextlib.nullcontext():
         manifest = build_with_bar(wanted, folder)
     if as_json:
@@ -143,13 +144,3 @@ def _show_samples(funnel: dict[str, Any]) -> None:
             for sample in samples:
                 value = f" ({sample['value']:.3g} against {sample['threshold']:.3g})" if "value" in sample else ""
                 say(f"{kind.replace('_', ' ')}, {name}{value}: {sample['source']}/{sample['uri']}")
-
-
-def _with_plan(recipe: Recipe, run: RunFolder) -> Recipe:
-    """What the recipe leaves open, taken from the plan it names or from the one in its run folder."""
-    file = run.plan if recipe.plan.file == "auto" else Path(recipe.plan.file)
-    if not file.is_file():
-        if recipe.plan.file != "auto":
-            raise RecipeError(f"plan.file names {file}, which does not exist")
-        return recipe
-    return recipe.with_plan(read_plan(file), str(file))

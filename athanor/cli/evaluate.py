@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from athanor.cli.counts import POSITIVE
+from athanor.cli.preflight import planned
 from athanor.foundation.errors import ModelError, UserError
 from athanor.foundation.progress import Bar, console, say
-from athanor.foundation.recipe import Recipe, load_recipe, read_plan
+from athanor.foundation.recipe import Recipe, load_recipe
 from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_seconds
 
@@ -42,7 +43,7 @@ def command(subject: str, overrides: tuple[str, ...], data: Path | None, tasks: 
     if subject.endswith(".toml") or Path(subject).is_file():
         recipe = load_recipe(subject, [*overrides, *([] if tp is None else [f"evaluate.tp={tp}"])])
         run = RunFolder(runs_root() / recipe.name)
-        recipe = _planned(recipe, run)
+        recipe = planned(recipe, run)
         result = evaluate_run(recipe, run, stages=stages, tasks=tasks, data=data, limit=limit)
         path = run.scores if limit is None else None
     else:
@@ -65,7 +66,7 @@ def evaluate_model(subject: str, ask: str | None, tasks: tuple[str, ...], data: 
 
     target = find_target(subject)
     run = target.run if target.run is not None and target.run.recipe.is_file() else None
-    recipe = None if run is None else _planned(load_recipe(run.recipe), run)
+    recipe = None if run is None else planned(load_recipe(run.recipe, ["plan.file=auto"]), run)
     data = data or (run.data if run is not None and run.data.is_dir() else None)
     if data is None:
         raise UserError(f"{subject} has no run here with data of its own; a data folder to score it on goes with --data")
@@ -76,24 +77,33 @@ def evaluate_model(subject: str, ask: str | None, tasks: tuple[str, ...], data: 
     shared = None if recipe is None else recipe.evaluate.lm_eval_data
     tasks = tasks or (("bits_per_byte",) if recipe is None else tuple(recipe.evaluate.tasks))
     logs = Path(tempfile.mkdtemp(prefix="athanor-evaluate-"))  # stays when a rank fails, to be read
-    result = evaluate_with_bar([candidate], tasks, data, logs, limit or (recipe.evaluate.limit if recipe else None),
-                               None if shared is None else Path(shared), tp or (recipe.evaluate.tp if recipe else 1))
+    result = evaluate_with_bar([candidate], tasks, data, logs, limit=limit or (recipe.evaluate.limit if recipe else None),
+                               lm_eval_data=None if shared is None else Path(shared),
+                               tp=tp or (recipe.evaluate.tp if recipe else 1))
     shutil.rmtree(logs)
     return result
 
 
 def evaluate_run(recipe: Recipe, run: RunFolder, *, stages: tuple[str, ...] = (), tasks: tuple[str, ...] = (),
-                 data: Path | None = None, limit: int | None = None) -> Evaluation:
-    """Evaluate a run's stages and merge the scores into its scores.json."""
-    from athanor.evaluate.scores import merge_scores
+                 data: Path | None = None, limit: int | None = None, keeps_unchanged: bool = False) -> Evaluation:
+    """Evaluate a run's stages and merge the scores into its scores.json; what it has of the same may be kept."""
+    from athanor.evaluate.ranks import Evaluation, made_from
+    from athanor.evaluate.scores import merge_scores, unchanged
 
-    candidates = run_candidates(recipe, run, stages)
+    candidates, tasks, data = run_candidates(recipe, run, stages), tasks or tuple(recipe.evaluate.tasks), data or run.data
     shared = recipe.evaluate.lm_eval_data
-    result = evaluate_with_bar(candidates, tasks or tuple(recipe.evaluate.tasks), data or run.data, run.logs / "evaluate",
-                               limit or recipe.evaluate.limit, Path(shared) if shared is not None else None,
-                               recipe.evaluate.tp)
+    settings: dict[str, Any] = {"limit": limit or recipe.evaluate.limit, "tp": recipe.evaluate.tp,
+                                "lm_eval_data": None if shared is None else Path(shared)}
+    hashes = made_from(candidates, tasks, data, **settings) if limit is None else {}
+    if keeps_unchanged and (kept := unchanged(run.scores, hashes)):
+        say(f"scored before, of the same model and data: {', '.join(f'{model} {task}' for model, task in sorted(kept))}")
+        candidates = [each for each in candidates if not all((each.name, task) in kept for task in tasks)]
+        tasks = tuple(task for task in tasks if not all((each.name, task) in kept for each in candidates))
+        if not candidates:
+            return Evaluation({}, {})
+    result = evaluate_with_bar(candidates, tasks, data, run.logs / "evaluate", **settings)
     if limit is None:  # a look at a few items replaces no score
-        merge_scores(run.scores, result.scores)
+        merge_scores(run.scores, result.scores, hashes)
     return result
 
 
@@ -113,7 +123,7 @@ def run_candidates(recipe: Recipe, run: RunFolder, stages: tuple[str, ...] = ())
 
 
 def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data: Path, logs: Path,
-                      limit: int | None, lm_eval_data: Path | None = None, tp: int = 1) -> Evaluation:
+                      **settings: Any) -> Evaluation:
     """Evaluate while one bar shows how far all models and tasks together are."""
     from athanor.evaluate.ranks import evaluate
 
@@ -126,12 +136,7 @@ def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data:
             bar.advance(share - done.get(key, 0.0), f"{message['model']} {message['task']}")
             done[key] = share
 
-        return evaluate(candidates, tasks, data, log_folder=logs, limit=limit, on_progress=on_progress,
-                        lm_eval_data=lm_eval_data, tp=tp)
-
-
-def _planned(recipe: Recipe, run: RunFolder) -> Recipe:
-    return recipe.with_plan(read_plan(run.plan), str(run.plan)) if run.plan.exists() else recipe
+        return evaluate(candidates, tasks, data, log_folder=logs, on_progress=on_progress, **settings)
 
 
 def _asked(recipe: Recipe) -> dict[str, tuple[bool, int | None]]:
@@ -152,6 +157,11 @@ def _print_scores(result: Evaluation) -> None:
     for model, scores in result.scores.items():
         for task, score in scores.items():
             beside = ", ".join(f"{name} {score.details[name]:.4g}" for name in ("xz", "gzip") if name in score.details)
-            table.add_row(model, task, f"{score.value:.4g}", f"{score.low:.4g} to {score.high:.4g}", score.unit, str(score.count),
+            table.add_row(model, task, f"{score.value:.4g}", interval(asdict(score), 4), score.unit, str(score.count),
                           format_seconds(result.seconds[model][task]), beside)
     console.print(table)
+
+
+def interval(score: dict[str, Any], digits: int = 3) -> str:
+    """How sure a score is, which a single item cannot tell."""
+    return "of one item" if score["count"] == 1 else f"{score['low']:.{digits}g} to {score['high']:.{digits}g}"

@@ -263,6 +263,7 @@ def _card_lines(store: Registry, card: Manifest) -> list[tuple[str, str]]:
              ("parents", ", ".join(f"{p['model']}@{p['version']}" for p in card.parents) or "-"),
              ("data", _known((card.data or {}).get("hash"), str)), ("steps", _known(card.steps, str)),
              ("tokens", _known(card.tokens, format_count)),
+             ("layout", _known((card.book or {}).get("layout"), str)),
              *_costs({"model_flops": card.model_flops, **(card.book or {})}).items(),
              ("code", _known(card.code, lambda code: code["commit"][:12] + (" (modified)" if code["modified"] else "")))]
     for task, score in (card.scores or {}).items():

@@ -80,8 +80,9 @@ def plan_recipe(recipe: Path, overrides: tuple[str, ...], cluster_file: Path | N
         say(f"written to {file}")
 
 
-def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -> Plan:
-    """Plan a recipe on its cluster; measures this machine into the run folder when nothing else is given."""
+def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None, measures: bool = False) -> Plan:
+    """Plan a recipe on its cluster; measures this machine into the run folder when nothing else is given. A chain that has
+    measured it as a step of its own `measures`."""
     from athanor.cli.check import check
     from athanor.cluster.spec import read_cluster
     from athanor.cost.own import factors
@@ -99,7 +100,7 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None) -
         say(f"measuring this machine into {file}")
         check(file, recipe.cluster.devices)
     cluster = read_cluster(file)
-    return make_plan(recipe, cluster, sources, factors(runs_root(), cluster))
+    return make_plan(recipe, cluster, sources, factors(runs_root(), cluster), measures)
 
 
 def write_plan(plan: Plan, run: RunFolder, file: Path, inputs: dict[str, str]) -> None:
@@ -139,8 +140,8 @@ def show(plan: Plan) -> None:
                           row["layout"])
         console.print(table)
     forecast = plan.forecast
-    table = Table(title=f"Forecast: {format_seconds(forecast.wall_seconds)} on {forecast.devices} devices", box=None,
-                  title_justify="left")
+    say(f"Forecast: {format_seconds(forecast.wall_seconds)} on {forecast.devices} devices, laid out as {forecast.layout}")
+    table = Table(box=None)
     for column in ("account", *plan.books, "whole chain", "share"):
         table.add_column(column, justify="left" if column == "account" else "right")
     for name in sorted(forecast.accounts, key=forecast.accounts.__getitem__, reverse=True):

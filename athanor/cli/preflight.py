@@ -70,11 +70,19 @@ def devices_of(recipe: Recipe) -> int:
     return recipe.cluster.devices or len(os.sched_getaffinity(0))
 
 
+def planned(recipe: Recipe, run: RunFolder) -> Recipe:
+    """What a recipe leaves open, filled from the plan that it names, or else from the one in its run folder, if there is one."""
+    if recipe.plan.file != "auto":
+        return recipe.with_plan(read_plan(Path(recipe.plan.file)), recipe.plan.file)
+    return recipe.with_plan(read_plan(run.plan), str(run.plan)) if run.plan.exists() else recipe
+
+
 def plan_inputs(recipe: Recipe, run: RunFolder, sources: dict[str, Any]) -> dict[str, str]:
-    """By hash: the recipe, the measured cluster, the sources' sizes and the plan that is to be followed."""
+    """By hash: the recipe, how it evaluates, the measured cluster, the sources' sizes and the plan that is to be followed."""
     given = read_plan(Path(recipe.plan.file)) if recipe.plan.file != "auto" else {}
     cluster = run.cluster if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
-    return {"recipe": hash_value(recipe.model_dump(exclude={"serve", "metrics"})),
+    return {"recipe": hash_value(recipe.model_dump(exclude={"serve", "metrics", "evaluate"})),
+            "evaluate": hash_value(recipe.evaluate.model_dump()),
             "cluster": hash_file(cluster) if cluster.exists() else "",
             "sources": hash_value(sources), "given": hash_value(given)}
 

@@ -46,7 +46,8 @@ def command(recipe: Path, overrides: tuple[str, ...], world: int | None, stage: 
     peak memory by kind, every collective and FLOPs of a step, and what would help where memory does not suffice. Written
     beside the stage's forecast as rehearsal.json.
     """
-    from athanor.foundation.recipe import load_recipe, read_plan
+    from athanor.cli.preflight import planned
+    from athanor.foundation.recipe import load_recipe
     from athanor.foundation.run_folder import RunFolder, runs_root
     from athanor.train.memory import remedies
     from athanor.train.rehearse import rehearsal_job
@@ -54,8 +55,7 @@ def command(recipe: Path, overrides: tuple[str, ...], world: int | None, stage: 
 
     wanted = load_recipe(recipe, list(overrides))
     run = RunFolder(runs_root() / wanted.name)
-    if run.plan.exists():
-        wanted = wanted.with_plan(read_plan(run.plan), str(run.plan))
+    wanted = planned(wanted, run)
     name = stage or wanted.stage[0].name
     device = describe_device(wanted, run, name)
     job = rehearsal_job(run, wanted, name, world or world_size_of(wanted, wanted.cluster.devices or 1))

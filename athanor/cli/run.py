@@ -65,10 +65,9 @@ def walk(recipe: Recipe, run: RunFolder, started: float, before: float = 0.0) ->
     data_inputs = inputs_of(planned)
     chain.step("data", data_inputs, [run.data / "manifest.json"], lambda: _build_data(planned, run, data_inputs))
     for stage in planned.stage:
-        inputs = _stage_inputs(planned, stage, run)
-        replaced = _replaced(stage, run, begins_anew(run.stage(stage.name), before))
-        chain.step(f"train {stage.name}", inputs, [run.stage(stage.name).model],
-                   _training(planned, stage, run, replaced is not None), replaced)
+        is_anew = begins_anew(run.stage(stage.name), before)
+        chain.step(f"train {stage.name}", _stage_inputs(planned, stage, run), [run.stage(stage.name).model],
+                   _training(planned, stage, run, is_anew))
     models = {stage.name: str(hash_output(run.stage(stage.name).model)) for stage in planned.stage}
     facts = {**models, "data": _data_hash(run)}
     if planned.evaluate.lm_eval_data is not None:
@@ -115,9 +114,13 @@ def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any],
 
     def make() -> dict[str, Any]:
         if was_planned:
-            say(f"{run.plan} was made before")
+            say(f"{run.plan} was made before" + ("" if made_from == inputs else ", and the stages are trained with it already"))
             return {"was_planned": True}
-        plan = plan_run(recipe.with_plan(given, recipe.plan.file), run)  # what a plan fixes is only forecast
+        measured = chain.last("check")
+        measures = measured is not None and not measured["details"].get("was_measured")
+        plan = plan_run(recipe.with_plan(given, recipe.plan.file), run, measures=measures)  # what a plan fixes is only forecast
+        for sentence in (plan.reasons["model"], plan.reasons["parallel"], *plan.notes):
+            say(sentence)
         if not is_fresh:
             _refuse_other_plan(recipe.with_plan(given or plan.values, str(run.plan)), run)
         write_plan(plan, run, run.plan, inputs)
@@ -126,9 +129,13 @@ def _plan(chain: Chain, recipe: Recipe, run: RunFolder, sources: dict[str, Any],
         return {"forecast_seconds": plan.forecast.wall_seconds}
 
     inputs = plan_inputs(recipe, run, sources)
-    was_planned = (run.plan.exists() and run.forecast.exists() and chain.last_inputs("plan") is None
-                   and read_plan(run.plan).get("inputs") == inputs)
-    chain.step("plan", inputs, [run.plan, run.forecast], make)
+    outputs = [run.plan, run.forecast]
+    made_from = read_plan(run.plan).get("inputs", {}) if run.plan.exists() and run.forecast.exists() else {}
+    is_trained = any(run.stage(stage.name).metrics.exists() for stage in recipe.stage)
+    was_planned = (made_from == inputs and chain.last_inputs("plan") is None) or (
+        is_trained and not is_fresh and chain.is_untouched("plan", outputs)
+        and made_from == {**inputs, "evaluate": made_from.get("evaluate")})  # then only how it is evaluated is another
+    chain.step("plan", inputs, outputs, make)
     return recipe.with_plan(read_plan(run.plan), str(run.plan))
 
 
@@ -137,6 +144,7 @@ def _build_data(recipe: Recipe, run: RunFolder, inputs: dict[str, str]) -> dict[
     from athanor.cli.data import build_with_bar
     from athanor.data.lineage import open_manifest
     from athanor.data.rows import open_rows
+    from athanor.evaluate.find import check_data
 
     was_built = _was_built(run.data, inputs)
     if was_built:
@@ -144,6 +152,8 @@ def _build_data(recipe: Recipe, run: RunFolder, inputs: dict[str, str]) -> dict[
     manifest = open_manifest(run.data) if was_built else build_with_bar(recipe, run.data)
     for stage in recipe.stage:
         open_rows(run.data, stage.data, stage.seq_len or 256, recipe.seed)
+    for task in recipe.evaluate.tasks:
+        check_data(task, run.data)
     return {"hash": manifest["hash"], "seconds": manifest["seconds"], "was_built": was_built}
 
 
@@ -175,14 +185,6 @@ def _stage_inputs(recipe: Recipe, stage: Stage, run: RunFolder) -> dict[str, str
     return inputs
 
 
-def _replaced(stage: Stage, run: RunFolder, is_fresh: bool = False) -> str | None:
-    """The hash of the configuration whose work must go before a stage can begin (empty: it has none); None when none must.
-
-    Only `is_fresh` throws work away; without it, what was trained goes on, or is refused by what differs.
-    """
-    return hash_output(run.stage(stage.name).config) or "" if is_fresh else None
-
-
 def _refuse_other_plan(recipe: Recipe, run: RunFolder) -> None:
     """A plan that differs from what a stage was trained with is refused before it takes the place of the one that fits."""
     for stage in recipe.stage:
@@ -197,6 +199,8 @@ def _refuse_other_plan(recipe: Recipe, run: RunFolder) -> None:
 
 
 def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> Callable[[], dict[str, Any]]:
+    """Only `is_fresh` throws work away; without it, what was trained goes on, or is refused by what differs."""
+
     def work() -> dict[str, Any]:
         from athanor.cli.train import train
 
@@ -210,7 +214,7 @@ def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> C
 def _evaluate(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     from athanor.cli.evaluate import evaluate_run
 
-    return {"seconds": evaluate_run(recipe, run).seconds}
+    return {"seconds": evaluate_run(recipe, run, keeps_unchanged=True).seconds}
 
 
 def _register(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
@@ -254,7 +258,6 @@ def actual_book(chain: Chain, recipe: Recipe, run: RunFolder, report_seconds: fl
         if line["event"] == "done" and (account := STEP_ACCOUNTS.get(line["step"]) or _idle_account(line, run)):
             books.append(_step_book(account, line["seconds"], line["devices"]))
     books.append(_step_book("publish", report_seconds, chain.devices))
-    books.append(_step_book("lost", chain.replaced_seconds() / chain.devices, chain.devices))
     books += [read_book(run.stage(stage.name).actual) for stage in recipe.stage]
     book = total(books, "actual", wall_seconds=chain.wall_seconds(), devices=chain.devices, device_seconds=chain.device_seconds())
     if recipe.cluster.price_per_device_hour is not None:
@@ -268,8 +271,7 @@ def _idle_account(line: dict[str, Any], run: RunFolder) -> str | None:
     if verb != "train":
         return None
     begin = line["time"] - line["seconds"]
-    ledger = run.stage(stage).root / "ledger.jsonl"
-    is_idle = not any(begin <= row.get("time", 0.0) <= line["time"] for row in read_jsonl(ledger))
+    is_idle = not any(begin <= row.get("time", 0.0) <= line["time"] for row in read_jsonl(run.stage(stage).ledger))
     return "startup" if is_idle else None
 
 
@@ -281,6 +283,7 @@ def _step_book(account: str, seconds: float, devices: int) -> Book:
 
 def _tell(run: RunFolder, recipe: Recipe) -> None:
     """The ledger, how good the models are, and where to go from here."""
+    from athanor.cli.evaluate import interval
     from athanor.evaluate.scores import read_scores
     from athanor.ledger.reconcile import WHOLE_CHAIN
     from athanor.report.run_record import read_run
@@ -290,7 +293,7 @@ def _tell(run: RunFolder, recipe: Recipe) -> None:
         if found.name == WHOLE_CHAIN:
             print_ledger(found)
     for model, scores in read_scores(run.scores).items():
-        parts = [f"{task} {score['value']:.3g} ({score['low']:.3g} to {score['high']:.3g})"
+        parts = [f"{task} {score['value']:.3g} ({interval(score)})"
                  + (f", xz {score['details']['xz']:.3g}" if "xz" in score["details"] else "") for task, score in scores.items()]
         say(f"{model}: {'; '.join(parts)}")
     say(f"report: {run.report}")

@@ -16,6 +16,7 @@ from athanor.cli.board import Board
 from athanor.cli.chain import locked
 from athanor.cli.fewer import fewer_ranks
 from athanor.cli.live import View, format_loss
+from athanor.cli.preflight import planned
 from athanor.foundation.errors import UserError
 from athanor.foundation.identity import check_same
 from athanor.foundation.progress import say
@@ -49,8 +50,8 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str | None, run_fol
     stage = choose_stage(wanted, stage)
     run = RunFolder(run_folder or runs_root() / wanted.name)
     is_first = os.environ.get("RANK", "0") == "0"  # of ranks that another launcher made, one holds the run for all
-    if run.plan.exists():
-        wanted = wanted.with_plan(read_plan(run.plan), str(run.plan))
+    if run.plan.exists() or wanted.plan.file != "auto":
+        wanted = planned(wanted, run)
     elif wanted.budget.given and is_first:
         say(f"{run.root} has no plan: the budget does not count, and what the recipe leaves open is that of a small run; "
             f"`athanor run` would plan it otherwise, so `athanor plan {recipe}` comes first")

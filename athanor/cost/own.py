@@ -59,8 +59,8 @@ def record(folder: Path, cluster: ClusterSpec, forecast: Book, actual: Book, use
 
     Nothing is said where something else was trained than planned.
     """
-    if forecast.devices != actual.devices or not math.isclose(forecast.model_flops * actual.tokens,
-                                                              actual.model_flops * forecast.tokens, rel_tol=0.1):
+    is_other = (forecast.devices, forecast.layout) != (actual.devices, actual.layout)
+    if is_other or not math.isclose(forecast.model_flops * actual.tokens, actual.model_flops * forecast.tokens, rel_tol=0.1):
         return
     wanted, found = _of_a_token(forecast), _of_a_token(actual)
     whole = sum(found.values())

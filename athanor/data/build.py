@@ -228,7 +228,7 @@ def build(recipe: Recipe, data_folder: Path, *, progress: Progress | None = None
     """
     scan(recipe)  # what is missing is found before anything is written
     if recipe.data.vocab_size is None and recipe.data.tokenizer is None:
-        raise RecipeError("data.vocab_size is open; give it, or data.tokenizer, or follow a plan that has it")
+        raise RecipeError("data.vocab_size is open: `athanor plan` chooses it; or give it, or data.tokenizer")
     data_folder = Path(data_folder).resolve()
     if data_folder.is_dir() and any(data_folder.iterdir()) and not (data_folder / "manifest.json").is_file():
         raise DataError(f"{data_folder} holds something else than built data, which a build would replace; give another folder")

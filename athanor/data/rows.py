@@ -90,7 +90,6 @@ class Windows:
         starts = np.unique(np.append(begins[begins < self.seq_len], 0))
         return {"tokens": tokens, "weight": weight, "starts": starts.astype(np.int32)}
 
-
     def origin(self, index: int) -> dict[str, Any]:
         """The source's name, the first and last document that a row has tokens of, and its tokens [first, end) there."""
         begin = index * self.seq_len
@@ -122,7 +121,6 @@ class Conversations:
             starts.append(place)
         return {"tokens": tokens, "weight": weight, "starts": np.asarray(starts, dtype=np.int32)}
 
-
     def origin(self, index: int) -> dict[str, Any]:
         """What the conversations are of, and the numbers of those in a row."""
         return {"source": self.name, "conversations": [int(number) for number in self.packed[index]]}
@@ -143,6 +141,9 @@ def open_rows(data_folder: Path, data: str, seq_len: int, seed: int, split: Spli
         rows = _document_rows(data_folder, manifest, seq_len, seed, split, identity)
     else:
         rows = _conversation_rows(data_folder, manifest, data, seq_len, seed, split, identity)
+    if split == "train" and data == "pairs" and not manifest["pairs"]:
+        raise DataError(f"'pairs' are made from Python functions with docstrings, and {data_folder} has none; give the stage a "
+                        "JSONL file of conversations as its data, or leave it out")
     if split == "train" and rows.count == 0:
         raise DataError(f"'{data}' of {data_folder} has not one row of {seq_len} tokens; give more text or a smaller seq_len"
                         + (f" ({rows.dropped} conversations are longer)" if rows.dropped else ""))

@@ -34,8 +34,16 @@ def check_name(kind: Kind, name: str) -> None:
                         + (f", or {HARNESS}<name>" if kind == "tasks" else ""))
 
 
+def check_data(task: str, data: Path) -> None:
+    """Refuse held-out data on which a task has nothing to score, as far as its `check(data)` can tell without a model."""
+    check = None if task.startswith(HARNESS) else getattr(load("tasks", task), "check", None)
+    if check is not None:
+        check(data)
+
+
 def load(kind: Kind, name: str) -> ModuleType | HarnessTask:
-    """The module of a task (`run(subject, data, limit, progress)`) or scorer (`score(prompt, answer, reference)`).
+    """The module of a task (`run(subject, data, limit, progress)`, and `check(data)` if it likes) or of a scorer
+    (`score(prompt, answer, reference)`).
 
     Raises UserError with the nearest valid name.
     """

@@ -12,6 +12,7 @@ from typing import Any
 from athanor.evaluate.find import HARNESS, load
 from athanor.evaluate.scores import Score
 from athanor.foundation.errors import UserError
+from athanor.foundation.run_folder import hash_file, hash_folder, hash_value, read_json
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,20 @@ class Evaluation:
 
     scores: dict[str, dict[str, Score]]
     seconds: dict[str, dict[str, float]]
+
+
+def made_from(candidates: Sequence[Candidate], tasks: Sequence[str], data: Path, *, limit: int | None = None,
+              lm_eval_data: Path | None = None, tp: int = 1) -> dict[str, dict[str, str]]:
+    """By model and task, the hash of all that decides its score: weights, how the model is asked, task, its data and limit."""
+    manifest, found = data / "manifest.json", {}
+    held_out = (read_json(manifest)["hash"] if manifest.exists() else  # a folder of held-out files alone will do
+                hash_value([hash_file(file) for file in sorted(data.glob("*.jsonl"))]))
+    shared = lm_eval_data or data / "lm_eval"
+    places = {task: hash_folder(shared) if task.startswith(HARNESS) and shared.is_dir() else held_out for task in tasks}
+    for each in candidates:
+        model = [hash_folder(each.folder), each.is_chat, each.context_tokens, limit, tp]
+        found[each.name] = {task: hash_value([*model, task, place]) for task, place in places.items()}
+    return found
 
 
 def evaluate(candidates: Sequence[Candidate], tasks: Sequence[str], data: Path, *, log_folder: Path, limit: int | None = None,

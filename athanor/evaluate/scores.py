@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,7 @@ class Score:
 
 
 Scores = dict[str, dict[str, dict[str, Any]]]  # model -> task -> a score's fields
+Hashes = dict[str, dict[str, str]]  # model -> task -> the hash of what decides its score
 
 
 def wilson(successes: float, count: int) -> tuple[float, float]:
@@ -105,18 +107,35 @@ def share(values: Sequence[float], details: dict[str, Any] | None = None, identi
 
 def read_scores(path: Path) -> Scores:
     """The models of a scores.json (none when the file does not exist). Raises UserError when it is something else."""
-    if not path.exists():
-        return {}
-    raw = read_json(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("models"), dict):
-        raise UserError(f"{path} is not a scores.json: it has no table 'models'")
-    return dict(raw["models"])
+    return _read(path)[0]
 
 
-def merge_scores(path: Path, new: dict[str, dict[str, Score]]) -> Scores:
+def unchanged(path: Path, made_from: Hashes) -> set[tuple[str, str]]:
+    """Of which model and task the scores.json has just the score that was made from the same."""
+    models, seals = _read(path)
+    return {(model, task) for model, tasks in made_from.items() for task, hashed in tasks.items()
+            if seals.get(model, {}).get(task) == _seal(hashed, models.get(model, {}).get(task))}
+
+
+def merge_scores(path: Path, new: dict[str, dict[str, Score]], made_from: Hashes | None = None) -> Scores:
     """Write the new scores over those of the same model and task in `path`, keep the others, and return all."""
-    models = read_scores(path)
+    models, seals = _read(path)
     for model, tasks in new.items():
         models[model] = models.get(model, {}) | {task: asdict(score) for task, score in tasks.items()}
-    write_json(path, {"schema": 1, "models": models})
+        known = (made_from or {}).get(model, {})
+        seals[model] = seals.get(model, {}) | {task: _seal(known.get(task), models[model][task]) for task in tasks}
+    write_json(path, {"schema": 1, "models": models, "made_from": seals})
     return models
+
+
+def _seal(hashed: str | None, score: dict[str, Any] | None) -> str:
+    """The hash of a score as a file has it, and of what it was made from."""
+    return hash_value([hashed, json.loads(json.dumps(score))])
+
+
+def _read(path: Path) -> tuple[Scores, Hashes]:
+    """The scores in a file, and the hash of each together with what it was made from."""
+    raw = read_json(path) if path.exists() else {"models": {}}
+    if not isinstance(raw, dict) or not isinstance(raw.get("models"), dict):
+        raise UserError(f"{path} is not a scores.json: it has no table 'models'")
+    return dict(raw["models"]), dict(raw.get("made_from", {}))

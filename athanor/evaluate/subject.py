@@ -114,7 +114,9 @@ def held_out(data: Path, name: str, *keys: str) -> list[dict[str, Any]]:
         raise UserError(f"{path} does not exist; {data} is not a data folder, or `athanor data build` has not finished it")
     rows = read_jsonl(path)
     if not rows:
-        raise UserError(f"{path} is empty, so there is nothing to score; raise data.evaluation_share")
+        rest = ("leave out tasks that ask for Python functions, if the text has none" if name == "functions.jsonl" else
+                "give more documents: whole ones are held out, and a file of text is one")
+        raise UserError(f"{path} is empty, so there is nothing to score; raise data.evaluation_share, or {rest}")
     for number, row in enumerate(rows, 1):
         for key in keys:
             if not isinstance(row.get(key), str) or any("\ud800" <= sign <= "\udfff" for sign in row[key]):

@@ -101,14 +101,32 @@ def check_batch(*, global_batch_tokens: int, seq_len: int, micro_batch_size: int
         raise LayoutError(f"global_batch_tokens = {global_batch_tokens} is not a multiple of seq_len = {seq_len}; "
                           f"the nearest is {max(1, round(global_batch_tokens / seq_len)) * seq_len}")
     rows = global_batch_tokens // seq_len
-    unit = micro_batch_size * data_ranks
+    unit, multiple = micro_batch_size * data_ranks, tp // math.gcd(tp, seq_len)
     if rows % unit:
-        working = f", or {_divisors(rows // micro_batch_size)} data ranks" if rows % micro_batch_size == 0 else ""
         raise LayoutError(f"{rows} rows per step do not split into micro-batches of {micro_batch_size} on {data_ranks} ranks; "
-                          f"the nearest global_batch_tokens is {max(1, round(rows / unit)) * unit * seq_len}{working}")
-    if micro_batch_size * seq_len % tp:
-        raise LayoutError(f"tp = {tp} does not divide the {micro_batch_size * seq_len} tokens of a micro-batch")
+                          f"the nearest global_batch_tokens is {max(1, round(rows / unit)) * unit * seq_len}"
+                          f"{_other_split(rows, micro_batch_size, data_ranks, multiple)}")
+    if micro_batch_size % multiple:
+        raise LayoutError(f"tp = {tp} does not divide the {micro_batch_size * seq_len} tokens of a micro-batch; "
+                          f"micro_batch_size may be any multiple of {multiple}")
     return rows, rows // unit
+
+
+def _other_split(rows: int, micro_batch_size: int, data_ranks: int, multiple: int) -> str:
+    """The most of these data ranks, and the nearest micro-batch, some `multiple` of rows, by which so many rows split."""
+    splits = [(ranks, -abs(math.log(size / micro_batch_size)), size) for ranks in _factors(rows) if ranks <= data_ranks
+              for size in _factors(rows // ranks) if size % multiple == 0]
+    if not splits:
+        return ""
+    ranks, _, size = max(splits)
+    parts = [] if ranks == data_ranks else [f"{ranks} data rank{'' if ranks == 1 else 's'} (dp_replicate x dp_shard)"]
+    parts += [] if size == micro_batch_size else [f"micro_batch_size = {size}"]
+    return f", or with {' and '.join(parts)} they do"
+
+
+def _factors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def split_evenly(costs: Sequence[float], stages: int) -> list[int]:

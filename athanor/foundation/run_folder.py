@@ -58,6 +58,7 @@ class StageFolder:
     metrics = property(lambda self: self.root / "metrics.jsonl")
     events = property(lambda self: self.root / "events.jsonl")
     samples = property(lambda self: self.root / "samples.jsonl")
+    ledger = property(lambda self: self.root / "ledger.jsonl")
     logs = property(lambda self: self.root / "logs")
     beats = property(lambda self: self.root / "logs" / "beats")
     checkpoints = property(lambda self: self.root / "checkpoints")

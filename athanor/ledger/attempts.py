@@ -3,28 +3,48 @@
 A line holds what all ranks spent between two exchanges: attempt, time (seconds since 1970), first_step, last_step,
 wall_seconds, device_seconds, tokens, model_flops, model_flops_full, accounts (with 'compute' still whole), and how many of its
 steps were skipped, which its tokens and FLOPs leave out. A line with `resumed_step` says that a new attempt went on from there,
-or the same one after a rollback, and what was spent after the last line.
+or the same one after a rollback, and what was spent after the last line. Lines that ranks write say on what they were: devices,
+accelerator, peak_flops, layout.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from athanor.foundation.run_folder import append_jsonl, append_when_possible
+from athanor.foundation.identity import read_identity
+from athanor.foundation.run_folder import StageFolder, append_jsonl, append_when_possible, read_jsonl, write_atomic
 from athanor.ledger.accounts import STEPPING
 from athanor.ledger.attribute import COMPUTE
 from athanor.ledger.book import Book
 
+RAN_ON = ("devices", "accelerator", "peak_flops", "layout")  # what a line of the ranks says of them
+SILENT_SECONDS = 30.0  # that running ranks may be without a sign of life, on a slow shared disk
 
-def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail_seconds: float = 0.0, devices: int = 1) -> None:
+
+@dataclass(frozen=True)
+class Tail:
+    """What a cut-off attempt lived on after the last line of its ledger: seconds, of so many devices, until then (since 1970)."""
+
+    seconds: float
+    until: float
+    devices: int
+
+
+def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail: Tail | None = None) -> None:
     """Note in `ledger.jsonl` that an attempt goes on from `resumed_step`: later steps of the lines before are lost.
 
-    So are the `tail_seconds` between the last line of the attempt before and its last sign of life.
+    So is the `tail` of the attempt before.
     """
-    append_when_possible(ledger_file, {"attempt": attempt, "resumed_step": resumed_step, "wall_seconds": tail_seconds,
-                               "device_seconds": tail_seconds * devices})
+    row: dict[str, Any] = {"attempt": attempt, "resumed_step": resumed_step}
+    if tail is not None:
+        row |= {"time": tail.until, "wall_seconds": tail.seconds, "device_seconds": tail.seconds * tail.devices}
+    append_when_possible(ledger_file, row)
 
 
 def note(ledger_file: Path, accounts: Mapping[str, float], *, until: float, attempt: int, step: int, devices: int,
@@ -33,16 +53,58 @@ def note(ledger_file: Path, accounts: Mapping[str, float], *, until: float, atte
 
     `until`: when they ended, in seconds since 1970. `idle`: further devices without a rank in that time, by account.
     """
-    wall, idle = sum(accounts.values()), idle or {}
+    wall, idle = math.fsum(accounts.values()), idle or {}
     spent = {name: accounts.get(name, 0.0) * devices + wall * idle.get(name, 0) for name in {**accounts, **idle}}
-    append_jsonl(ledger_file, {"attempt": attempt, "time": until, "first_step": step, "last_step": step, "wall_seconds": wall,
-                               "device_seconds": wall * (devices + sum(idle.values())), "tokens": 0, "model_flops": 0,
-                               "model_flops_full": 0, "accounts": spent})
+    append_jsonl(ledger_file, _outside_of_steps(spent, until, wall, attempt, step))
 
 
-def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, peak_flops: float | None) -> Book:
+def _outside_of_steps(accounts: dict[str, float], until: float, wall_seconds: float, attempt: int, step: int) -> dict[str, Any]:
+    return {"attempt": attempt, "time": until, "first_step": step, "last_step": step, "wall_seconds": wall_seconds,
+            "device_seconds": math.fsum(accounts.values()), "tokens": 0, "model_flops": 0, "model_flops_full": 0,
+            "accounts": accounts}
+
+
+def unwritten(folder: StageFolder) -> Tail | None:
+    """The time between the last line of a stage's ledger (or its last start) and its last step; None when nothing is missing."""
+    ends = [row for row in read_jsonl(folder.events) if row.get("kind") in ("start", "done", "stop")]
+    since = max([row["time"] for row in [*ends, *read_jsonl(folder.ledger)] if "time" in row], default=math.inf)
+    until = max([row["time"] for row in read_jsonl(folder.metrics)], default=0.0)
+    ranks = [row["ranks"] for row in ends if "ranks" in row]
+    return Tail(until - since, until, ranks[-1]) if ranks and until > since else None
+
+
+def throw_away(folder: StageFolder) -> None:
+    """Turn all that a stage's ledger holds, and what it does not hold yet, into `lost`: it was paid, and when, though its work
+    goes. Doing so twice changes nothing."""
+    lines, tail = read_jsonl(folder.ledger), unwritten(folder)
+    paid = [(line["time"], line["wall_seconds"], line["device_seconds"]) for line in lines
+            if "time" in line and line.get("device_seconds")]
+    if tail is not None:
+        paid.append((tail.until, tail.seconds, tail.seconds * tail.devices))
+    rows = [_outside_of_steps({"lost": seconds}, until, wall, 0, 0) for until, wall, seconds in paid]
+    if lines or rows:
+        write_atomic(folder.ledger, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def so_far(folder: StageFolder) -> tuple[Book, str] | None:
+    """The book of a stage that was begun and is not done, as far as its ledger goes, and in a phrase how far it is; None of
+    any other. It is running while its ranks give signs of life."""
+    turns = [row["kind"] for row in read_jsonl(folder.events) if row.get("kind") in ("start", "stop", "held", "done")]
+    lines = read_jsonl(folder.ledger)
+    ran_on = next(({key: line[key] for key in RAN_ON} for line in reversed(lines) if set(RAN_ON) <= set(line)), None)
+    if turns[-1:] in ([], ["done"]) or ran_on is None:
+        return None
+    signs = [file.stat().st_mtime for file in folder.beats.glob("rank-*.json")]
+    is_alive = max(signs, default=0.0) > time.time() - SILENT_SECONDS
+    state = {"stop": "stopped", "held": "held"}.get(turns[-1], "running" if is_alive else "cut off")
+    step = max([row["step"] for row in read_jsonl(folder.metrics) if "step" in row], default=0)
+    return book_of(lines, **ran_on), f"{state}, step {step} of {read_identity(folder).get('steps', '?')}"
+
+
+def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, peak_flops: float | None,
+            layout: str | None = None) -> Book:
     """Add up the lines of a `ledger.jsonl`; of a line whose steps were partly rolled back or skipped, that share is lost."""
-    book = Book("actual", devices, accelerator, peak_flops)
+    book = Book("actual", devices, accelerator, peak_flops, layout=layout)
     resumed = [(i, line["resumed_step"]) for i, line in enumerate(lines) if "resumed_step" in line]
     for index, line in enumerate(lines):
         if "resumed_step" in line:

@@ -43,6 +43,7 @@ class Book:
     energy_joules: float | None = None
     money: float | None = None
     notes: list[str] = field(default_factory=list)
+    layout: str | None = None  # degrees of the axes, such as "dp_shard=4 tp=2"; None when nobody knows, or there are several
     schema: int = SCHEMA
 
     def add(self, account: str, device_seconds: float, evidence: str = "measured") -> None:
@@ -115,7 +116,8 @@ def total(books: Iterable[Book], kind: Kind, *, wall_seconds: float, devices: in
     books = list(books)
     trained = [book for book in books if book.model_flops > 0] or books
     out = Book(kind, devices, trained[0].accelerator, trained[0].peak_flops, wall_seconds=wall_seconds,
-               device_seconds=wall_seconds * devices if device_seconds is None else device_seconds)
+               device_seconds=wall_seconds * devices if device_seconds is None else device_seconds,
+               layout=trained[0].layout if len({book.layout for book in trained}) == 1 else None)
     for book in books:
         for name, seconds in book.accounts.items():
             if name != "unattributed":

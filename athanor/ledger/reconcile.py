@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from athanor.foundation.run_folder import StageFolder
 from athanor.ledger.accounts import ACCOUNTS, Account
+from athanor.ledger.attempts import so_far
 from athanor.ledger.book import Book, read_book
 
 NOTHING = 1e-9  # of the paid device-seconds: what rounding leaves over
@@ -43,38 +45,43 @@ class Line:
     share: float  # of the paid device-seconds of the actual book, or of the forecast while there is no actual one
     evidence: str
     parts: Mapping[str, float] = field(default_factory=dict)  # device-seconds by the step of the chain they were spent in
+    is_done: bool = True  # else the forecast is of more than the actual is
 
     @property
     def error_seconds(self) -> float | None:
-        """Forecast minus actual, in device-seconds."""
-        return None if self.forecast is None or self.actual is None else self.forecast - self.actual
+        """Forecast minus actual, in device-seconds; None when a book is missing, or not done."""
+        return None if self.forecast is None or self.actual is None or not self.is_done else self.forecast - self.actual
 
     @property
     def error(self) -> float | None:
-        """Forecast / actual - 1, or None when a book is missing or the actual is not above zero."""
-        return relative_error(self.forecast, self.actual)
+        """Forecast / actual - 1, or None when a book is missing, or not done, or the actual is not above zero."""
+        return relative_error(self.forecast, self.actual) if self.is_done else None
 
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """The books of a stage or of a whole chain, account by account; accounts empty in both are left out."""
+    """The books of a stage or of a whole chain, account by account; accounts empty in both are left out.
+
+    `progress` says how far a stage is whose actual book goes on, such as "running, step 12 of 60"; it is compared with nothing.
+    """
 
     name: str
     forecast: Book | None
     actual: Book | None
     lines: Sequence[Line]
+    progress: str | None = None
 
     @property
     def wall_error(self) -> float | None:
         """Error of the wall-clock time."""
-        if self.forecast is None or self.actual is None:
+        if self.forecast is None or self.actual is None or self.progress:
             return None
         return relative_error(self.forecast.wall_seconds, self.actual.wall_seconds)
 
     @property
     def paid_error(self) -> float | None:
         """Error of the device-seconds."""
-        if self.forecast is None or self.actual is None:
+        if self.forecast is None or self.actual is None or self.progress:
             return None
         return relative_error(self.forecast.device_seconds, self.actual.device_seconds)
 
@@ -83,13 +90,27 @@ class Reconciliation:
         """The books there are, by kind."""
         return {kind: book for kind, book in (("forecast", self.forecast), ("actual", self.actual)) if book}
 
+    @property
+    def called(self) -> dict[str, str]:
+        """What people call the books, by kind."""
+        return {"forecast": "forecast", "actual": "so far" if self.progress else "actual"}
+
+    @property
+    def layouts(self) -> str:
+        """How the ranks were laid out, and what the forecast is for, where that is another; empty when nobody knows."""
+        known = {kind: book.layout for kind, book in self.books.items() if book.layout}
+        if len(set(known.values())) == 2:
+            return f"{known['actual']}; the forecast is for {known['forecast']}"
+        return next(iter(known.values()), "") or ""
+
     def to_json(self) -> dict[str, Any]:
         """Plain values in SI units, for `--json`."""
         return {
             **{kind: {"devices": book.devices, "accelerator": book.accelerator, "wall_seconds": book.wall_seconds,
                       "device_seconds": book.device_seconds, "tokens": book.tokens, "model_flops": book.model_flops,
-                      "derived": book.derived(), "notes": book.notes} for kind, book in self.books.items()},
-            "wall_error": self.wall_error,
+                      "layout": book.layout, "derived": book.derived(), "notes": book.notes}
+               for kind, book in self.books.items()},
+            "progress": self.progress, "wall_error": self.wall_error,
             "accounts": {line.account.name: {
                 "forecast": line.forecast, "actual": line.actual, "share": line.share, "error_seconds": line.error_seconds,
                 "error": line.error, "evidence": line.evidence} for line in self.lines}}
@@ -100,8 +121,8 @@ def relative_error(forecast: float | None, actual: float | None) -> float | None
     return forecast / actual - 1 if forecast is not None and actual is not None and actual > 0 else None
 
 
-def reconcile(name: str, forecast: Book | None, actual: Book | None,
-              steps: Mapping[str, Book] | None = None) -> Reconciliation:
+def reconcile(name: str, forecast: Book | None, actual: Book | None, steps: Mapping[str, Book] | None = None,
+              progress: str | None = None) -> Reconciliation:
     """Set two books side by side. `steps` are the books of single steps inside them, which say where an account's time lay.
 
     Raises ValueError when there is neither book.
@@ -120,13 +141,14 @@ def reconcile(name: str, forecast: Book | None, actual: Book | None,
         if steps and abs(others := seconds - math.fsum(parts.values())) > 1e-6 * paid:
             parts["other steps"] = others
         lines.append(Line(account, values[0], values[1], seconds / paid if paid > 0 else 0.0,
-                          leading.evidence.get(account.name, ""), parts))
-    return Reconciliation(name, forecast, actual, lines)
+                          leading.evidence.get(account.name, ""), parts, progress is None))
+    return Reconciliation(name, forecast, actual, lines, progress)
 
 
 def reconcile_run(root: Path, stages: Sequence[str]) -> list[Reconciliation]:
     """The books of a run folder: first the whole chain's, then each stage's; those with neither book are left out.
 
+    Of a stage that is not done, the actual book is what its ledger holds so far.
     Raises UserError when a file is there but is no book.
     """
     forecast, actual = _books(root)
@@ -134,7 +156,11 @@ def reconcile_run(root: Path, stages: Sequence[str]) -> list[Reconciliation]:
     kind = 1 if actual else 0
     steps = {stage: book for stage, books in of_stages.items() if (book := books[kind])}
     found = [reconcile(WHOLE_CHAIN, forecast, actual, steps)] if forecast or actual else []
-    return found + [reconcile(stage, *books) for stage, books in of_stages.items() if any(books)]
+    for stage, (foreseen, measured) in of_stages.items():
+        measured, progress = so_far(StageFolder(root / stage)) or (measured, None)
+        if foreseen or measured:
+            found.append(reconcile(stage, foreseen, measured, progress=progress))
+    return found
 
 
 def _books(folder: Path) -> tuple[Book | None, Book | None]:

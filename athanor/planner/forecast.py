@@ -106,7 +106,7 @@ class Forecaster:
         checks = math.ceil(stage.steps / stage.evaluate_every)
         once["evaluation"] = checks * self.validation_seconds(step, shape, layout, stage)
         once["metering"] = constants["metering_seconds"] * slow * stage.steps * step.seconds / constants["metering_every_seconds"]
-        book = Book("forecast", devices, self.cluster.accelerator, self.cluster.peak_flops[stage.precision])
+        book = Book("forecast", devices, self.cluster.accelerator, self.cluster.peak_flops[stage.precision], layout=str(layout))
         for name, value in step.accounts.items():
             book.add(name, value * stage.steps, "planned")
         for name, value in once.items():

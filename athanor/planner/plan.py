@@ -57,8 +57,10 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
-def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factors: Mapping[str, float] | None = None) -> Plan:
-    """Fill what the recipe left open. `scan` has the sources' "bytes" and "documents"; `factors` are those of `own.factors`.
+def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factors: Mapping[str, float] | None = None,
+              measures: bool = True) -> Plan:
+    """Fill what the recipe left open. `scan` has the sources' "bytes" and "documents"; `factors` are those of `own.factors`;
+    `measures` says whether measuring the machine is a step of this chain.
 
     Raises UserError when the budget is too small to train anything, LayoutError when no layout is legal.
     """
@@ -90,6 +92,8 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     stepping = sum(each.choice.steps * each.step.seconds for each in filled.values())
     validating = sum(book.accounts.get("evaluation", 0.0) for book in books.values()) / cluster.devices
     limit, chain = _chain(recipe, cluster, scan, text, best, filled[main.name], EVALUATION_SHARE * stepping - validating)
+    if not measures or recipe.cluster.file != "auto" or cluster.source == DATASHEET:
+        chain["check"] = 0.0
     notes = _notes(best, text, choices[main.name], cluster)
     if job is not None:
         _add_faults(books[main.name], replace(job, stepping_seconds=stepping, interval=0.0))
@@ -187,8 +191,7 @@ def _chain(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], text: Tex
     if limit is None and most > LEAST_ITEMS and seconds(None)["evaluate"] > room_seconds:
         fitting = range(LEAST_ITEMS + 1, most)
         limit = chosen = LEAST_ITEMS + bisect.bisect_right(fitting, room_seconds, key=lambda items: seconds(items)["evaluate"])
-    is_measured = recipe.cluster.file == "auto" and cluster.source != DATASHEET
-    return chosen, seconds(limit) if is_measured else {**seconds(limit), "check": 0.0}  # a given file is not measured again
+    return chosen, seconds(limit)
 
 
 def _scan_table(scan: dict[str, Any], text: Text) -> dict[str, Any]:

@@ -180,4 +180,4 @@ def _too_small(stage: Stage, paid: float, part: Part) -> str:
     needed = part.amount * LEAST_STEPS / max(paid, 1e-12)
     scale, unit = {"seconds": (60.0, "minutes"), "flops": (PD_FLOP, "PD"), "tokens": (1.0, "tokens")}[part.kind]
     return (f"the budget pays for {paid:.2g} steps of stage.{stage.name}; the smallest that trains anything is {LEAST_STEPS} "
-            f"steps, {1.02 * needed / scale:.3g} {unit} for this stage")
+            f"steps, {float(f'{1.02 * needed / scale:.3g}'):g} {unit} for this stage")

@@ -129,8 +129,8 @@ def describe_stage(run: RunFolder, stage_name: str) -> Manifest:
         price = recipe.cluster.price_per_device_hour
         hours = book.device_seconds / 3600
         card.tokens, card.model_flops = book.tokens, book.model_flops
-        card.book = {"devices": book.devices, "accelerator": book.accelerator, "wall_seconds": book.wall_seconds,
-                     "device_seconds": book.device_seconds, "device_hours": hours,
+        card.book = {"devices": book.devices, "layout": book.layout, "accelerator": book.accelerator,
+                     "wall_seconds": book.wall_seconds, "device_seconds": book.device_seconds, "device_hours": hours,
                      "money": book.money if book.money is not None else price * hours if price is not None else None,
                      "energy_joules": book.energy_joules, "accounts": book.accounts, "derived": book.derived()}
     if run.scores.exists():

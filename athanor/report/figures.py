@@ -65,6 +65,10 @@ def _wall_clock(leading: Reconciliation) -> Figure:
         assert forecast is not None, "a reconciliation has at least one book"
         rest = f" of the {leading.name}, forecast; not measured yet"
         return Figure(clock(forecast.wall_seconds), "wall-clock", rest, "wall-clock")
+    if leading.progress:
+        rest = f" of {leading.name} so far ({leading.progress})"
+        rest += f"; forecast {clock(forecast.wall_seconds)} in all" if forecast else ""
+        return Figure(clock(actual.wall_seconds), "wall-clock", rest, "wall-clock")
     if forecast is None or error is None:
         return Figure(clock(actual.wall_seconds), "wall-clock", f" of the {leading.name}; there was no forecast", "wall-clock")
     foreseen = f"; forecast {clock(forecast.wall_seconds)}, "
@@ -117,6 +121,8 @@ def book_figures(found: Reconciliation) -> list[tuple[str, str, str, str]]:
             ("paid, device-seconds", "device-seconds", [f"{b.device_seconds:,.1f}" for b in found.books.values()]),
             ("devices", "", [f"{b.devices} × {b.accelerator}" for b in found.books.values()]),
             ("peak of one device", "", [format_rate(b.peak_flops) if b.peak_flops else "unknown" for b in found.books.values()])]
+    if found.layouts:
+        rows.append(("layout", "", [b.layout or "unknown" for b in found.books.values()]))
     if any(book.tokens for book in found.books.values()):
         rows += [("tokens", "", [format_count(b.tokens) for b in found.books.values()]),
                  ("model FLOPs (6ND)", "pd_6nd", [format_flops(b.model_flops) for b in found.books.values()])]

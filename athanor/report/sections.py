@@ -103,7 +103,8 @@ def scores(models: dict[str, dict[str, Row]]) -> list[tuple[str, str, list[Score
         beside = baselines(first) if task == "bits_per_byte" else []
         ends += [value for _, value in beside] or ([0.0] if first.get("unit") == "share" else [])
         scale = min(ends), max(ends)
-        rows = [ScoreRow(model, score_text(s["value"], s), f"{score_text(s['low'], s)} … {score_text(s['high'], s)}",
+        rows = [ScoreRow(model, score_text(s["value"], s), "of one item" if s["count"] == 1 else
+                         f"{score_text(s['low'], s)} … {score_text(s['high'], s)}",
                          interval_bar(s["low"], s["value"], s["high"], scale, f"model-{index}"))
                 for index, (model, s) in enumerate(held.items())]
         rows += [ScoreRow(f"{name} -9, same bytes", f"{value:.3f}", "exact", interval_bar(value, value, value, scale, "beside"))

@@ -45,8 +45,8 @@ def ledger(found: Reconciliation, width: int = 100) -> RenderableType:
     longest = max(sum(s for s in book.accounts.values() if s > 0) for book in found.books.values()) or 1.0
     head = Text(found.name, style="bold")
     head.append(f"  wall-clock {_wall(found)}", style="not bold")
-    bars = [Text.assemble(f"{kind:>8} ", bar(book.accounts, longest, bar_width), f" {format_seconds(book.wall_seconds)}")
-            for kind, book in found.books.items()]
+    bars = [Text.assemble(f"{found.called[kind]:>8} ", bar(book.accounts, longest, bar_width),
+                          f" {format_seconds(book.wall_seconds)}") for kind, book in found.books.items()]
     return Group(head, *bars, _table(found, width), *_figures(found))
 
 
@@ -70,6 +70,9 @@ def _wall(found: Reconciliation) -> str:
     if found.actual is None:
         return f"{format_seconds(found.books['forecast'].wall_seconds)} (forecast; not measured yet)"
     text = format_seconds(found.actual.wall_seconds)
+    if found.progress:
+        text += f" so far ({found.progress})"
+        return text if found.forecast is None else f"{text}, forecast {format_seconds(found.forecast.wall_seconds)} in all"
     if found.forecast is None:
         return f"{text} (there was no forecast)"
     return f"{text}, forecast {format_seconds(found.forecast.wall_seconds)} ({signed_percent(found.wall_error, 1)})"
@@ -78,7 +81,7 @@ def _wall(found: Reconciliation) -> str:
 def _table(found: Reconciliation, width: int) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("account", no_wrap=True)
-    for column in ("forecast, s", "actual, s", "share", "error"):
+    for column in ("forecast, s", f"{found.called['actual']}, s", "share", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     if width >= 100:
         table.add_column("", style="dim", no_wrap=True)
@@ -96,7 +99,7 @@ def _cells(line: Line) -> list[str]:
 
 
 def _figures(found: Reconciliation) -> list[Text]:
-    """MFU, HFU, goodput and end to end of the actual book (else the forecast), each with its definition in brief."""
+    """MFU, HFU, goodput and end to end of the actual book (else the forecast), each with its definition in brief; layouts."""
     book = found.actual or found.books["forecast"]
     derived = book.derived()
     shown = (("mfu", "MFU, causal attention: useful / stepping time"), ("mfu_full_attention", "MFU, full-square attention"),
@@ -105,4 +108,5 @@ def _figures(found: Reconciliation) -> list[Text]:
     foreseen = found.forecast.derived() if found.forecast and found.actual else {}
     lines = [Text(f"{format_share(derived[key]):>8}  {words}" + (f"; forecast {format_share(foreseen[key])}" if key == "goodput"
                   and key in foreseen else "")) for key, words in shown if key in derived]
+    lines += [Text(f"{'layout':>8}  {found.layouts}")] if found.layouts else []
     return lines + [Text(note, style="dim") for note in book.notes]

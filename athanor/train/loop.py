@@ -25,8 +25,8 @@ from athanor.foundation.events import log_event
 from athanor.foundation.intervals import activate, interval
 from athanor.foundation.layout import keeps_whole
 from athanor.foundation.recipe import Recipe
-from athanor.foundation.run_folder import RunFolder, StageFolder, append_when_possible, folder_renamed_last, read_jsonl
-from athanor.ledger.attempts import roll_back
+from athanor.foundation.run_folder import RunFolder, append_when_possible, folder_renamed_last, read_jsonl
+from athanor.ledger.attempts import Tail, roll_back, unwritten
 from athanor.models import fp8
 from athanor.models.decoder import Decoder
 from athanor.models.find import load_architecture
@@ -123,8 +123,8 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
             resume(job, trainee, progress)
             saver = Saver(job.folder, trainee.stages, trainee.optimizer, keep_latest_k=job.settings.keep_latest_k,
                           keep_every=job.settings.keep_every, is_async=job.settings.save_async, owner=progress.owner)
-            meter = Meter(job.folder.root / "ledger.jsonl", devices=job.layout.world_size, accelerator=accelerator,
-                          peak_flops=peak_flops, launched=launched, attempt=progress.attempt, first_step=progress.step,
+            meter = Meter(job.folder.ledger, devices=job.layout.world_size, accelerator=accelerator, peak_flops=peak_flops,
+                          layout=str(job.layout), launched=launched, attempt=progress.attempt, first_step=progress.step,
                           peers=mesh.peers(), idle=idle)
             beat.follow(meter.recorder)
             run = Run(job, trainee, progress, meter, channel, saver)
@@ -223,13 +223,11 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
     """Go on from the newest intact checkpoint, if there is one; damaged ones are named in events.jsonl."""
     folder, mesh = job.folder, trainee.mesh
     found: Path | None = None
-    tail_seconds, ranks_before = 0.0, job.layout.world_size
+    tail: Tail | None = None
     if mesh.rank == 0:
-        tail_seconds = unwritten_seconds(folder)
-        events = read_jsonl(folder.events)
-        starts = [row for row in events if row.get("kind") == "start"]
+        tail, events = unwritten(folder), read_jsonl(folder.events)
         progress.passed = [row["passed"] for row in events if row.get("kind") == "rollback"]  # an older checkpoint does not know
-        progress.attempt, ranks_before = len(starts), starts[-1].get("ranks", ranks_before) if starts else ranks_before
+        progress.attempt = sum(row.get("kind") == "start" for row in events)
         progress.owner = checkpoint.claim(folder.owner, progress.attempt)
 
         def on_damage(path: Path, reason: str) -> None:
@@ -245,17 +243,9 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
         log_event(folder.events, "start", f"{name} starts on {ranks} rank{'s' if ranks > 1 else ''}: {job.layout}",
                   attempt=progress.attempt, step=progress.step, ranks=ranks, load_seconds=time.perf_counter() - begin)
         if progress.attempt > 0:
-            roll_back(folder.root / "ledger.jsonl", progress.step, progress.attempt, tail_seconds, ranks_before)
+            roll_back(folder.ledger, progress.step, progress.attempt, tail)
             log_event(folder.events, "restart", f"goes on from step {progress.step}", attempt=progress.attempt,
                       step=progress.step)
-
-
-def unwritten_seconds(folder: StageFolder) -> float:
-    """How long the attempt before lived after the last line of its ledger (or after its start): until its last step."""
-    written = [row["time"] for row in read_jsonl(folder.root / "ledger.jsonl") if "time" in row]
-    written += [row["time"] for row in read_jsonl(folder.events) if row.get("kind") in ("start", "done", "stop")]
-    steps = [row["time"] for row in read_jsonl(folder.metrics)]
-    return max(0.0, max(steps) - max(written)) if written and steps else 0.0
 
 
 def run_loop(run: Run) -> None:

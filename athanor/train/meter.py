@@ -34,9 +34,10 @@ class Meter:
     """
 
     def __init__(self, ledger_file: Path, *, devices: int, accelerator: str, peak_flops: float | None, launched: float,
-                 attempt: int = 0, first_step: int = 0, peers: Sequence[Sequence[int]] | None = None,
-                 idle: Mapping[str, int] | None = None) -> None:
-        self.file, self.devices, self.accelerator, self.peak_flops = ledger_file, devices, accelerator, peak_flops
+                 layout: str | None = None, attempt: int = 0, first_step: int = 0,
+                 peers: Sequence[Sequence[int]] | None = None, idle: Mapping[str, int] | None = None) -> None:
+        self.file, self.devices, self.peak_flops = ledger_file, devices, peak_flops
+        self.ran_on: dict[str, Any] = {"devices": devices, "accelerator": accelerator, "peak_flops": peak_flops, "layout": layout}
         self.attempt, self.step, self.peers, self.idle = attempt, first_step, peers, idle or {}
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.recorder = Recorder()
@@ -111,7 +112,7 @@ class Meter:
                     "attempt": self.attempt, "time": time.time(), "first_step": self.first_step, "last_step": self.step,
                     "wall_seconds": wall, "device_seconds": sum(walls) + wall * sum(self.idle.values()),
                     "tokens": self.tokens, "model_flops": self.flops, "model_flops_full": self.flops_full,
-                    "skipped_steps": self.skipped_steps, "accounts": accounts})
+                    "skipped_steps": self.skipped_steps, "accounts": accounts, **self.ran_on})
             self.skipped_steps = 0
             self.first_step, self.tokens, self.flops, self.flops_full = self.step, 0.0, 0.0, 0.0
 
@@ -128,7 +129,7 @@ class Meter:
         self.pace.close()
         if self.rank != 0:
             return None
-        return book_of(read_jsonl(self.file), devices=self.devices, accelerator=self.accelerator, peak_flops=self.peak_flops)
+        return book_of(read_jsonl(self.file), **self.ran_on)
 
     def _agree(self, value: int) -> int:
         box = [value]

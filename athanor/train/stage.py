@@ -20,6 +20,7 @@ from athanor.foundation.recipe import Recipe, Stage
 from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, hash_file, hash_folder, write_atomic
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, check_pipeline, cut, find_schedule
 from athanor.foundation.toml import toml_value
+from athanor.ledger.attempts import throw_away
 from athanor.models import fp8
 from athanor.models.find import load_architecture
 from athanor.models.huggingface import read_shape
@@ -165,13 +166,15 @@ def claim_folder(job: Job, is_fresh: bool) -> None:
 
 
 def empty(folder: StageFolder) -> None:
-    """Remove all of a stage but its forecast and rehearsal, which were there before, and its logs, which its ranks are writing.
+    """Remove all of a stage but its forecast and rehearsal, which were there before, its logs, which its ranks are writing, and
+    what it has cost, which is lost.
 
     config.toml goes last: after a kill half-way, what is left still belongs to the old configuration.
     """
     with disk_errors(folder.root):
+        throw_away(folder)
         for path in sorted(folder.root.iterdir(), key=lambda path: path == folder.config):
-            if path not in (folder.forecast, folder.rehearsal, folder.logs):
+            if path not in (folder.forecast, folder.rehearsal, folder.logs, folder.ledger):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

@@ -110,8 +110,12 @@ def test_what_single_verbs_made_is_gone_on_with_and_its_forecast_stays(athanor: 
     refused = athanor("plan", recipe, "seed=4")
     assert refused.returncode == 2 and "has been trained with its plan" in refused.stderr
     assert athanor("plan", recipe, "--out", tmp_path / "other.toml").returncode == 0
+    assert athanor("evaluate", recipe).returncode == 0
+    scores = json.loads((run / "scores.json").read_text())["models"]["pretrain"]
     result = athanor("run", recipe)
     assert result.returncode == 0, result.stderr
+    assert "scored before, of the same model and data: pretrain bits_per_byte, pretrain identifiers" in result.stderr
+    assert json.loads((run / "scores.json").read_text())["models"]["pretrain"] == scores
     assert (run / "plan.toml").read_bytes() == plan and read_jsonl(run / "pretrain" / "metrics.jsonl") == steps
     assert "bits_per_byte" in result.stderr
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from athanor.cli.chain import Chain, hash_output
-from athanor.cli.run import _refuse_other_plan, _replaced, _stage_inputs
+from athanor.cli.chain import Chain
+from athanor.cli.run import _refuse_other_plan, _stage_inputs, actual_book
 from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import load_recipe
-from athanor.foundation.run_folder import RunFolder
+from athanor.foundation.run_folder import RunFolder, read_jsonl
+from athanor.ledger.attempts import book_of, note, throw_away
 
 RECIPE = """
 name = "steps"
@@ -36,16 +37,6 @@ def test_changed_conversations_are_trained_on(tmp_path: Path) -> None:
     (tmp_path / "talk.jsonl").write_text("2")
     after = [_stage_inputs(recipe, stage, run) for stage in recipe.stage]
     assert before[0] == after[0] and before[1] != after[1]
-
-
-def test_only_fresh_throws_work_away(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(RECIPE.format(talk="pairs"))
-    stage, run = load_recipe(tmp_path / "recipe.toml").stage[0], RunFolder(tmp_path)
-    config = run.stage("pretrain").config
-    config.parent.mkdir()
-    config.write_text("of another recipe")
-    assert _replaced(stage, run) is None
-    assert _replaced(stage, run, is_fresh=True) == hash_output(config)
 
 
 def test_a_plan_that_fits_no_more_is_refused_before_it_is_written(tmp_path: Path) -> None:
@@ -84,11 +75,27 @@ def test_what_was_paid_for_knows_that_devices_change(tmp_path: Path) -> None:
     assert chain.wall_seconds() == pytest.approx(one + four + 3.0)
 
 
-def test_time_of_replaced_training_is_lost(tmp_path: Path) -> None:
-    chain = Chain(RunFolder(tmp_path), 2, time.time())
-    chain.step("train pretrain", {"config": "1"}, [], lambda: time.sleep(0.02))
-    chain.step("train chat", {"config": "1"}, [], lambda: None)
-    assert chain.replaced_seconds() == 0.0
-    chain.step("train pretrain", {"config": "2"}, [], lambda: None, "hash of 1")
-    assert 0.04 < chain.replaced_seconds() < 1.0
-    assert Chain(RunFolder(tmp_path), 2, 0.0).replaced_seconds() == chain.replaced_seconds()
+@pytest.mark.parametrize("is_outside", [True, False], ids=["by the verb train", "by the chain"])
+def test_work_that_was_thrown_away_stands_in_the_runs_book(tmp_path: Path, is_outside: bool) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE.partition('[[stage]]\nname = "chat"')[0])
+    run, now = RunFolder(tmp_path), time.time()
+    stage = run.stage("pretrain")
+    stage.root.mkdir()
+    if not is_outside:  # an invocation that was killed after five seconds
+        run.chain.write_text(json.dumps({"event": "begin", "time": now - 105.0, "devices": 2}) + "\n")
+    note(stage.ledger, {"startup": 2.0, "kernel": 3.0}, until=now - 100.0, attempt=0, step=0, devices=2)
+
+    def train() -> None:
+        throw_away(stage)
+        time.sleep(0.05)
+        note(stage.ledger, {"kernel": 0.04}, until=time.time(), attempt=0, step=0, devices=2)
+        book_of(read_jsonl(stage.ledger), devices=2, accelerator="CPU", peak_flops=None).write(stage.actual)
+
+    chain = Chain(run, 2, now)
+    chain.step("train pretrain", {}, [], train)
+    book = actual_book(chain, load_recipe(tmp_path / "recipe.toml"), run)
+    begin, end, _ = chain.spans()[-1]
+    assert book.accounts["lost"] == pytest.approx(10.0) and book.accounts["kernel"] == pytest.approx(0.08)
+    assert book.device_seconds == pytest.approx(10.0 + 2 * (end - begin), abs=0.1) and "startup" not in book.accounts
+    assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
+    assert abs(book.accounts["unattributed"]) < 2 * (end - begin)

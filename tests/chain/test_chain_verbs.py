@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from athanor.cli.chain import Chain, hash_output
+from athanor.cli.chain import Chain
 from athanor.cli.data import command as data
-from athanor.cli.run import _build_data, _replaced, _stage_inputs
+from athanor.cli.preflight import plan_inputs, planned
+from athanor.cli.run import _build_data, _plan, _stage_inputs
 from athanor.cli.train import command as train
-from athanor.data.sources import inputs_of
+from athanor.data.sources import inputs_of, scan
 from athanor.foundation.errors import RecipeError, UserError
 from athanor.foundation.recipe import Recipe, load_recipe
 from athanor.foundation.run_folder import RunFolder, read_jsonl
@@ -79,22 +82,68 @@ def test_a_build_of_the_same_trains_nothing_anew(built: Recipe, tmp_path: Path) 
     assert _stage_inputs(built, built.stage[0], run) != before
 
 
-def test_fresh_replaces_what_was_trained_by_hand(built: Recipe, tmp_path: Path) -> None:
-    run, stage = RunFolder(tmp_path / "runs" / "rebuilt"), built.stage[0]
-    inputs = _stage_inputs(built, stage, run)
+def test_a_named_plan_is_followed_before_the_run_folders(built: Recipe, tmp_path: Path) -> None:
+    run, file = RunFolder(tmp_path / "runs" / "rebuilt"), tmp_path / "recipe.toml"
+    assert planned(built, run) == built, "there is no plan"
+    for name, steps in ((run.plan, 7), (tmp_path / "named.toml", 9)):
+        name.write_text(f'[[stage]]\nname = "pretrain"\nsteps = {steps}\nseq_len = 32\n')
+    named = load_recipe(file, [f"plan.file={tmp_path / 'named.toml'}"])
+    assert [planned(recipe, run).stage[0].steps for recipe in (built, named)] == [7, 9]
+    assert planned(named, run).stage[0].seq_len == 64, "the recipe wins"
+    with pytest.raises(RecipeError, match=r"plan .*none\.toml does not exist"):
+        planned(load_recipe(file, [f"plan.file={tmp_path / 'none.toml'}"]), run)
+
+
+def test_what_text_without_python_cannot_give_is_told_before_training(built: Recipe, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "runs" / "prose")
+    (tmp_path / "prose").mkdir()
+    for number in range(6):
+        words = " ".join(f"word{number * 97 + i * i}" for i in range(400))
+        (tmp_path / "prose" / f"{number}.txt").write_text(words)
+    file, source = tmp_path / "recipe.toml", [f"data.source.json.path={tmp_path / 'prose'}", "data.source.json.kind=text"]
+    for overrides, words in (
+            (['evaluate.tasks=["bits_per_byte", "python_parses"]'], r"functions\.jsonl is empty, .* leave out tasks that ask"),
+            (['evaluate.tasks=["identifiers"]'], r"holds no Python file; .* leave out the task identifiers"),
+            (["data.evaluation_share=0"], r"evaluation\.jsonl is empty, .* raise data\.evaluation_share, or give more documents"),
+            (["stage.pretrain.data=pairs"], r"'pairs' are made from Python functions with docstrings, and .* has none")):
+        recipe = load_recipe(file, [*source, *overrides])
+        with pytest.raises(UserError, match=words):
+            _build_data(recipe, run, inputs_of(recipe))
+    recipe = load_recipe(file, source)
+    assert _build_data(recipe, run, inputs_of(recipe))["was_built"]
+
+
+def test_a_plan_stays_when_only_the_evaluation_of_what_it_trained_changes(
+        built: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file, made = RunFolder(tmp_path / "runs" / "rebuilt"), tmp_path / "recipe.toml", list[int]()
+
+    class Made(Exception):
+        pass
+
+    def plan_run(*arguments: object, **options: object) -> None:
+        made.append(1)
+        raise Made
+
+    monkeypatch.setattr("athanor.cli.plan.plan_run", plan_run)
+    sources = scan(built)
+    run.forecast.write_text("{}")
+    lines = [f'{key} = "{value}"\n' for key, value in plan_inputs(built, run, sources).items()]
+    run.plan.write_text("[inputs]\n" + "".join(lines))
+
+    def plan(*overrides: str, is_fresh: bool = False) -> bool:
+        with contextlib.suppress(Made):
+            _plan(Chain(run, 2, time.time()), load_recipe(file, list(overrides)), run, sources, is_fresh)
+        return bool(made and made.pop())
+
+    other = "evaluate.limit=3"
+    assert not plan() and "plan.toml was made before\n" in capsys.readouterr().err
+    assert plan(other), "nothing is trained with it yet"
     run.stage("pretrain").root.mkdir()
-    run.stage("pretrain").config.write_text("by hand")
-    chain = Chain(run, 2, 0.0)
-    assert _replaced(stage, run) is None
-    assert _replaced(stage, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
-
-    def refused() -> None:
-        raise UserError("was trained with another configuration")
-
-    with pytest.raises(UserError):
-        chain.step("train pretrain", inputs, [], refused)
-    assert _replaced(stage, run) is None, "a refusal throws nothing away, the next time either"
-    assert _replaced(stage, run, is_fresh=True) == hash_output(run.stage("pretrain").config)
+    run.stage("pretrain").metrics.write_text('{"step": 1}\n')
+    assert not plan(other) and "the stages are trained with it already" in capsys.readouterr().err
+    assert plan(other, "seed=3") and plan("evaluate.limit=4", is_fresh=True)
+    run.plan.write_text(run.plan.read_text() + "\n[model]\nhidden_size = 64\n")
+    assert plan("evaluate.limit=5"), "it is not the plan that was made"
 
 
 def test_the_stage_may_be_left_out_where_there_is_one(built: Recipe, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from bigram_model import follow, write_bigram
 from click.testing import CliRunner
 
-from athanor.cli.evaluate import command, run_candidates
+from athanor.cli.evaluate import command, evaluate_run, interval, run_candidates
 from athanor.data.text.tokenizer import Tokenizer
 from athanor.evaluate.ranks import Candidate, evaluate
 from athanor.evaluate.subject import spread
@@ -80,6 +80,43 @@ def test_a_recipe_scores_its_stages_and_keeps_other_scores(run: RunFolder, tmp_p
     for task in ("bits_per_byte", "python_parses"):
         items = [written[stage][task]["details"]["items"] for stage in ("pretrain", "chat")]
         assert items[0]["hash"] == items[1]["hash"] and len(items[0]["above"].split()) == written["chat"][task]["count"]
+
+
+def test_a_chain_scores_only_what_has_changed(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, asked = load_recipe(tmp_path / "tiny.toml"), list[tuple[list[str], list[str]]]()
+    call(tmp_path / "tiny.toml", "--stage", "pretrain")
+
+    def noted(candidates: Any, tasks: Any, *rest: Any, **settings: Any) -> Any:
+        asked.append(([each.name for each in candidates], list(tasks)))
+        return evaluate(candidates, tasks, *rest, **settings)
+
+    monkeypatch.setattr("athanor.evaluate.ranks.evaluate", noted)
+    everything = ["bits_per_byte", "python_parses"]
+    evaluate_run(recipe, run, keeps_unchanged=True)
+    assert asked.pop() == (["chat"], everything), "pretrain was scored by hand"
+    kept = run.scores.read_bytes()
+    assert evaluate_run(recipe, run, keeps_unchanged=True).scores == {} and not asked and run.scores.read_bytes() == kept
+    more = load_recipe(tmp_path / "tiny.toml", ['evaluate.tasks=["bits_per_byte", "identifiers", "python_parses"]'])
+    evaluate_run(more, run, keeps_unchanged=True)
+    assert asked.pop() == (["pretrain", "chat"], ["identifiers"])
+    evaluate_run(load_recipe(tmp_path / "tiny.toml", ["evaluate.limit=1"]), run, keeps_unchanged=True)
+    assert asked.pop() == (["pretrain", "chat"], everything), "on fewer items"
+    evaluate_run(recipe, run)
+    assert asked.pop() == (["pretrain", "chat"], everything), "the verb does as it is told"
+    config = run.stage("chat").model / "config.json"
+    config.write_text(config.read_text() + "\n")
+    evaluate_run(recipe, run, keeps_unchanged=True)
+    assert asked.pop() == (["chat"], everything), "another model"
+    with (run.data / "evaluation.jsonl").open("a") as file:
+        file.write(json.dumps({"doc_id": "d", "source": "s", "uri": "d.py", "text": "x = 1\n" * 9}) + "\n")
+    evaluate_run(recipe, run, keeps_unchanged=True)
+    assert asked.pop() == (["pretrain", "chat"], everything), "other data"
+
+
+def test_one_item_has_no_interval() -> None:
+    score = {"value": 2.05, "low": 2.05, "high": 2.05, "count": 1}
+    assert interval(score) == "of one item"
+    assert interval(score | {"count": 2, "low": 1.23456}) == "1.23 to 2.05" and interval(score | {"count": 2}, 2) == "2 to 2"
 
 
 def test_a_model_folder_on_its_own(run: RunFolder) -> None:

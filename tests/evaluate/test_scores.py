@@ -18,6 +18,7 @@ from athanor.evaluate.scores import (
     paired_difference,
     read_scores,
     share,
+    unchanged,
     wilson,
 )
 from athanor.foundation.errors import UserError
@@ -92,6 +93,19 @@ def test_scores_merge_by_model_and_task(tmp_path: Path) -> None:
         "value": 1.5, "low": 1.4, "high": 1.6, "count": 7, "unit": "bits per byte", "higher_is_better": False,
         "details": {"xz": 1.7}}
     assert models["chat"]["identifiers"]["value"] == 0.5
+
+
+def test_a_score_is_known_by_what_it_was_made_from(tmp_path: Path) -> None:
+    path, score = tmp_path / "scores.json", Score(1.5, 1.4, 1.6, 7, "share", True, {"counts": (1, 2), 3: 0.1})
+    hashes = {"pretrain": {"identifiers": "a", "python_parses": "b"}}
+    assert unchanged(path, hashes) == set(), "there is no file"
+    merge_scores(path, {"pretrain": {"identifiers": score}}, hashes)
+    assert unchanged(path, hashes) == {("pretrain", "identifiers")}
+    assert unchanged(path, {"pretrain": {"identifiers": "c"}, "chat": {"identifiers": "a"}}) == set()
+    merge_scores(path, {"pretrain": {"python_parses": score}})  # nobody said from what
+    assert unchanged(path, hashes) == {("pretrain", "identifiers")}
+    path.write_text(path.read_text().replace("1.4", "1.3", 1))
+    assert unchanged(path, hashes) == set(), "not the score that was written"
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from hypothesis import given
@@ -42,8 +43,32 @@ def test_batches_divide_or_name_the_nearest() -> None:
         check_batch(global_batch_tokens=4097, seq_len=256, micro_batch_size=4, data_ranks=2)
     with pytest.raises(LayoutError, match="nearest global_batch_tokens is 4096"):
         check_batch(global_batch_tokens=256 * 17, seq_len=256, micro_batch_size=8, data_ranks=2)
-    with pytest.raises(LayoutError, match=r"nearest global_batch_tokens is 3072, or 1, 2, 4 data ranks$"):
+    with pytest.raises(LayoutError, match=r"nearest global_batch_tokens is 3072, or with 2 data ranks \(.*\) they do$"):
         check_batch(global_batch_tokens=4096, seq_len=256, micro_batch_size=4, data_ranks=3)
+    with pytest.raises(LayoutError, match=r"or with 1 data rank \(dp_replicate x dp_shard\) and micro_batch_size = 3 they do$"):
+        check_batch(global_batch_tokens=3 * 256, seq_len=256, micro_batch_size=8, data_ranks=2)
+    with pytest.raises(LayoutError, match=r"micro_batch_size may be any multiple of 2$"):
+        check_batch(global_batch_tokens=6 * 8, seq_len=8, micro_batch_size=3, data_ranks=1, tp=16)
+
+
+@given(st.integers(1, 96), st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 4, 16]))
+def test_what_is_named_for_a_batch_that_does_not_split_is_the_nearest_that_does(rows: int, size: int, ranks: int,
+                                                                                tp: int) -> None:
+    def splits(other_ranks: int, other_size: int) -> bool:
+        return rows % (other_ranks * other_size) == 0 and 8 * other_size % tp == 0
+
+    if rows % (ranks * size) == 0:
+        return
+    with pytest.raises(LayoutError) as refused:
+        check_batch(global_batch_tokens=8 * rows, seq_len=8, micro_batch_size=size, data_ranks=ranks, tp=tp)
+    named = re.search(r", or with (?:(\d+) data ranks? \(dp_replicate x dp_shard\))?(?: and )?"
+                      r"(?:micro_batch_size = (\d+))? they do$", str(refused.value))
+    working = [(i, j) for i in range(1, ranks + 1) for j in range(1, rows + 1) if splits(i, j)]
+    assert bool(named) == bool(working)
+    if named:
+        found = (int(named[1] or ranks), int(named[2] or size))
+        assert splits(*found) and found[0] == max(i for i, _ in working)
+        assert max(found[1] / size, size / found[1]) == min(max(j / size, size / j) for i, j in working if i == found[0])
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 4))

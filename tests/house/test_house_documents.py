@@ -52,6 +52,7 @@ def test_the_readme_comes_to_the_point_and_names_what_exists() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     first_command = next(i for i, line in enumerate(lines) if line.lstrip().startswith("make demo"))
     assert first_command < 25
+    assert not [line for line in lines if len(line) > 130]
     text = "\n".join(lines)
     for verb in re.findall(r"^\s*(?:\.venv/bin/)?athanor ([a-z]+)", text, re.M):
         assert verb in VERBS, verb

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from athanor.foundation.errors import UserError
-from athanor.foundation.run_folder import append_when_possible, read_jsonl, write_json
+from athanor.foundation.run_folder import StageFolder, append_when_possible, read_jsonl, write_json
 from athanor.ledger.accounts import ACCOUNTS, STEPPING
-from athanor.ledger.attempts import book_of, roll_back
+from athanor.ledger.attempts import book_of, roll_back, throw_away
 from athanor.ledger.book import Book, read_book, total
 
 
@@ -61,6 +62,12 @@ def test_a_chain_adds_up_and_the_gaps_are_unattributed() -> None:
     assert whole.tokens == 1000 and whole.accelerator == "CPU"
 
 
+def test_a_chain_has_a_layout_when_its_stages_agree() -> None:
+    books = [replace(a_book(), layout=layout) for layout in ("tp=2", "tp=2", "dp_shard=2")]
+    assert total(books[:2], "actual", wall_seconds=20, devices=2).layout == "tp=2"
+    assert total(books, "actual", wall_seconds=30, devices=2).layout is None
+
+
 def line(first: int, last: int, **accounts: float) -> dict[str, object]:
     seconds = sum(accounts.values())
     return {"attempt": 0, "first_step": first, "last_step": last, "wall_seconds": seconds, "device_seconds": seconds,
@@ -103,6 +110,28 @@ def test_what_a_killed_attempt_spent_after_its_last_line_is_lost() -> None:
     book = book_of(lines, devices=2, accelerator="CPU", peak_flops=100.0)
     assert book.accounts["lost"] == 6 and book.device_seconds == 46 and book.tokens == 200
     assert book.accounts["unattributed"] == pytest.approx(0)
+
+
+def test_what_is_thrown_away_is_lost_when_it_was_spent(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path)
+    throw_away(folder)
+    assert not folder.ledger.exists(), "nothing was spent"
+    rows = [line(0, 10, startup=5, compute=20) | {"time": 100.0}, {"attempt": 1, "resumed_step": 4},
+            line(4, 10, compute=9, checkpoint=1) | {"time": 120.0, "device_seconds": 20.0}]
+    for row in rows:
+        append_when_possible(folder.ledger, row)
+    append_when_possible(folder.events, {"kind": "start", "time": 80.0, "ranks": 2})
+    append_when_possible(folder.metrics, {"step": 12, "time": 123.0})
+    throw_away(folder)
+    lines = read_jsonl(folder.ledger)
+    assert [(row["time"], row["device_seconds"], row["accounts"]) for row in lines] == [
+        (100.0, 25.0, {"lost": 25.0}), (120.0, 20.0, {"lost": 20.0}), (123.0, 6.0, {"lost": 6.0})]
+    throw_away(folder)
+    assert read_jsonl(folder.ledger) == lines, "once more, as after a kill in between, changes nothing"
+    book = book_of([*lines, line(0, 10, compute=20), {"attempt": 1, "resumed_step": 5}], devices=2, accelerator="CPU",
+                   peak_flops=100.0)
+    assert book.accounts["lost"] == pytest.approx(51 + 10) and book.tokens == 50
+    assert book.wall_seconds == pytest.approx(25 + 10 + 3 + 20) and book.accounts["unattributed"] == pytest.approx(0)
 
 
 def test_useful_above_computing_is_an_error_and_not_clamped() -> None:

@@ -64,6 +64,7 @@ def test_what_was_not_planned_says_nothing(machine: ClusterSpec, tmp_path: Path)
     other = replace(actual_of(raw, TRUE), model_flops=2 * raw.model_flops)
     record(tmp_path, machine, raw, other, {}, "toy/pretrain")
     record(tmp_path, machine, raw, replace(actual_of(raw, TRUE), devices=1), {}, "toy/pretrain")
+    record(tmp_path, machine, raw, replace(actual_of(raw, TRUE), layout="dp_shard=2"), {}, "toy/pretrain")
     assert not (tmp_path / NAME).exists()
 
 

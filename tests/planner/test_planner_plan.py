@@ -121,6 +121,7 @@ def test_every_axis_is_forecast(machine: ClusterSpec, toy: Toy, axis: str) -> No
     account = {"pp": "pipeline", "cp": "context", "tp": "tensor", "dp_replicate": "data_parallel"}[axis]
     assert plan.values["parallel"][axis] == 2 and plan.forecast.accounts[account] > 0
     assert ("bubble" in plan.forecast.accounts) == (axis == "pp")
+    assert {book.layout for book in (*plan.books.values(), plan.forecast)} == {f"{axis}=2"}
     for stage in plan.values["stage"]:
         rows = stage["global_batch_tokens"] // stage["seq_len"]
         data_ranks = 2 if axis == "dp_replicate" else 1
@@ -193,7 +194,10 @@ def test_whole_forecast_adds_stages_and_steps_of_the_chain(machine: ClusterSpec,
     assert plan.forecast.wall_seconds == pytest.approx(stages + sum(plan.chain.values()))
     assert plan.forecast.accounts["unattributed"] == pytest.approx(0.0, abs=1e-6)
     assert plan.forecast.accounts["data"] == pytest.approx(2 * plan.chain["data"])
-    assert set(plan.chain) == {"check", "plan", "data", "evaluate", "registry", "serve", "report"}
+    assert set(plan.chain) == {"check", "plan", "data", "evaluate", "registry", "serve", "report"} and plan.chain["check"] > 0
+    before = make_plan(toy(), machine, SCAN, measures=False)
+    assert before.forecast.accounts["check"] == pytest.approx(plan.forecast.accounts["check"] - 2 * plan.chain["check"])
+    assert before.forecast.accounts["unattributed"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_shares_of_the_budget(toy: Toy) -> None:

@@ -14,6 +14,7 @@ from athanor.cli.plan_estimate import command as estimate
 from athanor.cluster.spec import ClusterSpec
 from athanor.foundation.errors import LayoutError, ModelError, RecipeError, UserError
 from athanor.foundation.recipe import Recipe
+from athanor.ledger.book import read_book
 from athanor.models.shapes.find import find_shape
 from athanor.planner.explain import HELD
 from athanor.report.search_page import write_search
@@ -43,7 +44,10 @@ def test_a_mistake_is_told_before_what_the_folder_holds(recipe: Path, tmp_path: 
     stage = tmp_path / "runs" / "toy" / "pretrain"
     stage.mkdir(parents=True)
     (stage / "metrics.jsonl").write_text("{}\n")
-    assert "written to" in call(recipe), "trained without a plan: there is no forecast to keep"
+    told = call(recipe)
+    assert "written to" in told, "trained without a plan: there is no forecast to keep"
+    forecast = read_book(tmp_path / "runs" / "toy" / "forecast.json")
+    assert forecast.layout and f"laid out as {forecast.layout}" in " ".join(told.split())
     written = (tmp_path / "runs" / "toy" / "plan.toml").read_text()
     with pytest.raises(RecipeError, match="learning_rat'; did you mean 'learning_rate'"):
         call(recipe, "stage.pretrain.learning_rat=1")

@@ -46,8 +46,9 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_book(seconds: float) -> Book:
-    book = Book("actual", 2, "cpu", 1e11, wall_seconds=seconds, device_seconds=2 * seconds, tokens=5e5, model_flops=3e12)
+def make_book(seconds: float, layout: str) -> Book:
+    book = Book("actual", 2, "cpu", 1e11, wall_seconds=seconds, device_seconds=2 * seconds, tokens=5e5, model_flops=3e12,
+                layout=layout)
     book.add("useful", 1.5 * seconds)
     return book.close()
 
@@ -71,7 +72,7 @@ def run(tmp_path: Path) -> RunFolder:
         make_model(folder.model, seed)
         folder.metrics.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 31)))
         folder.config.write_text('[stage]\nname = "x"  # recipe\nseq_len = 64  # plan\n')
-        make_book(900.0).write(folder.actual)
+        make_book(900.0, ["dp_shard=2", "tp=2"][seed]).write(folder.actual)
     run.recipe.write_text(RECIPE)
     write_json(run.data / "manifest.json", {"schema": 1, "hash": "d" * 64, "sources": {"here": {"documents": 3}}, "seconds": 1})
     return run

@@ -39,6 +39,7 @@ def test_the_card_of_a_stage(run: RunFolder, registry: Registry) -> None:
     assert (card.steps, card.tokens, card.model_flops) == (30, 5e5, 3e12)
     assert card.book and card.book["device_hours"] == 0.5 and card.book["money"] == 1.5 and card.book["energy_joules"] is None
     assert card.book["accounts"] == {"useful": 1350.0, "unattributed": 450.0} and card.book["derived"]["end_to_end"] == 0.75
+    assert card.book["layout"] == "tp=2" and parent.book and parent.book["layout"] == "dp_shard=2", "each its own"
     assert card.hashes["template"] == hash_file(registry.folder(card) / "chat_template.jinja")
     assert card.scores is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from athanor.ledger.book import Book, total
 PEAK = 4.7e10
 TOKENS_PER_STEP, STEPS = 4096, {"pretrain": 560, "chat": 90}
 FLOPS_PER_TOKEN = {"pretrain": 6.1e6, "chat": 6.1e6}
+RAN_ON: dict[str, Any] = {"devices": 2, "accelerator": "2 CPU threads", "peak_flops": PEAK, "layout": "dp_shard=2"}
 RECIPE = Path(__file__).parents[2] / "recipes" / "stdlib.toml"
 
 
@@ -40,11 +42,11 @@ def stage_books(run: RunFolder, name: str, resumed: bool) -> tuple[Book, Book]:
         append_jsonl(ledger, {
             "attempt": 0, "time": 0.0, "first_step": first, "last_step": first + per_line, "wall_seconds": wall,
             "device_seconds": 2 * wall, "tokens": TOKENS_PER_STEP * per_line, "model_flops": flops * TOKENS_PER_STEP * per_line,
-            "model_flops_full": 1.03 * flops * TOKENS_PER_STEP * per_line, "accounts": accounts})
-    actual = book_of(read_jsonl(ledger), devices=2, accelerator="2 CPU threads", peak_flops=PEAK)
+            "model_flops_full": 1.03 * flops * TOKENS_PER_STEP * per_line, "accounts": accounts, **RAN_ON})
+    actual = book_of(read_jsonl(ledger), **RAN_ON)
     forecast = Book("forecast", 2, "2 CPU threads", PEAK, wall_seconds=STEPS[name] * step_seconds + 6,
                     device_seconds=2 * (STEPS[name] * step_seconds + 6), tokens=actual.tokens, model_flops=actual.model_flops,
-                    model_flops_full=actual.model_flops_full)
+                    model_flops_full=actual.model_flops_full, layout="dp_shard=2")
     paid = 2 * STEPS[name] * step_seconds
     useful = actual.model_flops / PEAK
     for account, seconds in {"useful": useful, "kernel": 0.84 * paid - useful, "data_parallel": 0.06 * paid, "skew": 0.01 * paid,
@@ -81,6 +83,7 @@ def write_stage(run: RunFolder, name: str, *, fault: bool) -> tuple[Book, Book]:
                    ("restart", 290, 131.0, "goes on from step 290; 10 steps are done again")]
     events += [("checkpoint", step, 0.43 * step, f"checkpoint step-{step:08d} is complete, 5.3 MB, the loop waited 0.05 s")
                for step in range(50, STEPS[name], 50)]
+    events.append(("done", STEPS[name], 0.43 * STEPS[name], "the model is complete"))
     for kind, step, at, sentence in sorted(events, key=lambda event: event[2]):
         append_jsonl(stage.events, {"time": 1.79e9 + at, "rank": 0, "host": "node", "attempt": 0, "kind": kind, "step": step,
                                     "sentence": sentence})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -215,6 +217,40 @@ def test_a_run_that_has_only_been_planned_has_a_page(copy: RunFolder, tmp_path: 
     panel, = page.find("section", data_book="whole chain")
     assert all(cells[2] == "–" and cells[4] == "–" for row in page.find("tr", inside=panel)
                if "data-account" in page.elements[row][1] for cells in [page.cells(row)])
+
+
+def test_a_stage_that_is_running_shows_what_there_is(copy: RunFolder, tmp_path: Path) -> None:
+    stage = copy.stage("pretrain")
+    stage.actual.unlink()
+    copy.actual.unlink()
+    for file, kept in ((stage.ledger, 12), (stage.metrics, 120), (stage.events, 4)):
+        file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[:kept]))
+    stage.config.write_text("[identity]\nsteps = 560\n")
+    stage.beats.mkdir(parents=True)
+    (stage.beats / "rank-0.json").write_text("{}")
+    found = {pair.name: pair for pair in read_run(copy).books}
+    assert found["pretrain"].progress == "running, step 120 of 560" and found["chat"].progress is None
+    page = page_of(copy, tmp_path)
+    panel, = page.find("section", data_book="pretrain")
+    assert "running, step 120 of 560: what was measured so far" in page.texts[panel] and "so far, s" in page.texts[panel]
+    rows = {page.elements[row][1]["data-account"]: page.cells(row) for row in page.find("tr", inside=panel)
+            if "data-account" in page.elements[row][1]}
+    useful = sum(line["model_flops"] / line["peak_flops"] for line in read_jsonl(stage.ledger))
+    assert float(rows["useful"][2]) == pytest.approx(useful, abs=0.06)
+    assert all(cells[4] == "–" for cells in rows.values()), "part of a stage has no error against all of it"
+    other, = page.find("section", data_book="chat")
+    assert "so far" not in page.texts[other]
+    os.utime(stage.beats / "rank-0.json", (1e9, 1e9))
+    assert {pair.name: pair.progress for pair in read_run(copy).books}["pretrain"] == "cut off, step 120 of 560"
+
+
+def test_layouts_stand_beside_each_other(copy: RunFolder, tmp_path: Path) -> None:
+    forecast = read_book(copy.stage("chat").forecast)
+    replace(forecast, layout="tp=2").write(copy.stage("chat").forecast)
+    page = page_of(copy, tmp_path)
+    for name, layouts in (("pretrain", ["dp_shard=2", "dp_shard=2"]), ("chat", ["tp=2", "dp_shard=2"])):
+        panel, = page.find("section", data_book=name)
+        assert [page.cells(row)[1:] for row in page.find("tr", inside=panel) if page.cells(row)[:1] == ["layout"]] == [layouts]
 
 
 def test_a_stage_alone_has_a_page(finished: RunFolder, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,20 @@ def test_the_table_holds_both_books(finished: RunFolder, width: int) -> None:
         assert cells[2] == f"{100 * actual.accounts.get(name, 0.0) / actual.device_seconds:.1f}"
     assert f"{100 * actual.derived()['mfu']:.1f} %" in text and "useful / paid" in text
     assert "efficien" not in text.lower()
+
+
+@pytest.mark.parametrize(("layouts", "words"), [
+    (("tp=2", "tp=2"), "  layout  tp=2\n"), (("tp=2", "dp_shard=2"), "  layout  dp_shard=2; the forecast is for tp=2\n"),
+    (("tp=2", None), "  layout  tp=2\n"), ((None, None), None)])
+def test_layouts_and_how_far_a_stage_is_are_told(layouts: tuple[str | None, ...], words: str | None) -> None:
+    books = [Book(kind, 2, "CPU", None, 100, 200, accounts={"kernel": 200.0}, layout=layout)  # type: ignore[arg-type]
+             for kind, layout in zip(("forecast", "actual"), layouts, strict=True)]
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    print_ledger(reconcile("pretrain", books[0], books[1], progress="running, step 3 of 9"), console)
+    text = str(console.file.getvalue())  # type: ignore[attr-defined]
+    assert words in text if words else "layout" not in text
+    assert "wall-clock 1 min 40 s so far (running, step 3 of 9), forecast 1 min 40 s in all" in text
+    assert "so far, s" in text and not re.search(r"kernel +200.0 +200.0 +100.0 % +0 %", text), "there is no error yet"
 
 
 def test_a_bar_has_the_accounts_in_order_and_their_hues() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import time
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from athanor.foundation.run_folder import RunFolder, read_jsonl
 from athanor.ledger.accounts import NAMES
+from athanor.ledger.attempts import so_far
 from athanor.ledger.book import Book, read_book
 
 STEPS, DELAY = 16, 0.08
@@ -79,6 +82,27 @@ def test_what_is_shown_on_the_way_stands_in_accounts(train: Any, run_folder: Pat
     train(run_folder, *SIZES, "stage.pretrain.steps=6", on_message=told.append, peak_flops=1e11)
     assert all(set(message["accounts"]) <= set(NAMES) for message in told)
     assert told[-1]["accounts"]["useful"] == 0.0 or told[-1]["accounts"]["kernel"] > 0
+
+
+def test_a_stage_that_is_not_done_has_a_book_so_far(train: Any, run_folder: Path) -> None:
+    stage, seen = RunFolder(run_folder).stage("pretrain"), list[tuple[Book, str]]()
+    often = (*SIZES, "stage.pretrain.steps=6", "stage.pretrain.checkpoint_every=1")
+    assert so_far(stage) is None, "nothing was begun"
+
+    def look(message: dict[str, Any]) -> None:
+        if (found := so_far(stage)) is not None and message["step"] < 6:
+            seen.append(found)
+
+    train(run_folder, *often, target="train_ranks:train_and_signal", at_step=4, number=signal.SIGTERM, rank=0, on_message=look)
+    assert seen and all(state.startswith("running, step ") and state.endswith(" of 6") for _, state in seen)
+    book, _ = seen[-1]
+    assert 0 < book.tokens < 6 * 256 and sum(book.accounts.values()) == pytest.approx(book.device_seconds)
+    assert (book.layout, book.devices, book.accelerator) == ("one rank", 1, "cpu")
+    stopped = so_far(stage)
+    assert stopped is not None and stopped[1] == f"stopped, step {read_jsonl(stage.metrics)[-1]['step']} of 6"
+    assert stopped[0].device_seconds == pytest.approx(read_book(stage.actual).device_seconds)
+    train(run_folder, *often)
+    assert so_far(stage) is None, "it is done"
 
 
 def test_little_is_unattributed_and_a_hidden_interval_shows(train: Any, tmp_path: Path, data_folder: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_runs_share_a_data_folder(recipe_file: Path, run_folder: Path, tmp_path:
     (own / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"exists already, so --data .* would not be used; give the run another name"):
         CliRunner().invoke(command, [*arguments, *other[:2], "--data", str(own)], catch_exceptions=False)
+
+
+def test_a_plan_that_the_recipe_names_is_followed(recipe_file: Path, run_folder: Path, tmp_path: Path) -> None:
+    arguments = [str(recipe_file), "--stage", "pretrain", "--json", "--run", str(run_folder), "stage.pretrain.steps=1",
+                 "parallel.dp_shard=1", "--fresh"]
+    for plan, decay in ((tmp_path / "named.toml", 0.3), (run_folder / "plan.toml", 0.2)):  # of the run's own there is none first
+        plan.write_text(f'[[stage]]\nname = "pretrain"\nsteps = 50\nweight_decay = {decay}\n')
+        CliRunner().invoke(command, [*arguments, f"plan.file={tmp_path / 'named.toml'}"], catch_exceptions=False)
+        trained = tomllib.loads((run_folder / "pretrain" / "config.toml").read_text())["identity"]
+        assert (trained["weight_decay"], trained["steps"]) == (0.3, 1)
+    with pytest.raises(RecipeError, match=r"plan none\.toml does not exist"):
+        CliRunner().invoke(command, [*arguments, "plan.file=none.toml"], catch_exceptions=False)
 
 
 @pytest.mark.slow

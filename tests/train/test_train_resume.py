@@ -16,6 +16,7 @@ from saved import assemble
 
 from athanor.foundation.errors import DiskError, RankError, UserError
 from athanor.foundation.run_folder import RunFolder, read_json, read_jsonl
+from athanor.ledger.book import read_book
 
 Train = Callable[..., dict[str, Any]]
 FIRST = ("stage.pretrain.steps=6", "stage.pretrain.checkpoint_every=2", "stage.pretrain.evaluate_every=6",
@@ -155,6 +156,25 @@ def test_another_configuration_is_refused_unless_begun_anew(train: Train, run_fo
     anew = train(run_folder, "stage.pretrain.learning_rate=0.02", is_fresh=True)
     assert anew["loss"][0] == first["loss"][0] and anew["loss"][3] != first["loss"][3]
     assert json.dumps(anew)
+
+
+def test_what_a_fresh_start_throws_away_was_paid_for(train: Train, run_folder: Path) -> None:
+    stage, spent = RunFolder(run_folder).stage("pretrain"), 0.0
+    for _ in range(2):  # the second one throws away what the first has thrown away, too
+        with pytest.raises(RankError, match="rank 0 was killed by signal 9"):
+            train(run_folder, *FIRST, target=SIGNALLED, at_step=5, number=signal.SIGKILL, rank=0, is_fresh=True)
+        lines = [line for line in read_jsonl(stage.ledger) if "lost" not in line["accounts"]]
+        assert [line["last_step"] for line in lines][-1] == 4, "as it was when a checkpoint was begun"
+        spent += sum(line["device_seconds"] for line in lines)
+        spent += read_jsonl(stage.metrics)[-1]["time"] - lines[-1]["time"]
+    train(run_folder, *FIRST, "stage.pretrain.learning_rate=0.02", is_fresh=True)
+    book = read_book(stage.actual)
+    assert book.accounts["lost"] == pytest.approx(spent) and spent > 0
+    assert sum(book.accounts.values()) == pytest.approx(book.device_seconds) and book.wall_seconds == pytest.approx(
+        book.device_seconds), "of one rank"
+    kept = [line for line in read_jsonl(stage.ledger) if "lost" not in line["accounts"]]
+    assert book.device_seconds == pytest.approx(spent + sum(line["device_seconds"] for line in kept))
+    assert book.tokens == sum(line["tokens"] for line in kept) == read_jsonl(stage.metrics)[-1]["tokens"]
 
 
 def test_logs_outlive_a_fresh_start_and_a_damaged_configuration_is_named(train: Train, run_folder: Path) -> None:

@@ -23,6 +23,11 @@ from athanor.foundation.errors import ModelError, UserError
 WINDOWS_PER_CALL = 64
 
 
+def check(data: Path) -> None:
+    """Refuse data without a held-out document, before a model is trained."""
+    held_out(data, "evaluation.jsonl", "text")
+
+
 def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> Score:
     """Score every held-out document (or `limit` of them, evenly spaced)."""
     texts = [row["text"] for row in spread(held_out(data, "evaluation.jsonl", "text"), limit) if row["text"]]

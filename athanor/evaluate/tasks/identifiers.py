@@ -37,6 +37,13 @@ class Place:
     identifier: str
 
 
+def check(data: Path) -> None:
+    """Refuse data that hold no Python file, before a model is trained."""
+    if not any(row["uri"].endswith(".py") for row in held_out(data, "evaluation.jsonl", "uri")):
+        raise UserError(f"{data / 'evaluation.jsonl'} holds no Python file; raise data.evaluation_share, or leave out the "
+                        "task identifiers, if the text has none")
+
+
 def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> Score:
     """Score `PLACES` identifiers (at most `limit`) of all held-out files that end in .py."""
     rows = [row for row in held_out(data, "evaluation.jsonl", "text", "uri", "doc_id") if row["uri"].endswith(".py")]

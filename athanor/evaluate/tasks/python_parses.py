@@ -20,6 +20,11 @@ NEW_TOKENS = 96
 LEAST_NEW_TOKENS = 16  # a prompt that leaves less room does not fit
 
 
+def check(data: Path) -> None:
+    """Refuse data that hold no function to ask for, before a model is trained."""
+    held_out(data, "functions.jsonl")
+
+
 def run(subject: Subject, data: Path, limit: int | None, progress: Progress) -> Score:
     """Ask for every function of functions.jsonl (or `limit` of them, evenly spaced)."""
     functions = list(spread(held_out(data, "functions.jsonl", "name", "prompt", "before", "indent", "after"), limit))
