@@ -100,7 +100,7 @@ def make_pipeline(recipe: Recipe, layout: Layout, settings: Settings, shape: Dec
     pipeline = cut(layout.pp, schedule, shape.block_costs(settings.seq_len / 2), split)
     for count in settings.micro_batch_counts:
         check_pipeline(layout, schedule, stages=len(pipeline.blocks), num_microbatches=count, is_compiled=settings.compile,
-                       recompute=settings.recompute)
+                       recompute=settings.recompute, embedding_uses=shape.embedding_uses())
     return pipeline
 
 
