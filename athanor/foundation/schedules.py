@@ -113,8 +113,8 @@ def check_pipeline(layout: Layout, schedule: str, *, stages: int, num_microbatch
                           f"set recompute = full, or use one of {plain}")
     if row.splits_backward and embedding_uses > 1:
         raise LayoutError(f"{schedule} splits the backward pass, which fails where the last stage uses the embedding more than "
-                          f"once ({embedding_uses} times here): predict one further token with tie_word_embeddings = false, or use "
-                          f"one of {plain}")
+                          f"once ({embedding_uses} times here): predict one further token with tie_word_embeddings = false, or "
+                          f"use one of {plain}")
     if row.fills and num_microbatches < stages:
         raise LayoutError(f"{schedule} needs at least as many micro-batches as its {stages} stages, but there are "
                           f"{num_microbatches}; make micro_batch_size smaller or the batch larger")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +46,7 @@ def read_shape(folder: Path) -> DecoderShape:
     if shape.prediction_blocks() and any(folder.glob("model.safetensors*")):
         first = f"layers.{shape.num_hidden_layers}."
         if not any(first in name for name in _files_of_tensors(folder)):
-            return replace(shape, num_nextn_predict_layers=0)  # type: ignore[call-arg]
+            return shape.answering()
     return shape
 
 

@@ -195,7 +195,7 @@ def test_a_column_is_shifted_within_documents() -> None:
 def test_nobody_but_training_computes_them() -> None:
     """Answers, logits and scores are to the bit those of the model without these blocks."""
     module = predicting(2)
-    plain = deepseek_v3.build(replace(module.shape, num_nextn_predict_layers=0))  # type: ignore[call-arg]
+    plain = deepseek_v3.build(module.shape.answering())  # type: ignore[arg-type]
     plain.load_state_dict({key: tensor for key, tensor in module.state_dict().items() if key in plain.state_dict()})
     for block in module.further:
         block.register_forward_pre_hook(lambda *_: pytest.fail("it was computed"))
@@ -271,8 +271,7 @@ def test_a_folder_that_transformers_saved_without_them_is_read(tmp_path: Path) -
     peer.save_pretrained(tmp_path / "theirs")
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["num_nextn_predict_layers"] == 2
     again = load_model(tmp_path / "theirs")
-    without = replace(module.shape, num_nextn_predict_layers=0)  # type: ignore[call-arg]
-    assert again.shape == without == read_shape(tmp_path / "theirs")
+    assert again.shape == module.shape.answering() == read_shape(tmp_path / "theirs") and not again.shape.prediction_blocks()
     ids = tokens(30, 5)
     assert torch.equal(again(ids, Packed.of([30])), module(ids, Packed.of([30])))
 

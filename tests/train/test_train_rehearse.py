@@ -85,7 +85,7 @@ def rehearsed(make_job: Callable[..., Any], tmp_path: Path) -> Rehearse:
         "model.architecture=yuan parallel.cp=2 parallel.tp=2",
         "model.architecture=yuan model.num_experts=8 model.head_dim=32 parallel.dp_shard=2",
         f"{DEEPSEEK} model.sizes.num_nextn_predict_layers=2 parallel.pp=2 parallel.tp=2",
-        f"{DEEPSEEK} model.sizes.num_nextn_predict_layers=1 parallel.cp=2",
+        f"{DEEPSEEK} model.sizes.num_nextn_predict_layers=1 parallel.dp_shard=2",
         "stage.pretrain.precision=bf16 stage.pretrain.optimizer_state_dtype=bf16"))])
 def test_a_rehearsal_is_what_a_real_run_does(make_job: Callable[..., Any], rehearsed: Rehearse, tmp_path: Path,
                                              overrides: str) -> None:
