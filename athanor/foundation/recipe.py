@@ -142,6 +142,8 @@ class Stage(Section):
     z_loss: float | None = Field(None, ge=0, le=1, description="coefficient of the squared logsumexp in the loss; 0 unless set")
     expert_bias_rate: float | None = Field(None, ge=0, le=1, description="step of the biases that keep experts equally "
                                            "loaded, of an architecture that has them; 0.001 unless set")
+    mtp_weight: float | None = Field(None, gt=0, le=1, description="coefficient of the mean loss of blocks that predict further "
+                                     "tokens (model.sizes.num_nextn_predict_layers); 0.3 unless set")
     spike_sigma: float = Field(6.0, ge=0, description="a step whose loss or gradient norm is more deviations above the mean is "
                                "skipped; 0 skips only what is not finite")
     spike_window: int = Field(128, ge=2, le=100_000, description="steps for mean and deviation; none is a spike before")

@@ -1,8 +1,9 @@
 """Pipeline schedules: which stage lies on which rank, and what goes with what. One table, torch-free.
 
 The schedules are those of torch.distributed.pipelining, under its names. Compiled blocks can give silently wrong gradients
-where a schedule splits the backward pass (torch 2.13; pytorch#161904), so that pair is refused. Recomputed blocks are exact
-with every schedule, but are computed once more for each half of a split backward pass.
+where a schedule splits the backward pass (torch 2.13; pytorch#161904), so that pair is refused; so is a weight that one path
+through the last stage meets twice, of which a split backward pass frees what it still needs. Recomputed blocks are exact with
+every schedule, but are computed once more for each half of a split backward pass.
 """
 
 from __future__ import annotations
@@ -95,8 +96,11 @@ def cut(pp: int, schedule: str, costs: Sequence[float], split: Sequence[int] | N
 
 
 def check_pipeline(layout: Layout, schedule: str, *, stages: int, num_microbatches: int, is_compiled: bool,
-                   recompute: str = "none") -> None:
-    """Refuse what does not go with a schedule. Raises LayoutError with the numbers and what would work."""
+                   recompute: str = "none", embedding_uses: int = 1) -> None:
+    """Refuse what does not go with a schedule. Raises LayoutError with the numbers and what would work.
+
+    `embedding_uses`: how often the last stage uses the embedding, as the head's weight or for blocks that predict further tokens.
+    """
     row = find_schedule(schedule)
     if layout.pp == 1:
         return
@@ -107,6 +111,10 @@ def check_pipeline(layout: Layout, schedule: str, *, stages: int, num_microbatch
     if row.splits_backward and recompute == "selective":
         raise LayoutError(f"{schedule} splits the backward pass, and what selective recomputation keeps can be used once only; "
                           f"set recompute = full, or use one of {plain}")
+    if row.splits_backward and embedding_uses > 1:
+        raise LayoutError(f"{schedule} splits the backward pass, which fails where the last stage uses the embedding more than "
+                          f"once ({embedding_uses} times here): predict one further token with tie_word_embeddings = false, or "
+                          f"use one of {plain}")
     if row.fills and num_microbatches < stages:
         raise LayoutError(f"{schedule} needs at least as many micro-batches as its {stages} stages, but there are "
                           f"{num_microbatches}; make micro_batch_size smaller or the batch larger")

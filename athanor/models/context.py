@@ -41,8 +41,9 @@ class Packed:
     fixed length; no document is longer than max_length. Under context parallelism the tokens are this rank's contiguous
     part of T, while positions and cu_seqlens are those of the whole T. `wanted` are the indices whose logits are returned
     when there are no targets (None: all). `is_even`: every document has max_length tokens, so that kernels need not look at
-    cu_seqlens. `z_loss` is the coefficient of the squared logsumexp in the loss. `row_tokens`: T is made of rows of so many,
-    which a filter may read across documents; 0: nothing reads across. `rope` is filled by the model, once per forward pass.
+    cu_seqlens. `z_loss` is the coefficient of the squared logsumexp in the loss, `mtp_weight` that of the mean loss of blocks
+    that predict further tokens, which are not computed where it is 0. `row_tokens`: T is made of rows of so many, which a
+    filter may read across documents; 0: nothing reads across. `rope` is filled by the model, once per forward pass.
     """
 
     positions: Tensor
@@ -53,6 +54,7 @@ class Packed:
     rope: Rope | None = None
     is_even: bool = False
     z_loss: float = 0.0
+    mtp_weight: float = 0.0
     row_tokens: int = 0
 
     @property
@@ -190,7 +192,8 @@ class Scored(NamedTuple):
     weighted_sum: sum over tokens of weight x (-log-probability), a scalar (without weights every weight is 1);
     logp, logsumexp [T]: log-probability of each target and the logarithm of the softmax's denominator, in fp32 or wider;
     entropy, score [T]: of models and objectives that have them; z_sum: what the context's z_loss has added to weighted_sum,
-    where it has. A tuple, so that fully_shard finds the tensors in it.
+    where it has; mtp: sum and total weight of what blocks that predict further tokens say of theirs, where they were asked. A
+    tuple, so that fully_shard finds the tensors in it.
     """
 
     weighted_sum: Tensor
@@ -199,3 +202,4 @@ class Scored(NamedTuple):
     entropy: Tensor | None = None
     score: Tensor | None = None
     z_sum: Tensor | None = None
+    mtp: tuple[Tensor, Tensor] | None = None

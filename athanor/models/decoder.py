@@ -7,7 +7,7 @@ Legend: T tokens, H hidden_size, V vocabulary, F intermediate_size (the last two
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -176,7 +176,8 @@ class Decoder(nn.Module):
     """Blocks `layers` of a decoder (all of them unless given); the first stage embeds, the last one has norm and head.
 
     Only the root's forward touches embedding, final norm and head, so fully_shard takes them with the root. `on_disk` says
-    which parameters go by other names in a folder (`stored.written`); `block` is the class of blocks.
+    which parameters go by other names in a folder (`stored.written`), `copies` under which names it holds one once more;
+    `block` is the class of blocks.
     """
 
     def __init__(self, shape: DecoderShape, layers: range | None = None, is_first: bool = True, is_last: bool = True,
@@ -184,9 +185,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape, self.is_first, self.is_last = shape, is_first, is_last
         self.on_disk = on_disk or {}
-        if shape.prediction_blocks():
-            raise ModelError(f"num_nextn_predict_layers = {shape.prediction_blocks()}: blocks that predict further tokens are "
-                             "counted and not computed here; set it to 0, and leave out their tensors")
+        self.copies: Mapping[str, Sequence[str]] = {}
         self.model = nn.Module()
         if is_first or (is_last and shape.tie_word_embeddings):
             self.model.embed_tokens = Matrix(shape.vocab_size, shape.hidden_size)
@@ -226,16 +225,26 @@ class Decoder(nn.Module):
             hidden = block(hidden, context)
         if not self.is_last:
             return hidden
-        tp = context.groups.tp
-        hidden = gather(self.model.norm(hidden, context), tp, context.tokens)  # type: ignore[operator]
-        head: Any = self.model.embed_tokens if self.shape.tie_word_embeddings else self.lm_head
+        hidden = self.model.norm(hidden, context)  # type: ignore[operator]
         if targets is not None:
-            z_loss = context.z_loss if isinstance(context, Packed) else 0.0
-            return score(hidden, head.weight, targets, weights, tp, z_loss)
+            return self.score(hidden, context, targets, weights)
+        tp = context.groups.tp
+        hidden = gather(hidden, tp, context.tokens)
         if context.wanted is not None:
             hidden = hidden[context.wanted]
-        logits = F.linear(hidden, head.weight)
+        logits = F.linear(hidden, self.head)
         return logits if size(tp) == 1 else all_gather(logits.t(), tp).t()
+
+    @property
+    def head(self) -> Tensor:
+        """The weight [V, H] that makes logits."""
+        head: Any = self.model.embed_tokens if self.shape.tie_word_embeddings else self.lm_head
+        return head.weight  # type: ignore[no-any-return]
+
+    def score(self, hidden: Tensor, context: Context, targets: Tensor, weights: Tensor | None) -> Scored:
+        """What the last stage says of targets [T], given hidden [t, H] after the last norm."""
+        tp, z_loss = context.groups.tp, context.z_loss if isinstance(context, Packed) else 0.0
+        return score(gather(hidden, tp, context.tokens), self.head, targets, weights, tp, z_loss)
 
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """Token ids [T] -> [t, H]; each tensor-parallel rank knows a part of the vocabulary."""

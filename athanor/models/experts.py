@@ -109,7 +109,7 @@ class SigmoidRouter(nn.Module):
             wanted = groups.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
         experts = wanted.topk(shape.num_experts_per_tok, -1).indices
         if self.training:
-            self.load += torch.zeros_like(self.load).scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
+            self.load.add_(torch.zeros_like(self.load).scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten())))
         gates = scores.gather(1, experts)
         gates = gates / gates.sum(-1, keepdim=True) if shape.norm_topk_prob else gates
         return gates * shape.routed_scaling_factor, experts

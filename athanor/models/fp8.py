@@ -27,10 +27,9 @@ def convert(model: Decoder, tp: int = 1) -> None:
     Raises ModelError for sizes that the products do not take.
     """
     check(model.shape, tp)
-    for block in model.blocks.values():
-        for part in block.modules():
-            if hasattr(part, "linear"):
-                part.linear = linear  # type: ignore[assignment]
+    for part in model.modules():
+        if hasattr(part, "linear"):  # parts of blocks have it
+            part.linear = linear  # type: ignore[assignment]
 
 
 def check(shape: DecoderShape, tp: int = 1) -> None:

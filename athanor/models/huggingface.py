@@ -21,6 +21,7 @@ from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
 from athanor.models.find import load_architecture
 from athanor.models.initialize import fill
+from athanor.models.prediction import Predicting
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import load_shape
 from athanor.models.stored import stored
@@ -36,8 +37,17 @@ BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # that ol
 
 
 def read_shape(folder: Path) -> DecoderShape:
-    """The shape that the folder's config.json describes."""
-    return load_shape(Path(folder))
+    """The shape that the folder's config.json describes.
+
+    Without the blocks that predict further tokens where its weights have none of them: transformers leaves them out.
+    """
+    folder = Path(folder)
+    shape = load_shape(folder)
+    if shape.prediction_blocks() and any(folder.glob("model.safetensors*")):
+        first = f"layers.{shape.num_hidden_layers}."
+        if not any(first in name for name in _files_of_tensors(folder)):
+            return shape.answering()
+    return shape
 
 
 def load_model(folder: Path, dtype: str = "float32") -> Decoder:
@@ -57,7 +67,7 @@ def describe_model(folder: Path, dtype: str = "float32") -> Decoder:
         raise ModelError(f"dtype '{dtype}' is unknown; {did_you_mean(dtype, DTYPES)}")
     shape = read_shape(folder)
     tensors = len(_files_of_tensors(folder))
-    for key in ("num_hidden_layers", "num_experts"):
+    for key in ("num_hidden_layers", "num_experts", "num_nextn_predict_layers"):
         if getattr(shape, key, 0) > tensors:  # said before so many blocks are built, or names made
             raise ModelError(f"{folder}: the weights do not fit config.json: {key} = {getattr(shape, key)}, "
                              f"but there are {tensors} tensors")
@@ -73,7 +83,8 @@ def describe_model(folder: Path, dtype: str = "float32") -> Decoder:
 def load_weights(module: Decoder, folder: Path) -> None:
     """Fill the parameters of a model, or of one stage, from a folder; sharded ones keep their part, tensor by tensor.
 
-    Raises ModelError naming the tensors that are missing, surplus or mis-shaped, before anything is changed.
+    Raises ModelError naming the tensors that are missing, surplus or mis-shaped, or no copies of what they should be copies of,
+    before anything is changed.
     """
     folder = Path(folder)
     files = _check_tensors(module, folder)
@@ -85,14 +96,19 @@ def load_weights(module: Decoder, folder: Path) -> None:
             file, name = files[tensor]
             return opened[file].get_slice(name)
 
-        for group in stored(module):
+        groups = stored(module)
+        for group in groups:
+            for copy in set(group.copies) & files.keys():
+                if not (read(copy)[:] == read(group.tensors[0])[:]).all():
+                    raise ModelError(f"{folder}: {copy} is no copy of {group.tensors[0]}, and only one weight is kept for both")
+        for group in groups:
             for name in group.rows:
                 fill(parameters[name], table[name], group.take(name, read))
 
 
 def _shapes(module: Decoder) -> dict[str, tuple[int, ...]]:
-    """The tensors that a folder has of a module, with their shapes."""
-    return {tensor: group.shape for group in stored(module) for tensor in group.tensors}
+    """The tensors that a folder has of a module, copies included, with their shapes."""
+    return {tensor: group.shape for group in stored(module) for tensor in (*group.tensors, *group.copies)}
 
 
 def _check_tensors(module: Decoder, folder: Path) -> dict[str, tuple[Path, str]]:
@@ -128,9 +144,10 @@ def _problems(module: Decoder, wanted: dict[str, tuple[int, ...]], found: dict[s
     whole = set(wanted)
     if not (module.is_first and module.is_last and len(module.blocks) == module.shape.num_hidden_layers):
         with torch.device("meta"):
-            whole = set(_shapes(Decoder(module.shape, on_disk=module.on_disk)))
+            whole = set(_shapes(Predicting(module.shape, on_disk=module.on_disk)))
     extra = {"lm_head.weight"} if module.shape.tie_word_embeddings else set()
-    return ([f"{name} is missing" for name in wanted if name not in found]
+    needless = {name for names in module.copies.values() for name in names}
+    return ([f"{name} is missing" for name in wanted if name not in found and name not in needless]
             + [f"{name} is surplus" for name in sorted(set(found) - whole - extra)]
             + [f"{name} is {list(found[name])} and should be {list(wanted[name])}"
                for name in wanted if name in found and found[name] != wanted[name]])
@@ -184,7 +201,9 @@ def save_model(module: Decoder, folder: Path, whole: Callable[[str], Tensor | No
             if file is not None:
                 held = [part.cpu() for part in full if part is not None]
                 assert len(held) == len(full), f"{', '.join(group.rows)}: whole on the rank that writes"
-                file.write(group.join(held).contiguous().view(torch.uint8).numpy().data)
+                content = group.join(held).contiguous().view(torch.uint8).numpy().data
+                for _ in (*group.tensors[:1], *group.copies):
+                    file.write(content)
     if writes:
         shape = module.shape
         name = next(key for key, value in DTYPES.items() if value == dtype)
@@ -207,7 +226,7 @@ def _header(module: Decoder) -> bytes:
     end, parameters = 0, dict(module.named_parameters())
     for group in stored(module):
         dtype = parameters[next(iter(group.rows))].dtype
-        for name in group.tensors:
+        for name in (*group.tensors, *group.copies):
             start, end = end, end + math.prod(group.shape) * dtype.itemsize
             entries[name] = {"dtype": NAMES[dtype], "shape": list(group.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()

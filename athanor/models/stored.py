@@ -23,7 +23,8 @@ class Stored:
 
     Parameters that are stacks [E, rows, …] (`is_stacked`) have E tensors; all others one, or several that share out all rows.
     With a `turn` parameters take turns of so many rows. In what `form`: `T` has the rows as columns, `TAPS` a row
-    [columns of one tap, of the next, …] as that of a convolution's weight, [columns, taps, 1].
+    [columns of one tap, of the next, …] as that of a convolution's weight, [columns, taps, 1]. `copies` are further tensors
+    that hold what a single one does, and which a folder may leave out.
     """
 
     tensors: tuple[str, ...]
@@ -32,6 +33,7 @@ class Stored:
     is_stacked: bool
     form: str
     turn: int
+    copies: tuple[str, ...] = ()
 
     def join(self, parameters: Sequence[Tensor]) -> Tensor:
         """What the tensors hold, one after another, from the whole parameters."""
@@ -67,7 +69,8 @@ def stored(module: Decoder) -> list[Stored]:
     together: dict[str, list[str]] = {}
     for name in placements(module):
         together.setdefault(written(name, module.on_disk), []).append(name)
-    return [_stored(place, {name: placements(module)[name].shape for name in names}) for place, names in together.items()]
+    return [_stored(place, {name: placements(module)[name].shape for name in names}, tuple(module.copies.get(names[0], ())))
+            for place, names in together.items()]
 
 
 def written(name: str, on_disk: Mapping[str, str]) -> str:
@@ -84,7 +87,7 @@ def written(name: str, on_disk: Mapping[str, str]) -> str:
     return name
 
 
-def _stored(place: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
+def _stored(place: str, shapes: dict[str, tuple[int, ...]], copies: tuple[str, ...]) -> Stored:
     match = PLACE.fullmatch(place)
     assert match is not None, "every name is a place"
     is_stacked, form = "{}" in place, match["form"] or ""
@@ -97,4 +100,4 @@ def _stored(place: str, shapes: dict[str, tuple[int, ...]]) -> Stored:
     whole = (end // (1 if is_stacked else len(tensors)), *shape[1 + is_stacked:])
     if form == "TAPS":
         whole = (whole[0], whole[1] // TAPS, TAPS, 1)
-    return Stored(tensors, whole[::-1] if form == "T" else whole, rows, is_stacked, form, int(match["turn"] or 0))
+    return Stored(tensors, whole[::-1] if form == "T" else whole, rows, is_stacked, form, int(match["turn"] or 0), copies)

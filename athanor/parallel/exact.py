@@ -17,7 +17,9 @@ from torch import Tensor
 from athanor.parallel.mesh import Mesh
 
 LINE = 64  # elements: a multiple of what any processor's vectors hold
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
+# torch 2.13 renamed both; up to 2.12 only the old names exist
+gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def gather(mine: Tree, shards: Shards, together: int, group: dist.ProcessGroup) 
     length = slices[0].numel()
     sent = torch.cat([*slices, slices[0].new_zeros((max(map(len, nodes)) - len(slices)) * length)])
     received = sent.new_empty(group.size() * sent.numel())
-    _all_gather(received, sent, group=group)
+    gather_into(received, sent, group=group)
     return _joined(Tree(shards.total), nodes, received.split(sent.numel()), length)
 
 

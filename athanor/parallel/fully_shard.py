@@ -19,13 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from athanor.foundation.intervals import interval
 from athanor.foundation.placement import Cut, placements
-from athanor.parallel.exact import Shards, exchange, gather
+from athanor.parallel.exact import Shards, exchange, gather, gather_into, reduce_scatter_into
 from athanor.parallel.mesh import Mesh
 
 ACCOUNT = "data_parallel"
-# torch 2.13 renamed both; up to 2.12 only the old names exist
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def apply(model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, dtype: torch.dtype | None,
@@ -161,13 +158,13 @@ class _Timed:
 class _AllGather(_Timed):
     def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup,
                  async_op: bool = False) -> dist.Work | None:
-        return self.run(lambda **how: _all_gather(output_tensor, input_tensor, group=group, **how), async_op)
+        return self.run(lambda **how: gather_into(output_tensor, input_tensor, group=group, **how), async_op)
 
 
 class _ReduceScatter(_Timed):
     def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: Any,
                  async_op: bool = False) -> dist.Work | None:
-        return self.run(lambda **how: _reduce_scatter(output_tensor, input_tensor, op=op, group=group, **how), async_op)
+        return self.run(lambda **how: reduce_scatter_into(output_tensor, input_tensor, op=op, group=group, **how), async_op)
 
 
 class _TreeReduceScatter(_Timed):

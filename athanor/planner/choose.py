@@ -170,17 +170,17 @@ def fastest(forecaster: Forecaster, shape: DecoderShape, layout: Layout, stage: 
             break
         choices.append(choice)
     stages = layout.pp * stages_of(template.schedule)
-    choices = [choice for choice in choices if is_runnable(layout, choice, stages, bool(stage.compile))]
+    choices = [choice for choice in choices if is_runnable(shape, layout, choice, stages, bool(stage.compile))]
     if not choices:
         return None
     return min(zip(choices, forecaster.steps(shape, layout, choices), strict=True), key=lambda found: found[1].seconds)
 
 
-def is_runnable(layout: Layout, choice: StageChoice, stages: int, is_compiled: bool) -> bool:
-    """Whether the stage's schedule takes so many micro-batches."""
+def is_runnable(shape: DecoderShape, layout: Layout, choice: StageChoice, stages: int, is_compiled: bool) -> bool:
+    """Whether the stage's schedule takes so many micro-batches of the model."""
     try:
         check_pipeline(layout, choice.schedule, stages=stages, num_microbatches=choice.num_microbatches,
-                       is_compiled=is_compiled, recompute=choice.recompute)
+                       is_compiled=is_compiled, recompute=choice.recompute, embedding_uses=shape.embedding_uses())
     except LayoutError:
         return False
     return True

@@ -25,12 +25,12 @@ def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int,
     tokens, hidden = rows * seq_len / layout.cp, shape.hidden_size
     table = shape.vocab_size * hidden
     products, blocks = _blocks(shape)
-    is_whole = keeps_whole(layout, shape.parameters())
+    further, is_whole = shape.prediction_blocks(), keeps_whole(layout, shape.parameters())
     out: dict[str, list[float]] = {}
     for rank in range(layout.pp):
         held = _held(shape, layout.pp, schedule, seq_len)[rank]
         is_first, is_last = 0 in held, shape.num_hidden_layers - 1 in held
-        tables = max(is_first + is_last, 1) if not shape.tie_word_embeddings else 1
+        tables = 1 if shape.tie_word_embeddings else max(is_first + is_last, 1) + (further > 0 and is_last and layout.pp > 1)
         ends = table * (tables if is_first or is_last else 0) + is_last * shape.NORM_VECTORS * hidden
         weights = (sum(blocks[n] for n in held) + ends) / layout.tp
         own = weights / (layout.dp_shard * layout.cp)
@@ -40,8 +40,9 @@ def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int,
         flight = float(kept_microbatches(schedule, layout.pp, stages_of(schedule), num_microbatches, rank))
         fused = sum(p.inputs * p.outputs for n in held for p in products[n] if p.cut == "outputs") / layout.tp
         between = 6.0 * hidden if layout.pp > 1 else 0.0  # what a stage got, and what it handed on
-        at_end = is_last * hidden * (2.5 + 2 / layout.tp)
-        whole = fused + is_last * table / layout.tp  # whatever the number of tokens: joined weights, the head's gradient
+        at_end = is_last * hidden * (2.5 + 2 / layout.tp) * (1 + further)
+        # whatever the number of tokens: joined weights, the head's gradient, and once more for what predicts further tokens
+        whole = fused + is_last * table / layout.tp * (1 + (further > 0))
         logits = min(LOGITS_BYTES[device_type], 4 * tokens * shape.vocab_size / layout.tp) if is_last else 0.0
         gradients = stored * (weights if is_whole else own)
         base = {"parameters": stored * own, "optimizer": stored * slots,
@@ -59,18 +60,21 @@ def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int,
 
 @functools.lru_cache(maxsize=256)
 def _blocks(shape: DecoderShape) -> tuple[list[list[Product]], list[int]]:
-    """Products and parameters of each block."""
-    products = [shape.block_products(n) for n in range(shape.num_hidden_layers)]
+    """Products and parameters of each block, those that predict further tokens included."""
+    products = [shape.block_products(n) for n in range(shape.num_hidden_layers + shape.prediction_blocks())]
     return products, [sum(p.parameters for p in each) + shape.block_vectors(n) for n, each in enumerate(products)]
 
 
 @functools.lru_cache(maxsize=256)
 def _held(shape: DecoderShape, pp: int, schedule: str, seq_len: int) -> list[list[int]]:
     """The blocks of each pipeline rank."""
+    blocks = range(shape.num_hidden_layers, shape.num_hidden_layers + shape.prediction_blocks())
     if pp == 1:
-        return [list(range(shape.num_hidden_layers))]
+        return [list(range(blocks.stop))]
     pipeline = cut(pp, schedule, shape.block_costs(seq_len / 2))
-    return [[n for stage in pipeline.stages_of(rank) for n in pipeline.blocks[stage]] for rank in range(pp)]
+    held = [[n for stage in pipeline.stages_of(rank) for n in pipeline.blocks[stage]] for rank in range(pp)]
+    held[pipeline.ranks[-1]] += blocks
+    return held
 
 
 def _kept(shape: DecoderShape, held: list[int], products: list[list[Product]], tp: int, recompute: str) -> tuple[float, float]:

@@ -155,7 +155,7 @@ def legal(task: Task) -> dict[str, Array]:
     keep = (rows % (dp * micro) == 0) & (micro * task.seq_len % tp == 0) & ((parallel == 0) | (tp > 1))
     rounds, fills, splits = (np.asarray(each[place] & (pp > 1), dtype=bool) for each in (rounds, fills, splits))
     keep &= (~rounds | (times % np.maximum(1, times // pp) == 0)) & (~fills | (times >= pp * chunks))
-    keep &= ~splits | (recompute != SELECTIVE)
+    keep &= ~splits | ((recompute != SELECTIVE) & (shape.embedding_uses() < 2))
     # states are sharded over all data ranks, or over those near each other; gradients of several micro-batches are not
     keep &= ((shard > 1) | (zero == 0)) & (shard % ep == 0) & ((zero != 2) | (times == 1))
     keep &= (is_near == 0) | ((zero > 0) & (near < dp))

@@ -99,8 +99,9 @@ def _other_items(task: str, held: dict[str, dict[str, Row]]) -> str:
 
 
 def _figures(one: Contender, own: dict[str, Row], meant: Sequence[str], length: int) -> dict[str, Any]:
-    active, forward = one.shape.active_parameters(), one.shape.flops(1.0, (length + 1) / 2) / 3  # backward takes twice as much
-    pd_6nd = None if one.tokens is None else 6 * active * one.tokens / PD_FLOP
+    shape = one.shape.answering()
+    active, forward = shape.active_parameters(), shape.flops(1.0, (length + 1) / 2) / 3  # backward takes twice as much
+    pd_6nd = None if one.tokens is None else 6 * one.shape.active_parameters() * one.tokens / PD_FLOP
     pd_ledger = None if one.ledger_flops is None else one.ledger_flops / PD_FLOP
     mean = _mean([own[task] for task in meant])
     trained = pd_ledger or pd_6nd

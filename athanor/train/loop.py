@@ -207,8 +207,8 @@ def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
                           state_dtype=STATE_DTYPES[settings.optimizer_state_dtype], masters=masters,
                           is_exact=settings.exact_shards is not None)
     trainee = Trainee(stages, mesh, load_objective(settings.objective), optimizer, sharded, z_loss=settings.z_loss,
-                      balancer=Balancer(stages, optimizer.placed, settings.expert_bias_rate),
-                      guard=Guard(settings.spike_sigma, settings.spike_window, mesh.device))
+                      guard=Guard(settings.spike_sigma, settings.spike_window, mesh.device), mtp_weight=settings.mtp_weight or 0,
+                      balancer=Balancer(stages, optimizer.placed, settings.expert_bias_rate))
     if settings.exact_shards is not None:
         trainee.exact = Exact(settings.exact_shards, trainee)
     if mesh.layout.pp > 1:
@@ -325,6 +325,7 @@ def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, f
                    "grad_norm": _finite(outcome.grad_norm), "learning_rate": rate, "step_seconds": seconds,
                    "input_seconds": times[1] - times[0], "tokens_per_second": tokens / seconds,
                    "mfu": meter.mfu(flops, seconds), "skipped": outcome.is_skipped, "time": time.time()}
+            row |= {name: _finite(value) for name, value in outcome.metrics.items() if name != "loss" and value}
             append_when_possible(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
             shown = {key: row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")}
             run.channel(**shown, steps=job.settings.steps, validation_loss=checked, accounts=meter.so_far())

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 
 from athanor.foundation.errors import OutOfMemory, UserError
-from athanor.foundation.layout import check_experts, keeps_whole
-from athanor.foundation.layout import resolve as resolve_layout
+from athanor.foundation.layout import keeps_whole
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.remedy import Remedy
 from athanor.foundation.units import format_bytes
 from athanor.ledger.book import read_book
 from athanor.parallel.apply import storage_dtype
-from athanor.train.settings import layout_of, settle
-from athanor.train.stage import Job, make_pipeline
+from athanor.train.stage import Job, arrange
 
 WIDTH_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 2}
 LEAST_SAVING = 0.01  # of the peak, or it is not worth a sentence
@@ -37,10 +35,7 @@ def is_allowed(job: Job, changes: tuple[str, ...]) -> bool:
     """Whether the stage could be trained with these changes on as many ranks."""
     try:
         recipe = changed(job.recipe, changes)
-        layout = resolve_layout(layout_of(recipe), job.layout.world_size)
-        check_experts(layout, getattr(job.shape, "num_experts", 0))
-        settings = settle(recipe, recipe.get_stage(job.settings.stage), layout, job.shape)
-        make_pipeline(recipe, layout, settings, job.shape)
+        arrange(recipe, recipe.get_stage(job.settings.stage), job.shape, job.layout.world_size)
     except UserError:
         return False
     return True

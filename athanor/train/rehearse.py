@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -22,19 +22,16 @@ from torch.distributed.pipelining import schedules
 from athanor.data.lineage import open_manifest
 from athanor.foundation.errors import UserError
 from athanor.foundation.launch import run_ranks
-from athanor.foundation.layout import check_experts
-from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.run_folder import RunFolder
 from athanor.models.huggingface import read_shape
 from athanor.models.rehearsed import computing_like
-from athanor.objectives.batch import Row
+from athanor.objectives.batch import Row, empty_row
 from athanor.parallel.apply import compute_dtype
 from athanor.parallel.mesh import Mesh, leave, make_mesh
 from athanor.train.loop import equip, fetch, keeps_masters, lay_out
 from athanor.train.observe import Observed, observe
-from athanor.train.settings import layout_of, settle
-from athanor.train.stage import Job, find_start, fresh_shape, make_pipeline
+from athanor.train.stage import Job, arrange, find_start, fresh_shape
 from athanor.train.step import run_step
 
 LATER = 10**15  # rows, after which a batch that grows has grown
@@ -56,8 +53,7 @@ class OneDocument:
     count, dropped, fingerprint = 1, 0, ""
 
     def __init__(self, seq_len: int) -> None:
-        self.made: Row = {"tokens": np.zeros(seq_len + 1, dtype=np.int32), "weight": np.ones(seq_len, dtype=np.float32),
-                          "starts": np.zeros(1, dtype=np.int32)}
+        self.made: Row = {**empty_row(seq_len), "weight": np.ones(seq_len, dtype=np.float32)}
 
     def take(self, first_sample: int, count: int) -> list[Row]:
         return [self.made] * count
@@ -71,12 +67,9 @@ def rehearsal_job(run: RunFolder, recipe: Recipe, stage_name: str, world_size: i
     stage = recipe.get_stage(stage_name)
     start = find_start(run, recipe, stage) if stage.start_from not in [None, *(other.name for other in recipe.stage)] else None
     shape = read_shape(start) if start is not None else fresh_shape(recipe, _vocabulary(run, recipe))
-    layout = resolve_layout(layout_of(recipe), world_size)
-    check_experts(layout, getattr(shape, "num_experts", 0))
-    settings = replace(settle(recipe, stage, layout, shape), compile=False)
-    rows: Any = OneDocument(settings.seq_len)
-    return Job(run, run.stage(stage.name), recipe, settings, layout, make_pipeline(recipe, layout, settings, shape), shape,
-               start, rows, rows, {})
+    layout, settings, pipeline = arrange(recipe, stage, shape, world_size)
+    settings, rows = replace(settings, compile=False), cast(Any, OneDocument(settings.seq_len))
+    return Job(run, run.stage(stage.name), recipe, settings, layout, pipeline, shape, start, rows, rows, {})
 
 
 def _vocabulary(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
@@ -157,10 +150,7 @@ def rehearse_rank(job: Job, mesh: Mesh, device_type: str, on_part: Callable[[flo
         trainee = equip(job, stages, sharded)
         if trainee.runner is not None:
             trainee.runner.is_alone = True
-
-        passes = settings.num_microbatches * len(stages.parts)
-
-        done = 0
+        passes, done = settings.num_microbatches * len(stages.parts), 0
 
         def tell(*_: Any) -> None:
             nonlocal done

@@ -9,6 +9,7 @@ from typing import Any
 from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import AXES, Layout, check_batch, check_model, resolve
 from athanor.foundation.recipe import Recipe, Stage
+from athanor.models.prediction import mtp_weight
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.train.elastic import fixed_shards
 from athanor.train.groups import Group
@@ -43,6 +44,7 @@ class Settings:
     gradient_clip: float
     z_loss: float
     expert_bias_rate: float
+    mtp_weight: float | None
     spike_sigma: float
     spike_window: int
     most_skipped_steps: int
@@ -151,6 +153,7 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
         weight_decay=0.1 if stage.weight_decay is None else stage.weight_decay, gradient_clip=stage.gradient_clip or 1.0,
         z_loss=stage.z_loss or 0.0,
         expert_bias_rate=EXPERT_BIAS_RATE if stage.expert_bias_rate is None else stage.expert_bias_rate,
+        mtp_weight=mtp_weight(stage.mtp_weight, shape, f"stage.{stage.name}.mtp_weight"),
         spike_sigma=stage.spike_sigma, spike_window=stage.spike_window, most_skipped_steps=stage.most_skipped_steps,
         most_rollbacks=stage.most_rollbacks, optimizer=optimizer, optimizer_state_dtype=stage.optimizer_state_dtype,
         groups=tuple(Group(**group.model_dump()) for group in stage.group) or None, ramp=ramp,

@@ -67,10 +67,7 @@ def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) ->
     shape = read_shape(start) if start is not None else fresh_shape(recipe, manifest)
     if start is not None:
         check_start(start, shape, recipe, manifest, run.data / "tokenizer")
-    layout = resolve_layout(layout_of(recipe), world_size)
-    check_experts(layout, getattr(shape, "num_experts", 0))
-    settings = settle(recipe, stage, layout, shape)
-    pipeline = make_pipeline(recipe, layout, settings, shape)
+    layout, settings, pipeline = arrange(recipe, stage, shape, world_size)
     if settings.precision == "fp8":
         fp8.check(shape, layout.tp)
     recomputed(settings.recompute, shape.num_hidden_layers)
@@ -82,6 +79,14 @@ def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) ->
     hashes = {"data": manifest["hash"], "rows": rows.fingerprint, "tokenizer": manifest["tokenizer_hash"],
               "template": manifest["template_hash"] or "", "start": "" if start is None else hash_folder(start)}
     return Job(run, run.stage(stage.name), recipe, settings, layout, pipeline, shape, start, rows, held_out, hashes)
+
+
+def arrange(recipe: Recipe, stage: Stage, shape: DecoderShape, world_size: int) -> tuple[Layout, Settings, Pipeline]:
+    """How a stage trains a model on so many ranks. Raises LayoutError, ModelError or UserError with what would work."""
+    layout = resolve_layout(layout_of(recipe), world_size)
+    check_experts(layout, getattr(shape, "num_experts", 0))
+    settings = settle(recipe, stage, layout, shape)
+    return layout, settings, make_pipeline(recipe, layout, settings, shape)
 
 
 def make_pipeline(recipe: Recipe, layout: Layout, settings: Settings, shape: DecoderShape) -> Pipeline:
@@ -96,7 +101,7 @@ def make_pipeline(recipe: Recipe, layout: Layout, settings: Settings, shape: Dec
     pipeline = cut(layout.pp, schedule, shape.block_costs(settings.seq_len / 2), split)
     for count in settings.micro_batch_counts:
         check_pipeline(layout, schedule, stages=len(pipeline.blocks), num_microbatches=count, is_compiled=settings.compile,
-                       recompute=settings.recompute)
+                       recompute=settings.recompute, embedding_uses=shape.embedding_uses())
     return pipeline
 
 

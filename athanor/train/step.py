@@ -60,6 +60,7 @@ class Trainee:
     totals: Mapping[str, float] = field(default_factory=dict)
     tally: Tally | None = None
     z_loss: float = 0.0
+    mtp_weight: float = 0.0
     balancer: Balancer | None = None
     exact: Exact | None = None
     guard: Guard = field(default_factory=Guard)
@@ -68,7 +69,7 @@ class Trainee:
         """Run one stage on a batch whose columns are on the device: its hidden states, or what the last says of the targets."""
         groups = Groups(tp=self.mesh.group("tp"), cp=self.mesh.group("cp"), ep=self.mesh.group("ep"))
         context = Packed(batch["positions"], batch["cu_seqlens"], batch["max_length"], groups, is_even=batch["is_even"],
-                         z_loss=self.z_loss, row_tokens=batch["max_length"])
+                         z_loss=self.z_loss, mtp_weight=self.mtp_weight * part.training, row_tokens=batch["max_length"])
         if not part.is_last:
             return part(x, context)  # type: ignore[no-any-return]
         return part(x, context, batch["targets"], batch["weight"])  # type: ignore[no-any-return]

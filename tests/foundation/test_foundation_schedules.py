@@ -69,6 +69,18 @@ def test_what_is_kept_selectively_is_used_once() -> None:
             check_pipeline(Layout(pp=2), schedule, stages=4, num_microbatches=4, is_compiled=False, recompute="selective")
 
 
+def test_a_weight_on_the_way_twice_needs_a_whole_backward_pass() -> None:
+    for schedule, row in SCHEDULES.items():
+        choices = {"stages": 4, "num_microbatches": 4, "is_compiled": False}
+        check_pipeline(Layout(pp=2), schedule, **choices, embedding_uses=1)
+        check_pipeline(Layout(), schedule, **choices, embedding_uses=2)
+        if row.splits_backward:
+            with pytest.raises(LayoutError, match=r"more than once \(2 times here\): predict one .* or use one of GPipe, 1F1B"):
+                check_pipeline(Layout(pp=2), schedule, **choices, embedding_uses=2)
+        else:
+            check_pipeline(Layout(pp=2), schedule, **choices, embedding_uses=2)
+
+
 @pytest.mark.parametrize("schedule", [name for name, row in SCHEDULES.items() if not row.splits_backward])
 def test_schedules_with_a_whole_backward_pass_may_be_compiled(schedule: str) -> None:
     check_pipeline(Layout(pp=2), schedule, stages=4, num_microbatches=4, is_compiled=True)

@@ -88,6 +88,7 @@ def test_the_block_that_predicts_a_second_token_is_counted_as_published() -> Non
     assert [product.times for product in more.products() if product.name == "head"] == [2.0]
     assert more.flops(1, 1) - more.flops(1, 0) == pytest.approx((shape.flops(1, 1) - shape.flops(1, 0)) * 62 / 61)
     assert sum(more.block_costs(100.0)) == pytest.approx(more.flops(1, 100.0))
+    assert (shape.embedding_uses(), more.embedding_uses(), replace(more, tie_word_embeddings=True).embedding_uses()) == (0, 1, 2)
     assert len(more.block_costs(100.0)) == 61 and more.block_costs(100.0)[-1] > 2 * more.block_costs(100.0)[-2]
 
 

@@ -37,6 +37,9 @@ KINDS = {
     "qwen3 mixture": ["model.architecture=qwen3_moe", "model.num_experts=4", "model.num_experts_per_tok=2",
                       "model.num_hidden_layers=4"],
 }
+KINDS["mtp"] = [*KINDS["deepseek"], "model.sizes.num_nextn_predict_layers=1", "model.tie_word_embeddings=false"]
+KINDS["mtp twice"] = [*KINDS["deepseek"], "model.sizes.num_nextn_predict_layers=2", "stage.pretrain.optimizer=muon",
+                      "stage.pretrain.mtp_weight=0.7"]
 # what is trained, and how it is laid out
 QUICK = [
     ("dense", "micro_batch_size=4"), ("dense", "dp_shard=2"), ("muon", "dp_replicate=2"), ("dense", "cp=2"), ("untied", "tp=2"),
@@ -47,6 +50,7 @@ QUICK = [
     ("gpt2", "tp=2"), ("gpt2", "pp=2"), ("qwen2", "tp=2"), ("qwen3", "tp=2"), ("gemma", "tp=2"), ("yuan", "tp=2"),
     ("yuan reading on", "cp=2"), ("m32", "dp_shard=2 ep=2"),
     ("dense", "dp_shard=2 keep_whole=false"), ("dense", "dp_replicate=2 keep_whole=false"),
+    ("mtp", "tp=2"), ("mtp twice", "pp=2"),
 ]
 SLOW = [
     ("dense", "dp_shard=4"), ("dense", "dp_shard=3 global_batch_tokens=432"), ("muon", "dp_shard=2 tp=2 recompute=full"),
@@ -80,6 +84,12 @@ SLOW = [
     ("qwen3", "pp=2"), ("qwen3", "cp=2"),
     ("qwen3", "dp_shard=2"), ("qwen3", "dp_shard=2 tp=2 recompute=full"), ("mistral", "dp_shard=2 tp=2"),
     ("mistral", "pp=2 cp=2"), ("qwen3 mixture", "dp_shard=2 ep=2 tp=2"), ("qwen3 mixture", "pp=2 cp=2 ep=2"),
+    ("mtp", "dp_shard=2"), ("mtp", "pp=2"), ("mtp", "pp=2 tp=2"), ("mtp", "dp_shard=2 ep=2"), ("mtp", "cp=2"),
+    *(("mtp", f"pp=2 pipeline_schedule={name}") for name in ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")),
+    ("mtp", "micro_batch_size=4"), ("mtp", "pp=2 dp_shard=2 ep=2 recompute=full"), ("mtp", "dp_shard=2 tp=2 keep_whole=false"),
+    ("mtp twice", "dp_shard=2"), ("mtp twice", "tp=2"), ("mtp twice", "pp=2 tp=2"), ("mtp twice", "dp_shard=2 ep=2"),
+    ("mtp twice", "cp=2 tp=2 recompute=selective"), ("mtp twice", "dp_replicate=2 recompute=every-2"),
+    ("mtp twice", "pp=2 cp=2 pipeline_schedule=Interleaved1F1B"), ("mtp twice", "pp=2 pipeline_schedule=LoopedBFS"),
     ("untied", "pp=4 tp=2 pipeline_schedule=LoopedBFS"), ("dense", "pp=4 dp_shard=2 pipeline_schedule=ZBVZeroBubble"),
 ]
 
@@ -124,6 +134,8 @@ ROUGH = [
     ("yuan", "precision=fp32 tp=2 compile=true", 1e-6), ("yuan reading on", "precision=fp32 cp=2 compile=true", 1e-6),
     ("m32", "precision=fp32 dp_shard=2 ep=2 compile=true", 1e-6), ("m32", "precision=bf16 dp_shard=2 ep=2", 3e-2),
     ("dense", "precision=bf16 pp=2 dp_shard=2", 3e-2), ("mixture", "precision=bf16 dp_shard=2 ep=2", 3e-2),
+    ("mtp", "precision=fp32 pp=2 compile=true", 1e-6), ("mtp", "precision=fp32 tp=2 compile=true recompute=full", 1e-6),
+    ("mtp", "precision=bf16 pp=2 dp_shard=2", 3e-2),
 ]
 
 

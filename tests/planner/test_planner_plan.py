@@ -40,8 +40,8 @@ def test_plan_fills_every_open_value_and_the_recipe_wins(machine: ClusterSpec, t
     assert filled.origin("model.hidden_size") == "plan"
     assert filled.model.head_dim == 64 and filled.origin("model.head_dim") == "override"
     assert filled.get_stage("pretrain").weight_decay == 0.05
-    left_open = {"share", "tokens", "data_shards", "start_from", "batch_ramp", "z_loss", "expert_bias_rate", "evaluate_rows",
-                 "hang_seconds", "keep_every"}
+    left_open = {"share", "tokens", "data_shards", "start_from", "batch_ramp", "z_loss", "expert_bias_rate", "mtp_weight",
+                 "evaluate_rows", "hang_seconds", "keep_every"}
     for stage in filled.stage:
         assert not {key for key, value in stage if value is None} - left_open
     assert {key for key, value in filled.model if value is None} == {"num_experts", "num_experts_per_tok"}, "a dense model"

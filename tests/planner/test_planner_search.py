@@ -18,6 +18,7 @@ from athanor.foundation.errors import AthanorError, LayoutError, UserError
 from athanor.foundation.layout import Layout, check_batch, check_experts, check_model, resolve
 from athanor.foundation.schedules import SCHEDULES, check_pipeline, cut
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.deepseek_v3 import Shape
 from athanor.models.shapes.find import find_shape
 from athanor.planner import answers, explain
 from athanor.planner.estimate import RECOMPUTE, estimate, read_cluster_words
@@ -29,6 +30,8 @@ SMALL = DecoderShape(vocab_size=32000, hidden_size=2048, intermediate_size=8192,
                      num_key_value_heads=4, max_position_embeddings=2048)
 LARGE = DecoderShape(vocab_size=128256, hidden_size=12288, intermediate_size=32768, num_hidden_layers=96, num_attention_heads=96,
                      num_key_value_heads=8, max_position_embeddings=8192)
+PREDICTING = Shape(vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=12, num_attention_heads=16,
+                   tie_word_embeddings=True, first_k_dense_replace=99, num_nextn_predict_layers=1)
 
 
 def task(shape: DecoderShape = SMALL, devices: int = 16, rows: int = 48, seq_len: int = 1024, cluster: str = "A100-80",
@@ -153,8 +156,9 @@ def test_every_schedule_of_the_grid_is_priced_as_it_is_simulated(schedule: str) 
         assert final.schedule == schedule and final.seconds == pytest.approx(grid.seconds[index], rel=rel)
 
 
-def test_the_grid_of_all_schedules_is_what_each_takes() -> None:
-    one = task(SMALL, 8, 32, recompute=("none", "selective"), schedules=tuple(SCHEDULES))
+@pytest.mark.parametrize("shape", [SMALL, PREDICTING], ids=["plain", "predicting further tokens"])
+def test_the_grid_of_all_schedules_is_what_each_takes(shape: DecoderShape) -> None:
+    one = task(shape, 8, 32, recompute=("none", "selective"), schedules=tuple(SCHEDULES))
     columns = sweep(one).columns
     rows = zip(*(columns[name].astype(int).tolist() for name in ("pp", "chunks", "num_microbatches", "schedule")),
                columns["recompute"].tolist(), strict=True)
@@ -165,11 +169,12 @@ def test_the_grid_of_all_schedules_is_what_each_takes() -> None:
             try:
                 cut(pp, schedule, [1.0] * 12, [12 - pp * chunks + 1] + [1] * (pp * chunks - 1))
                 check_pipeline(Layout(pp=pp), schedule, stages=pp * chunks, num_microbatches=times, is_compiled=False,
-                               recompute=names[recompute])
+                               recompute=names[recompute], embedding_uses=shape.embedding_uses())
                 expected.add((pp, chunks, times, place, recompute))
             except LayoutError:
                 continue
-    assert found == expected and {row[3] for row in found} == set(range(len(SCHEDULES)))
+    all_of_them = {place for place, row in enumerate(SCHEDULES.values()) if shape == SMALL or not row.splits_backward}
+    assert found == expected and {row[3] for row in found} == all_of_them
 
 
 def test_schedules_rank_as_they_do_in_theory() -> None:

@@ -85,7 +85,7 @@ def train_with(channel: Callable[..., None], place: str, seconds: float, **argum
 
         collectives_dist, collectives.dist = collectives.dist, Slow()
     elif place == "reduction":
-        fully_shard._reduce_scatter = once.delayed(fully_shard._reduce_scatter)
+        fully_shard.reduce_scatter_into = once.delayed(fully_shard.reduce_scatter_into)
     elif place == "hide":
         inner = step.interval
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from test_train_architectures import DEEPSEEK
 
 from athanor.cli.train import command as verb
 from athanor.foundation.errors import LayoutError, RankError, UserError
@@ -109,6 +110,7 @@ CASES = {
     "tp": (("parallel.tp=2",), ["dp_shard=2", "dp_replicate=2"]),
     "bf16": ((f"{STAGE}precision=bf16", f"{STAGE}optimizer_state_dtype=bf16"), ["dp_shard=2", "dp_shard=4"]),
     "mixture": (MIXTURE, ["dp_shard=4 recompute=full"]),
+    "further tokens": (("model.architecture=deepseek_v3", *DEEPSEEK, "model.sizes.num_nextn_predict_layers=2"), ["dp_shard=4"]),
     "a growing batch": ((f"{STAGE}batch_ramp=[8,4,24]", f"{STAGE}optimizer=adamw"), ["dp_shard=2 recompute=selective"]),
 }
 QUICK = ("replicas", "no power of two")

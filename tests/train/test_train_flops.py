@@ -14,20 +14,22 @@ from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.deepseek_v3 import Shape
+from athanor.models.zoo import deepseek_v3
 from athanor.train import flops
 
 SHAPE = DecoderShape(vocab_size=384, hidden_size=48, intermediate_size=112, num_hidden_layers=3, num_attention_heads=6,
                      num_key_value_heads=2, tie_word_embeddings=False)
 
 
-def counted(lengths: Sequence[int]) -> float:
+def counted(lengths: Sequence[int], model: Decoder | None = None) -> float:
     """FLOPs of forward and backward over documents of these lengths, as torch's counter sees them."""
-    model = Decoder(SHAPE)
+    model = Decoder(SHAPE) if model is None else model
     initialize(model, 0)
     total = sum(lengths)
     tokens = torch.arange(total) % SHAPE.vocab_size
     with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as counter:
-        scored = model(tokens, Packed.of(lengths), tokens, torch.ones(total))
+        scored = model(tokens, replace(Packed.of(lengths), mtp_weight=0.3), tokens, torch.ones(total))
         scored.weighted_sum.backward()
     return float(counter.get_total_flops())
 
@@ -38,6 +40,19 @@ def test_flops_of_the_shape_are_those_of_the_operators(lengths: list[int]) -> No
     keys_seen = sum(length * (length + 1) // 2 for length in lengths)
     assert counted(lengths) == pytest.approx(SHAPE.flops(total, keys_seen / total), rel=1e-3)
     assert counted(lengths) != pytest.approx(SHAPE.flops(total, keys_seen / total + 4), rel=1e-3), "attention counts"
+
+
+@pytest.mark.parametrize("depths", [0, 1, 2])
+def test_blocks_that_predict_further_tokens_cost_what_their_shape_says(depths: int) -> None:
+    """Dense blocks, and values as wide as keys: experts go through an operator that is not counted, and values are padded."""
+    shape = Shape(vocab_size=384, hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=3,
+                  kv_lora_rank=20, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24,
+                  first_k_dense_replace=9, num_nextn_predict_layers=depths)
+    lengths = [7, 1, 50, 3, 90, 41]
+    total, keys_seen = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
+    assert counted(lengths, deepseek_v3.build(shape)) == pytest.approx(shape.flops(total, keys_seen / total), rel=1e-3)
+    other = replace(shape, num_nextn_predict_layers=1 - depths // 2)
+    assert (shape == other) or shape.flops(total, 9) != pytest.approx(other.flops(total, 9), rel=0.1), "each of them counts"
 
 
 def test_full_squares_are_those_of_full_rows(monkeypatch: pytest.MonkeyPatch) -> None:

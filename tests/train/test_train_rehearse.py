@@ -46,6 +46,9 @@ micro_batch_size = 2
 optimizer = "adamw"
 """
 Rehearse = Callable[..., list[Observed]]
+DEEPSEEK = "model.architecture=deepseek_v3 model.num_experts=8 model.num_experts_per_tok=2 " + " ".join(
+    f"model.sizes.{size}" for size in ("moe_intermediate_size=96", "kv_lora_rank=64", "qk_nope_head_dim=32",
+                                       "qk_rope_head_dim=16", "v_head_dim=32", "first_k_dense_replace=1"))
 
 
 @pytest.fixture
@@ -81,6 +84,8 @@ def rehearsed(make_job: Callable[..., Any], tmp_path: Path) -> Rehearse:
         "model.architecture=gpt2 parallel.pp=2 parallel.tp=2", "model.architecture=qwen3 parallel.dp_shard=2 parallel.tp=2",
         "model.architecture=yuan parallel.cp=2 parallel.tp=2",
         "model.architecture=yuan model.num_experts=8 model.head_dim=32 parallel.dp_shard=2",
+        f"{DEEPSEEK} model.sizes.num_nextn_predict_layers=2 parallel.pp=2 parallel.tp=2",
+        f"{DEEPSEEK} model.sizes.num_nextn_predict_layers=1 parallel.dp_shard=2",
         "stage.pretrain.precision=bf16 stage.pretrain.optimizer_state_dtype=bf16"))])
 def test_a_rehearsal_is_what_a_real_run_does(make_job: Callable[..., Any], rehearsed: Rehearse, tmp_path: Path,
                                              overrides: str) -> None:
@@ -148,18 +153,17 @@ def test_remedies_save_about_what_they_say(make_job: Callable[..., Any], rehears
     assert remedy.saves_bytes == pytest.approx(before.peak_bytes - after.peak_bytes, rel=within)
 
 
-@pytest.mark.parametrize(("architecture", "layout", "sizes"), [
-    ("gemma", "dp_shard=2", []), ("yuan", "tp=2", []), ("yuan", "dp_shard=2", ["num_experts=32"]),
-    ("deepseek_v3", "dp_shard=2", ["num_experts=8", "num_experts_per_tok=2", *(f"sizes.{size}" for size in (
-        "moe_intermediate_size=96", "kv_lora_rank=64", "qk_nope_head_dim=32", "qk_rope_head_dim=16", "v_head_dim=32",
-        "first_k_dense_replace=1"))])])
+@pytest.mark.parametrize(("model", "layout"), [
+    ("model.architecture=gemma", "dp_shard=2"), ("model.architecture=yuan", "tp=2"),
+    ("model.architecture=yuan model.num_experts=32", "dp_shard=2"), (DEEPSEEK, "dp_shard=2"),
+    (f"{DEEPSEEK} model.sizes.num_nextn_predict_layers=1", "dp_shard=2"),
+    (f"{DEEPSEEK} model.sizes.num_nextn_predict_layers=2 model.tie_word_embeddings=false", "pp=2")])
 def test_the_planner_forecasts_the_memory_of_every_kind_of_block(make_job: Callable[..., Any], rehearsed: Rehearse,
-                                                                 architecture: str, layout: str, sizes: list[str]) -> None:
-    model = [f"architecture={architecture}", "hidden_size=128", "intermediate_size=352", "max_position_embeddings=256",
-             "tie_word_embeddings=true", *sizes]
+                                                                 model: str, layout: str) -> None:
+    sizes = ["hidden_size=128", "intermediate_size=352", "max_position_embeddings=256", "tie_word_embeddings=true"]
     stage = ["seq_len=256", "micro_batch_size=8", "global_batch_tokens=4096", "precision=fp32"]
-    overrides = [*(f"model.{size}" for size in model), *(f"stage.pretrain.{one}" for one in stage), f"parallel.{layout}",
-                 "data.vocab_size=4096"]
+    overrides = [*(f"model.{size}" for size in sizes), *model.split(), *(f"stage.pretrain.{one}" for one in stage),
+                 f"parallel.{layout}", "data.vocab_size=4096"]
     job = make_job(*overrides)
     forecast = peak_memory(job.shape, job.layout, rows=8, seq_len=256, dtype="fp32", num_microbatches=2 // job.layout.dp_shard)
     assert fullest(forecast) == pytest.approx(max(seen.peak_bytes for seen in rehearsed(*overrides)), rel=0.1)

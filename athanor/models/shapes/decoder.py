@@ -112,6 +112,10 @@ class DecoderShape(Counted):
     def block_attended(self, layer: int) -> Attended:
         return Attended(1, self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.head_dim, self.window(layer))
 
+    def answering(self) -> Self:
+        """The same model without blocks that only training computes."""
+        return self
+
     def window(self, layer: int) -> int:
         """Keys that a query of this block may see; 0: all before it."""
         return 0

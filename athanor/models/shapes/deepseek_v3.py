@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from athanor.foundation.errors import ModelError
 from athanor.models.shapes.mixture import MixtureShape
@@ -91,3 +91,6 @@ class Shape(MixtureShape):
 
     def prediction_blocks(self) -> int:
         return self.num_nextn_predict_layers
+
+    def answering(self) -> Self:
+        return replace(self, num_nextn_predict_layers=0)

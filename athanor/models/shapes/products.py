@@ -101,6 +101,10 @@ class Counted(ABC):
         """Blocks after the last one that predict further tokens, each with the head once more."""
         return 0
 
+    def embedding_uses(self) -> int:
+        """How often what follows the last block uses the embedding: as the head, and for each block that predicts further."""
+        return self.prediction_blocks() + self.tie_word_embeddings
+
     @cached_property
     def _blocks(self) -> range:
         blocks = self.num_hidden_layers + self.prediction_blocks()

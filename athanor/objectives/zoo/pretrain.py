@@ -12,7 +12,7 @@ from athanor.objectives.batch import Batch, collate
 __all__ = ["METRICS", "NEEDS", "collate", "count", "loss"]
 
 NEEDS: tuple[str, ...] = ()
-METRICS = ("loss", "z_loss")
+METRICS = ("loss", "z_loss", "mtp_loss")
 
 
 def count(batch: Batch) -> dict[str, float]:
@@ -21,9 +21,15 @@ def count(batch: Batch) -> dict[str, float]:
 
 
 def loss(scored: Any, batch: Batch, totals: Mapping[str, float]) -> tuple[torch.Tensor, dict[str, tuple[Any, Any]]]:
-    """Weighted sum of negative log-probabilities / N, in nats per token; the metric `loss` is without `z_loss`."""
-    summed, count = scored.weighted_sum, torch.as_tensor(batch["weight"]).sum(dtype=torch.float64)
-    if scored.z_sum is None:
-        return summed / totals["tokens"], {"loss": (summed.detach(), count)}
-    found = {"loss": (summed.detach() - scored.z_sum, count), "z_loss": (scored.z_sum, count)}
-    return summed / totals["tokens"], found
+    """Weighted sum of negative log-probabilities / N, in nats per token.
+
+    The metric `loss` is of next tokens alone; `mtp_loss` is the mean over all labels of blocks that predict further ones.
+    """
+    weight = torch.as_tensor(batch["weight"])
+    count = weight.sum(dtype=torch.float64)
+    found = {"loss": (-(scored.logp.detach() * weight).sum(), count)}
+    if scored.z_sum is not None:
+        found["z_loss"] = scored.z_sum, count
+    if scored.mtp is not None:
+        found["mtp_loss"] = scored.mtp
+    return scored.weighted_sum / totals["tokens"], found
