@@ -20,15 +20,18 @@ from athanor.registry.tokens import read_object, special_id, template_source, to
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 NO_SCORE = -10000.0  # of what no text becomes
 UNNORMALISED = "llama.cpp does not normalise texts as this tokenizer does, so some become other tokens there"
+SPACED = "llama.cpp puts a space behind each of this tokenizer's own symbols, so texts that have them become other tokens there"
+NO_BYTES = "llama.cpp writes what is no piece of a unigram tokenizer as unknown, and not as bytes, so rare signs are lost there"
 
 # A text, cut as llama.cpp's pre-tokenizers cut it (their expressions: llama.cpp, src/llama-vocab.cpp, 2026): a tokenizer that
 # cuts it in the same places goes by that name.
 CUTS = {
-    "llama-bpe": "It|'s| we|'LL| | |123|45| x|_y|+=|1|;\n\n|\t| return|(café| 中文|)!!\r\n| \n|  | end|.| " + "a" * 50 + "|  ",
+    "smaug-bpe": "It|'s| we|'LL| | |123|45| x|_y|+=|1|;\n\n|\t| return|(café| 中文|)!!\r\n| \n|  | end|.| " + "a" * 50 + "|  ",
     "qwen2": "It|'s| we|'LL| | |1|2|3|4|5| x|_y|+=|1|;\n\n|\t| return|(café| 中文|)!!\r\n| \n|  | end|.| " + "a" * 50 + "|  ",
     "gpt-2": "It|'s| we|'|LL| | 12345| x|_|y|+=|1|;|\n\n\t| return|(|café| 中文|)!!|\r\n \n  | end|.| " + "a" * 50 + "|  ",
     "smollm": "It|'s| we|'|LL|  |1|2|3|4|5| x|_|y|+=|1|;|\n\n\t| return|(|café| 中文|)!!|\r\n \n  | end|.| " + "a" * 50 + "|  "}
 PROBE = CUTS["gpt-2"].replace("|", "")
+UNMERGED = {"smaug-bpe": "llama-bpe"}  # which cuts alike, and takes a word that is in the vocabulary as it is
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Tables:
     has_prefix: bool | None = None  # a space before every text
     joins_spaces: bool | None = None
     characters: bytes = b""
+    has_raw_symbols: bool = False  # that are looked for in a text before its spaces become signs
     names: dict[str, str] = field(default_factory=dict)  # of special tokens, where the folder names none
     notes: list[str] = field(default_factory=list)
 
@@ -56,7 +60,9 @@ def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> list[str]:
     _check(folder, made, vocab_size)
     writer.add_tokenizer_model(made.model)
     writer.add_tokenizer_pre(made.pre)
-    writer.add_token_list([made.tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)])
+    raw = {i for i, kind in made.kinds.items() if made.has_raw_symbols and kind == pieces.USER_DEFINED}
+    names = {i: token.replace(pieces.SPACE, " ") if i in raw else token for i, token in made.tokens.items()}
+    writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(vocab_size)])
     writer.add_token_types([made.kinds.get(i, pieces.UNUSED) for i in range(vocab_size)])
     if made.scores is not None:
         writer.add_token_scores([made.scores.get(i, NO_SCORE) for i in range(vocab_size)])
@@ -72,6 +78,7 @@ def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> list[str]:
     if unknown:
         writer.add_unk_token_id(unknown[0])
     writer.add_add_bos_token(made.adds_bos)
+    writer.add_add_eos_token(False)  # which some kinds would do unless told
     if made.has_prefix is not None:
         writer.add_add_space_prefix(made.has_prefix)
     if made.joins_spaces is not None:
@@ -151,11 +158,14 @@ def _of_pieces(folder: Path, content: dict[str, Any], held: pieces.Pieces) -> Ta
         tokens[index] = name
         scores.setdefault(index, NO_SCORE)
     control = {piece for piece, _, kind in held.pieces if kind == pieces.CONTROL}
+    has_symbols = pieces.USER_DEFINED in kinds.values()
+    notes = [text for text, is_so in ((UNNORMALISED, is_bpe and bool(held.characters or held.joins_spaces)),
+                                      (SPACED, has_symbols and held.has_prefix),
+                                      (NO_BYTES, not is_bpe and pieces.BYTE in kinds.values())) if is_so]
     return Tables("llama" if is_bpe else "t5", tokens, kinds, bool(config.get("add_bos_token", is_bpe)), scores=scores,
                   has_prefix=held.has_prefix, joins_spaces=None if is_bpe else held.joins_spaces,
                   characters=b"" if is_bpe else held.characters,
-                  names={key: name for key, name in held.names.items() if name in control},
-                  notes=[UNNORMALISED] if is_bpe and (held.characters or held.joins_spaces) else [])
+                  has_raw_symbols=is_bpe, names={key: name for key, name in held.names.items() if name in control}, notes=notes)
 
 
 def _check(folder: Path, made: Tables, vocab_size: int) -> None:
@@ -199,7 +209,7 @@ def _adds_bos(folder: Path, content: dict[str, Any], ids: dict[str, int]) -> boo
 
 
 def pre_tokenizer(content: dict[str, Any]) -> tuple[str, list[str]]:
-    """llama.cpp's name for how a tokenizer.json cuts text, else the nearest one with a sentence that says so."""
+    """llama.cpp's name for how a tokenizer.json cuts and joins text, else the nearest one with a sentence that says so."""
     import tokenizers
 
     bare = {**content, "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [], "post_processor": None}
@@ -210,10 +220,11 @@ def pre_tokenizer(content: dict[str, Any]) -> tuple[str, list[str]]:
         pieces = text.split("|")
         wrong[name] = found ^ {sum(map(len, pieces[:i])) for i in range(len(pieces))}
     name = min(wrong, key=lambda candidate: len(wrong[candidate]))
-    if not wrong[name]:
-        return name, []
-    return name, [f"llama.cpp has no pre-tokenizer that cuts text as this tokenizer does; '{name}' comes nearest, so there some "
-                  "texts become other tokens than in training"]
+    is_unmerged = bool((content.get("model") or {}).get("ignore_merges"))
+    if not wrong[name] and (name in UNMERGED or not is_unmerged):
+        return UNMERGED[name] if is_unmerged else name, []
+    return name, [f"llama.cpp has no pre-tokenizer that cuts and joins text as this tokenizer does; '{name}' comes nearest, so "
+                  "there some texts become other tokens than in training"]
 
 
 def _written_first(processor: Any) -> set[str]:

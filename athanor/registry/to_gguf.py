@@ -28,9 +28,11 @@ from athanor.registry.gguf_tokenizer import write_tokenizer
 from athanor.registry.model_folder import Entry, read_tensors
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "mixtral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3",
-                 "qwen3_moe": "QWEN3MOE", "gemma": "GEMMA"}  # model_type -> gguf.MODEL_ARCH
+                 "qwen3_moe": "QWEN3MOE", "gemma": "GEMMA", "gpt2": "GPT2"}  # model_type -> gguf.MODEL_ARCH
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
-ROUTER = ".ffn_gate_inp."  # kept in full precision there
+EXACT = (".ffn_gate_inp.", "position_embd.")  # kept in full precision there
+TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # rows are inputs in a GPT-2's folder
+BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 TYPES = {"f16": "F16", "q8_0": "Q8_0"}
 BLOCK = 32  # numbers that share a scale in Q8_0
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -39,16 +41,18 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 @dataclass(frozen=True)
 class Source:
     """The tensors that one of llama.cpp's is read from (all experts' matrices, by their numbers, or a single one), how many
-    heads' rows change places (0: none do), and what is added."""
+    heads' rows change places (0: none do), what is added, and whether rows are columns there."""
 
     is_stacked: bool
     heads: int
     shift: float
+    is_transposed: bool
     entries: dict[int, Entry] = field(default_factory=dict)
 
     @property
     def shape(self) -> list[int]:
         one = next(iter(self.entries.values())).shape
+        one = one[::-1] if self.is_transposed else one
         return [len(self.entries), *one] if self.is_stacked else one
 
 
@@ -68,7 +72,7 @@ def write_gguf(folder: Path, target: Path, name: str, kind: str) -> list[str]:
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[_architecture(shape)])
     notes = write_tokenizer(writer, folder, shape.vocab_size)
     _write_sizes(writer, shape, name, kind)
-    types = {own: "F32" if ROUTER in own else _type(source.shape, kind) for own, source in tensors.items()}
+    types = {own: "F32" if any(part in own for part in EXACT) else _type(source.shape, kind) for own, source in tensors.items()}
     uneven = sum(kept == "F16" != TYPES[kind] for kept in types.values())
     if uneven:
         notes.append(f"{uneven} matrices are F16, since their rows are no multiple of {BLOCK} numbers")
@@ -116,7 +120,7 @@ def _named(folder: Path, shape: DecoderShape) -> dict[str, Source]:
     names = gguf.get_tensor_name_map(architecture, shape.num_hidden_layers)
     numbers, made = 0, dict[str, Source]()
     for name, entry in read_tensors(folder).items():
-        if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and shape.tie_word_embeddings):
+        if name.endswith(BUFFERS) or (name == "lm_head.weight" and shape.tie_word_embeddings):
             continue
         of_expert = EXPERT.fullmatch(name)
         own = names.get_name(f"{of_expert[1]}.{of_expert[3]}" if of_expert else name, try_suffixes=(".weight", ".bias"))
@@ -126,7 +130,7 @@ def _named(folder: Path, shape: DecoderShape) -> dict[str, Source]:
         heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}.get(name.split(".")[-2], 0)
         is_shifted = architecture == gguf.MODEL_ARCH.GEMMA and own.endswith("norm.weight")
         source = made.setdefault(own, Source(of_expert is not None, heads if architecture == gguf.MODEL_ARCH.LLAMA else 0,
-                                             float(is_shifted)))
+                                             float(is_shifted), name.endswith(TRANSPOSED)))
         source.entries[int(of_expert[2]) if of_expert else 0] = entry
         numbers += math.prod(entry.shape)
     odd = [own for own, source in made.items() if len({tuple(entry.shape) for entry in source.entries.values()}) > 1
@@ -144,6 +148,7 @@ def _read(entry: Entry, source: Source) -> np.ndarray:
     if source.heads:
         halves = values.reshape(source.heads, 2, entry.shape[0] // source.heads // 2, *entry.shape[1:])
         values = halves.swapaxes(1, 2).reshape(entry.shape)
+    values = values.T if source.is_transposed else values
     return values + np.float32(source.shift) if source.shift else values
 
 
@@ -167,6 +172,9 @@ def _write_sizes(writer: Any, shape: DecoderShape, name: str, kind: str) -> None
 
     if any(0 < shape.window(layer) < shape.max_position_embeddings for layer in range(shape.num_hidden_layers)):
         raise ModelError(f"blocks that see a window of keys cannot be written as GGUF for '{shape.MODEL_TYPE}'")
+    if shape.HAS_HEAD_NORMS and "attention_out" in shape.biased:
+        raise ModelError(f"attention_bias = true cannot be written as GGUF for '{shape.MODEL_TYPE}': llama.cpp has no place for "
+                         "the bias of o_proj there")
     if isinstance(shape, MixtureShape):
         if not shape.norm_topk_prob:
             raise ModelError("norm_topk_prob = false cannot be written as GGUF: llama.cpp divides a token's gates by their sum")
@@ -186,9 +194,11 @@ def _write_sizes(writer: Any, shape: DecoderShape, name: str, kind: str) -> None
     writer.add_head_count_kv(shape.num_key_value_heads)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
+    (writer.add_layer_norm_rms_eps if shape.NORM_VECTORS == 1 else writer.add_layer_norm_eps)(shape.rms_norm_eps)
+    if not shape.IS_ROTARY:
+        return
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_theta)
-    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
     scaling = shape.rope_scaling
     if scaling is None or scaling.rope_type == "llama3":
         return

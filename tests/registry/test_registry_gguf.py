@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from cutters import CUTTERS, bpe
 from safetensors.numpy import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
 from athanor.cli.models import command
 from athanor.data.text import tokenizer as own
@@ -28,7 +29,6 @@ from athanor.registry.to_gguf import write_gguf
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 
 TEXTS = ["def area(width, height):\n    return width * height\n\n", "It's the engine they'LL use in 2026: 12,345 times!\n"] * 9
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "max_position_embeddings": 128, "initializer_range": 0.2}
 SCALED = RopeScaling("llama3", 8.0, 64, 1.0, 4.0)
@@ -39,7 +39,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
                                 "norm_topk_prob": True}),
-    "gemma": ("gemma", {"head_dim": 32})}
+    "gemma": ("gemma", {"head_dim": 32}), "gpt2": ("gpt2", {"num_key_value_heads": 4})}
 PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
          "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm",
@@ -47,37 +47,19 @@ PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.
          "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps", "mlp.experts.down_proj": "ffn_down_exps",
          "block_sparse_moe.experts.w1": "ffn_gate_exps", "block_sparse_moe.experts.w3": "ffn_up_exps",
          "block_sparse_moe.experts.w2": "ffn_down_exps"}
-OUTER = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+GPT2 = {"ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down"}
+OUTER = {"transformer.wte.weight": "token_embd.weight", "transformer.wpe.weight": "position_embd.weight",
+         "transformer.ln_f.weight": "output_norm.weight", "transformer.ln_f.bias": "output_norm.bias",
+         "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
          "lm_head.weight": "output.weight"}
 
 
-def bpe(cut: Any) -> Tokenizer:
-    """Byte-level BPE with a begin token before every text, an end token and one that is not special."""
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer, found.decoder = cut, decoders.ByteLevel()
-    found.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=300, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=[AddedToken("<s>", special=True), AddedToken("</s>", special=True)]))
-    found.add_tokens(["<tool>"])
-    found.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return found
 
-
-def split(pattern: str) -> Any:
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-CUTTERS = {"llama-bpe": split(LLAMA3), "qwen2": split(LLAMA3.replace("{1,3}", "")),
-           "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-           "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                              pre_tokenizers.ByteLevel(add_prefix_space=False)])}
-
-
-def make(folder: Path, which: str = "llama", pre: str = "llama-bpe", **changes: Any) -> Path:
+def make(folder: Path, which: str = "llama", pre: str = "smaug-bpe", **changes: Any) -> Path:
     """A folder of random weights, vectors included, with a vocabulary of 4 rows more than its tokenizer."""
     kind, sizes = SHAPES[which]
-    tokenizer = bpe(CUTTERS[pre])
+    tokenizer = bpe(pre, TEXTS)
     shape = shape_class(kind)(**{"vocab_size": tokenizer.get_vocab_size() + 4, **SIZES, **sizes, **changes})
     module = load_architecture(kind).build(shape)
     initialize(module, 0)
@@ -120,6 +102,9 @@ def expected(folder: Path, which: str) -> dict[str, np.ndarray]:
             found[OUTER[name]] = values
             continue
         _, _, layer, *inner, suffix = name.split(".")
+        if which == "gpt2":
+            found[f"blk.{layer}.{GPT2['.'.join(inner)]}.{suffix}"] = values.T  # there a row is an input
+            continue
         number = next((int(part) for part in inner if part.isdigit()), None)
         target = f"blk.{layer}.{PARTS['.'.join(part for part in inner if not part.isdigit())]}.{suffix}"
         if SHAPES[which][0] in ("llama", "mixtral") and inner[-1] in ("q_proj", "k_proj"):
@@ -142,7 +127,7 @@ def test_tensors_are_those_of_the_folder_within_rounding(tmp_path: Path, which: 
     assert set(wanted) == set(found) - {"rope_freqs.weight"} and ("rope_freqs.weight" in found) == (which == "scaled")
     for target, values in wanted.items():
         assert found[target].shape == values.shape
-        if values.ndim == 1 or "ffn_gate_inp" in target:
+        if values.ndim == 1 or "ffn_gate_inp" in target or "position" in target:
             assert types[target] == "F32" and np.array_equal(found[target], values)
         elif kind == "f16":
             assert types[target] == "F16" and np.array_equal(found[target], values.astype(np.float16).astype(np.float32))
@@ -210,8 +195,8 @@ def test_metadata_are_those_that_llama_cpp_asks_for(tmp_path: Path) -> None:
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     assert {token: i for i, token in enumerate(tokens[:-4])} == vocabulary
     assert types[:3] == [3, 3, 1] and types[vocabulary["<tool>"]] == 4 and types[-4:] == [5] * 4, "control, normal, own, unused"
-    ids = [fields[f"tokenizer.ggml.{key}"] for key in ("bos_token_id", "eos_token_id", "add_bos_token")]
-    assert ids == [0, 1, True] and fields["tokenizer.chat_template"] == "{{ messages }}"
+    ids = [fields[f"tokenizer.ggml.{key}"] for key in ("bos_token_id", "eos_token_id", "add_bos_token", "add_eos_token")]
+    assert ids == [0, 1, True, False] and fields["tokenizer.chat_template"] == "{{ messages }}"
     merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
     assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
 
@@ -221,6 +206,22 @@ def test_the_tokenizers_kind_is_told_by_how_it_cuts(tmp_path: Path, pre: str) ->
     folder = make(tmp_path / "m", pre=pre)
     assert write_gguf(folder, tmp_path / "m.gguf", "m", "f16") == []
     assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == pre
+
+
+def test_words_taken_whole_have_a_name_for_one_way_to_cut_only(tmp_path: Path) -> None:
+    """llama-bpe and smaug-bpe cut alike; the first takes a word that is in the vocabulary as it is, as no other does."""
+    folder = make(tmp_path / "m", pre="qwen2")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["ignore_merges"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (note,) = write_gguf(folder, tmp_path / "m.gguf", "m", "f16")
+    assert "joins text as this tokenizer does; 'qwen2' comes nearest" in note
+
+
+def test_biases_that_llama_cpp_does_not_read_are_refused(tmp_path: Path) -> None:
+    for which in ("qwen3", "qwen3_moe"):
+        with pytest.raises(ModelError, match="attention_bias = true cannot be written as GGUF for 'qwen3"):
+            write_gguf(make(tmp_path / which, which, attention_bias=True), tmp_path / "m.gguf", "m", "f16")
 
 
 def test_a_normalizer_that_llama_cpp_leaves_out_is_told(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_our_own_tokenizer_comes_with_a_sentence_and_the_verb_prints_it(tmp_path
     arguments = ["export", "mine", str(tmp_path / "out" / "m.gguf"), "--format", "gguf", "--type", "q8_0", "--json", "--registry",
                  str(registry.root)]
     printed = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).stdout)
-    assert "cuts text as this tokenizer does; 'llama-bpe' comes nearest" in printed["notes"][0]
+    assert "cuts and joins text as this tokenizer does; 'smaug-bpe' comes nearest" in printed["notes"][0]
     assert read(tmp_path / "out" / "m.gguf")[0]["general.name"] == registry.get("mine").reference
     with pytest.raises(UserError, match=r"m\.gguf exists"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
@@ -293,8 +294,8 @@ def _configure(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(("damage", "words"), [
-    (lambda folder: _configure(folder, model_type="gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=128),
-     "'gpt2' cannot be written as GGUF: only llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma can; --format"),
+    (lambda folder: _configure(folder, model_type="yuan"),
+     "'yuan' cannot be written as GGUF: only llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma, gpt2 can; --format"),
     (lambda folder: _configure(folder, model_type="lama"), "did you mean 'llama'"),
     (lambda folder: _spoil(folder, "model.layers.0.mlp.up_proj.weight", 7e4), "blk.0.ffn_up.weight holds values beyond 65504"),
     (lambda folder: _spoil(folder, "lm_head.weight", np.nan), "output.weight holds values beyond 65504"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cutters import train_pieces
 from test_registry_gguf import make, read
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors
 
@@ -16,25 +17,12 @@ from athanor.foundation.errors import ModelError
 from athanor.registry.to_gguf import write_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
-sentencepiece = pytest.importorskip("sentencepiece")
+pytest.importorskip("sentencepiece")
 
 LINES = ["def area(width, height):", "    return width * height", "It's the engine they will use in 2026: 12,345 times!",
          "a wide river and a narrow one", "the farmer saw the teacher and said nothing to the farmer"]
 TEXTS = [*LINES, "area  of a  box", "unknown caf\u00e9 \u4e2d\u6587 \U0001f600", "", "x", "  begins with spaces"]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
-
-def trained(folder: Path, kind: str, **more: Any) -> Any:
-    """A tokenizer.model of SentencePiece's own trainer in the folder, in place of its tokenizer.json."""
-    source = folder / "lines.txt"
-    source.write_text("\n".join(LINES * 20) + "\n")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(source), model_prefix=str(folder / "tokenizer"), vocab_size=330, model_type=kind, byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2,
-        **{"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **more})
-    for name in ("lines.txt", "tokenizer.vocab", "tokenizer.json"):
-        (folder / name).unlink(missing_ok=True)
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
 def joined(text: str, fields: dict[str, Any]) -> list[int]:
@@ -57,7 +45,7 @@ def joined(text: str, fields: dict[str, Any]) -> list[int]:
 
 def test_the_file_of_sentencepiece_gives_its_ids(tmp_path: Path) -> None:
     folder = make(tmp_path / "m", vocab_size=400)
-    peer = trained(folder, "bpe")
+    peer = train_pieces(folder, "bpe", LINES * 20, 330)
     (folder / "added_tokens.json").write_text(json.dumps({"<sep>": peer.get_piece_size()}))
     assert write_gguf(folder, tmp_path / "m.gguf", "m", "f16") == []
     fields, _, _ = read(tmp_path / "m.gguf")
@@ -70,10 +58,24 @@ def test_the_file_of_sentencepiece_gives_its_ids(tmp_path: Path) -> None:
     assert ids == [peer.bos_id(), peer.eos_id(), peer.unk_id(), True]
 
 
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_own_symbols_are_kept_as_they_stand_in_a_text(tmp_path: Path, has_prefix: bool) -> None:
+    """llama.cpp looks for them before spaces become signs, and puts its space before a text behind each of them too."""
+    folder = make(tmp_path / "m", vocab_size=400)
+    symbols = ["\u2581\u2581", "<sep>"]
+    peer = train_pieces(folder, "bpe", LINES * 20, 330, user_defined_symbols=symbols, add_dummy_prefix=has_prefix)
+    notes = write_gguf(folder, tmp_path / "m.gguf", "m", "f16")
+    assert ["puts a space behind each" in note for note in notes] == [True] * has_prefix
+    fields, _, _ = read(tmp_path / "m.gguf")
+    own = [peer.piece_to_id(piece) for piece in symbols]
+    assert [fields["tokenizer.ggml.tokens"][i] for i in own] == ["  ", "<sep>"]
+    assert [fields["tokenizer.ggml.token_type"][i] for i in own] == [USER_DEFINED] * 2
+
+
 def test_our_own_form_of_it_gives_the_same_ids(tmp_path: Path) -> None:
     """A stage's folder holds tokenizer.json alone, in which merges stand for scores."""
     folder = make(tmp_path / "m", vocab_size=400)
-    peer = trained(folder, "bpe")
+    peer = train_pieces(folder, "bpe", LINES * 20, 330)
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     ours = Own.load(folder)
     (folder / "tokenizer.json").write_text(ours.inner.to_str())
@@ -114,8 +116,9 @@ def test_a_tokenizer_json_of_bytes_and_pieces_without_a_prefix(tmp_path: Path) -
 
 def test_unigram_keeps_its_scores_under_its_own_kind(tmp_path: Path) -> None:
     folder = make(tmp_path / "m", vocab_size=420)
-    peer = trained(folder, "unigram", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
-    assert write_gguf(folder, tmp_path / "m.gguf", "m", "f16") == []
+    peer = train_pieces(folder, "unigram", LINES * 20, 330, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    (note,) = write_gguf(folder, tmp_path / "m.gguf", "m", "f16")
+    assert "as unknown, and not as bytes" in note
     fields, _, _ = read(tmp_path / "m.gguf")
     assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.remove_extra_whitespaces"]) == ("t5", True)
     size = peer.get_piece_size()
