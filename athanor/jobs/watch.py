@@ -82,12 +82,13 @@ class Watch:
                 signs.take(line, now)
         working = [signs for signs in self.signs.values() if signs.line["phase"] != "done"]
         over = [now - signs.since - signs.limit(self.hang_seconds) for signs in working]
-        if working and min(over) > 0:
+        is_stopped = any(late > 0 and signs.state() in STOPPED for late, signs in zip(over, working, strict=True))
+        if working and (min(over) > 0 or is_stopped):  # while others save or validate, which may take longer, too
             if is_read_only(self.folder.beats):  # then the ranks cannot give a sign, and may well be working
                 for signs in working:
                     signs.since = now
                 return
-            raise self.verdict(min(now - signs.since for signs in working), min(over))
+            raise self.verdict(*min((now - signs.since, late) for signs, late in zip(working, over, strict=True) if late > 0))
 
     def verdict(self, seconds: float, over: float) -> RankError:
         """Ask the ranks where they stand, and say which of them holds up the others; what they said is kept in the logs."""

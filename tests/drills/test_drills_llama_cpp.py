@@ -48,7 +48,8 @@ def compare(python: Path, module: Decoder, folder: Path, prompts: list[list[int]
                     "sequences": sequences, "new_tokens": NEW_TOKENS, "context_tokens": CONTEXT_TOKENS})
         away = np.abs(np.load(folder / "logits.npy") - ours) / ours.std()
         alike = np.mean([a == b for a, b in zip(found["answers"], answers, strict=True)])
-        print(f"\n{kind}: logits differ by {away.mean():.1e} of their deviation, {away.max():.1e} at most; {alike:.0%} equal answers")
+        print(f"\n{kind}: logits differ by {away.mean():.1e} of their deviation, {away.max():.1e} at most; "
+              f"{alike:.0%} equal answers")
         assert away.mean() <= most
         assert kind != "f16" or found["answers"] == answers
 

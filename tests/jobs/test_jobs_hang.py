@@ -291,8 +291,9 @@ def test_an_earlier_life_is_forgotten_and_ranks_that_never_begin_are_noticed(clo
 def test_a_stopped_process_finds_no_patience_for_what_it_once_did(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
         monkeypatch.setattr(os, "getpid", lambda: child.pid)
-        guard = watch.Watch(clock.stage, 1, 10.0)
+        guard = watch.Watch(clock.stage, 2, 10.0)
         clock.say(0, 0, "startup")
+        clock.say(1, 0, "checkpoint")  # where it waits for the other
         line = clock.stage.beats / "rank-0.json"
         line.write_text(line.read_text().replace("elsewhere", HOST))
         clock.wait(guard, 100.0)
