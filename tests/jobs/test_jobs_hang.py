@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -289,7 +290,8 @@ def test_an_earlier_life_is_forgotten_and_ranks_that_never_begin_are_noticed(clo
 
 
 def test_a_stopped_process_finds_no_patience_for_what_it_once_did(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    with subprocess.Popen(["sleep", "60"]) as child:
+    with subprocess.Popen(["sleep", "60"]) as child, contextlib.ExitStack() as ends:
+        ends.callback(child.kill)
         monkeypatch.setattr(os, "getpid", lambda: child.pid)
         guard = watch.Watch(clock.stage, 2, 10.0)
         clock.say(0, 0, "startup")
@@ -302,4 +304,3 @@ def test_a_stopped_process_finds_no_patience_for_what_it_once_did(clock: Clock, 
             pass
         with pytest.raises(RankError, match=rf"^rank 0 \(node {HOST}\) is stopped \(SIGSTOP\)"):
             clock.wait(guard, 1.0)
-        child.kill()
