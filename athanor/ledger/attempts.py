@@ -29,11 +29,13 @@ SILENT_SECONDS = 30.0  # that running ranks may be without a sign of life, on a 
 
 @dataclass(frozen=True)
 class Tail:
-    """What a cut-off attempt lived on after the last line of its ledger: seconds, of so many devices, until then (since 1970)."""
+    """What a cut-off attempt lived on after the last line of its ledger: seconds, of so many devices, until then (since 1970),
+    when it had done that step."""
 
     seconds: float
     until: float
     devices: int
+    step: int
 
 
 def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail: Tail | None = None) -> None:
@@ -68,22 +70,21 @@ def unwritten(folder: StageFolder) -> Tail | None:
     """The time between the last line of a stage's ledger (or its last start) and its last step; None when nothing is missing."""
     ends = [row for row in read_jsonl(folder.events) if row.get("kind") in ("start", "done", "stop")]
     since = max([row["time"] for row in [*ends, *read_jsonl(folder.ledger)] if "time" in row], default=math.inf)
-    until = max([row["time"] for row in read_jsonl(folder.metrics)], default=0.0)
+    until, step = max([(row["time"], row["step"]) for row in read_jsonl(folder.metrics)], default=(0.0, 0))
     ranks = [row["ranks"] for row in ends if "ranks" in row]
-    return Tail(until - since, until, ranks[-1]) if ranks and until > since else None
+    return Tail(until - since, until, ranks[-1], step) if ranks and until > since else None
 
 
 def throw_away(folder: StageFolder) -> None:
     """Turn all that a stage's ledger holds, and what it does not hold yet, into `lost`: it was paid, and when, though its work
-    goes. Doing so twice changes nothing."""
+    goes and steps begin at 0. Doing so twice changes nothing."""
     lines, tail = read_jsonl(folder.ledger), unwritten(folder)
-    paid = [(line["time"], line["wall_seconds"], line["device_seconds"]) for line in lines
-            if "time" in line and line.get("device_seconds")]
+    rows = [_outside_of_steps({"lost": line["device_seconds"]}, line["time"], line["wall_seconds"], 0, line.get("last_step", 0))
+            for line in lines if "time" in line and line.get("device_seconds")]
     if tail is not None:
-        paid.append((tail.until, tail.seconds, tail.seconds * tail.devices))
-    rows = [_outside_of_steps({"lost": seconds}, until, wall, 0, 0) for until, wall, seconds in paid]
+        rows.append(_outside_of_steps({"lost": tail.seconds * tail.devices}, tail.until, tail.seconds, 0, tail.step))
     if lines or rows:
-        write_atomic(folder.ledger, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(folder.ledger, "".join(json.dumps(row) + "\n" for row in (*rows, {"attempt": 0, "resumed_step": 0})))
 
 
 def so_far(folder: StageFolder) -> tuple[Book, str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from athanor.foundation.units import format_share
 from athanor.ledger.interruptions import COSTS, Interruption, interruptions
 
-TOLD, RESUMED = ("fault", "held", "stop", "rollback"), ("restart", "rollback")  # kinds of events
+TOLD, RESUMED = ("fault", "held", "stop", "rollback", "fresh"), ("restart", "rollback", "fresh")  # kinds of events
 
 
 @dataclass(frozen=True)

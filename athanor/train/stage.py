@@ -13,6 +13,7 @@ import torch
 from athanor.data.lineage import check_intact, open_manifest
 from athanor.data.rows import Rows, open_rows
 from athanor.foundation.errors import LayoutError, ModelError
+from athanor.foundation.events import log_event
 from athanor.foundation.identity import check_same
 from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
@@ -181,6 +182,8 @@ def empty(folder: StageFolder) -> None:
         for path in sorted(folder.root.iterdir(), key=lambda path: path == folder.config):
             if path not in (folder.forecast, folder.rehearsal, folder.logs, folder.ledger):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if folder.ledger.exists():
+        log_event(folder.events, "fresh", "what was there before was thrown away, as asked, and the stage begins anew")
 
 
 def describe(job: Job) -> str:

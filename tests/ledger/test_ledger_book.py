@@ -123,12 +123,13 @@ def test_what_is_thrown_away_is_lost_when_it_was_spent(tmp_path: Path) -> None:
     append_when_possible(folder.events, {"kind": "start", "time": 80.0, "ranks": 2})
     append_when_possible(folder.metrics, {"step": 12, "time": 123.0})
     throw_away(folder)
-    lines = read_jsonl(folder.ledger)
+    *lines, begun = read_jsonl(folder.ledger)
     assert [(row["time"], row["device_seconds"], row["accounts"]) for row in lines] == [
         (100.0, 25.0, {"lost": 25.0}), (120.0, 20.0, {"lost": 20.0}), (123.0, 6.0, {"lost": 6.0})]
+    assert begun["resumed_step"] == 0 and [row["last_step"] for row in lines] == [10, 10, 12]
     throw_away(folder)
-    assert read_jsonl(folder.ledger) == lines, "once more, as after a kill in between, changes nothing"
-    book = book_of([*lines, line(0, 10, compute=20), {"attempt": 1, "resumed_step": 5}], devices=2, accelerator="CPU",
+    assert read_jsonl(folder.ledger) == [*lines, begun], "once more, as after a kill in between, changes nothing"
+    book = book_of([*lines, begun, line(0, 10, compute=20), {"attempt": 1, "resumed_step": 5}], devices=2, accelerator="CPU",
                    peak_flops=100.0)
     assert book.accounts["lost"] == pytest.approx(51 + 10) and book.tokens == 50
     assert book.wall_seconds == pytest.approx(25 + 10 + 3 + 20) and book.accounts["unattributed"] == pytest.approx(0)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from athanor.foundation.run_folder import append_jsonl, read_jsonl
-from athanor.ledger.attempts import book_of, note, roll_back
+from athanor.foundation.run_folder import StageFolder, append_jsonl, read_jsonl
+from athanor.ledger.attempts import Tail, book_of, note, roll_back, throw_away
 from athanor.ledger.interruptions import interruptions
 
 DEVICES = 2
@@ -63,12 +63,28 @@ def test_steps_that_are_lost_twice_are_counted_once(tmp_path: Path) -> None:
     line(file, 0, 10, 20)
     roll_back(file, 15, 1)
     line(file, 1, 15, 16)
-    roll_back(file, 5, 2, tail_seconds=0.5, devices=DEVICES)
+    roll_back(file, 5, 2, Tail(0.5, 0.0, DEVICES, 16))
     line(file, 2, 5, 30)
     first, second = interruptions(read_jsonl(file))
     assert first.accounts["lost"] == pytest.approx(5 * 2.4)
     assert second.accounts["lost"] == pytest.approx((5 + 5 + 1) * 2.4 + 1.0) and second.steps_again == 11
     check(file)
+
+
+def test_what_was_thrown_away_is_one_interruption(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path)
+    line(folder.ledger, 0, 0, 10, startup=8.0)
+    line(folder.ledger, 0, 10, 14)
+    throw_away(folder)
+    line(folder.ledger, 0, 0, 6, startup=3.0)
+    line(folder.ledger, 0, 6, 9)
+    roll_back(folder.ledger, 6, 1)
+    line(folder.ledger, 1, 6, 12, startup=5.0)
+    first, second = interruptions(read_jsonl(folder.ledger))
+    assert first.accounts == pytest.approx({"lost": 14 * 2.4 + 8.0, "down": 0.0, "startup": 3.0})
+    assert (first.step, first.resumed_step, first.steps_again) == (14, 0, 14)
+    assert second.accounts["lost"] == pytest.approx(3 * 2.4) and second.steps_again == 3
+    check(folder.ledger)
 
 
 def test_a_rollback_in_place_counts_no_skipped_step_twice(tmp_path: Path) -> None:

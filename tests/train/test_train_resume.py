@@ -17,6 +17,7 @@ from saved import assemble
 from athanor.foundation.errors import DiskError, RankError, UserError
 from athanor.foundation.run_folder import RunFolder, read_json, read_jsonl
 from athanor.ledger.book import read_book
+from athanor.report.faults import timeline
 
 Train = Callable[..., dict[str, Any]]
 FIRST = ("stage.pretrain.steps=6", "stage.pretrain.checkpoint_every=2", "stage.pretrain.evaluate_every=6",
@@ -163,7 +164,7 @@ def test_what_a_fresh_start_throws_away_was_paid_for(train: Train, run_folder: P
     for _ in range(2):  # the second one throws away what the first has thrown away, too
         with pytest.raises(RankError, match="rank 0 was killed by signal 9"):
             train(run_folder, *FIRST, target=SIGNALLED, at_step=5, number=signal.SIGKILL, rank=0, is_fresh=True)
-        lines = [line for line in read_jsonl(stage.ledger) if "lost" not in line["accounts"]]
+        lines = [line for line in read_jsonl(stage.ledger) if "lost" not in line.get("accounts", "lost")]
         assert [line["last_step"] for line in lines][-1] == 4, "as it was when a checkpoint was begun"
         spent += sum(line["device_seconds"] for line in lines)
         spent += read_jsonl(stage.metrics)[-1]["time"] - lines[-1]["time"]
@@ -172,7 +173,10 @@ def test_what_a_fresh_start_throws_away_was_paid_for(train: Train, run_folder: P
     assert book.accounts["lost"] == pytest.approx(spent) and spent > 0
     assert sum(book.accounts.values()) == pytest.approx(book.device_seconds) and book.wall_seconds == pytest.approx(
         book.device_seconds), "of one rank"
-    kept = [line for line in read_jsonl(stage.ledger) if "lost" not in line["accounts"]]
+    (fault,) = timeline(read_jsonl(stage.events), read_jsonl(stage.ledger))
+    assert "thrown away, as asked" in fault.sentence and fault.cost.accounts["lost"] == pytest.approx(spent)
+    assert fault.cost.steps_again == 5
+    kept = [line for line in read_jsonl(stage.ledger) if "lost" not in line.get("accounts", "lost")]
     assert book.device_seconds == pytest.approx(spent + sum(line["device_seconds"] for line in kept))
     assert book.tokens == sum(line["tokens"] for line in kept) == read_jsonl(stage.metrics)[-1]["tokens"]
 
