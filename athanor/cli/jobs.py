@@ -18,7 +18,7 @@ from athanor.cli.jobs_show import describe, log_of, progress
 from athanor.foundation.errors import UserError
 from athanor.foundation.launch import start_server
 from athanor.foundation.progress import console, say
-from athanor.foundation.recipe import Recipe, load_recipe, read_plan
+from athanor.foundation.recipe import Recipe, load_recipe
 from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_seconds
 from athanor.jobs import local, slurm
@@ -91,7 +91,7 @@ def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Pat
 def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None, is_fresh: bool) -> None:
     """Raise what the agent would refuse as it begins. Unless something is refused, `data` are the run's from now on."""
     from athanor.cli.chain import locked
-    from athanor.cli.preflight import refuse_early, refuse_elsewhere
+    from athanor.cli.preflight import planned, refuse_early, refuse_elsewhere
 
     with locked(run) if run.root.exists() else contextlib.nullcontext():  # one that is not there yet is left as it is
         if stage is None:
@@ -103,8 +103,7 @@ def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None
             return
         from athanor.cli.train import borrow, describe_machine, look_ahead
 
-        if run.plan.exists():
-            recipe = recipe.with_plan(read_plan(run.plan), str(run.plan))
+        recipe = planned(recipe, run)
         is_new = data is not None and borrow(data, run)
         try:
             look_ahead(recipe, run, stage, describe_machine(recipe, run, stage), is_fresh)

@@ -194,6 +194,7 @@ def test_a_time_limit_asks_to_stop_and_a_cancelled_job_says_so(queue: Queue, sig
 @pytest.mark.parametrize(("options", "error", "sentence"), [
     (["--data", "nowhere"], UserError, r"--data nowhere is not a data folder"),
     ([], UserError, r"manifest.json"),
+    (["--data", "{data}", "plan.file=nowhere.toml"], UserError, r"nowhere.toml"),
     (["--data", "{data}", "parallel.tp=3", "parallel.dp_shard=1"], LayoutError, r"tp = 3 does not divide"),
     (["--data", "{data}", "stage.pretrain.learning_rate=0.5"], UserError, r"was trained with another configuration: .*--fresh"),
 ])
