@@ -134,7 +134,7 @@ def diff_models(first: str, second: str, registry: Path | None, as_json: bool) -
 @click.argument("reference")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(["huggingface", "gguf"]), default="huggingface", show_default=True,
-              help="A Hugging Face folder, or one file for llama.cpp (of Llama, Mistral, Mixtral, Qwen, Gemma).")
+              help="A Hugging Face folder, or one file for llama.cpp (of Llama, Mistral, Mixtral, Qwen, Gemma, GPT-2).")
 @click.option("--type", "kind", type=click.Choice(["f16", "q8_0"], case_sensitive=False), default="f16", show_default=True,
               help="How a GGUF file holds matrices.")
 @options

@@ -48,8 +48,7 @@ def compare(python: Path, module: Decoder, folder: Path, prompts: list[list[int]
                     "sequences": sequences, "new_tokens": NEW_TOKENS, "context_tokens": CONTEXT_TOKENS})
         away = np.abs(np.load(folder / "logits.npy") - ours) / ours.std()
         alike = np.mean([a == b for a, b in zip(found["answers"], answers, strict=True)])
-        print(f"\n{kind}: logits differ by {away.mean():.1e} of their deviation, {away.max():.1e} at most; "
-              f"{alike:.0%} equal answers")
+        print(f"\n{kind}: logits differ by {away.mean():.1e} of their deviation, {away.max():.1e} at most; {alike:.0%} equal")
         assert away.mean() <= most
         assert kind != "f16" or found["answers"] == answers
 
@@ -108,7 +107,9 @@ def named(folder: Path) -> Path:
 
 @pytest.mark.parametrize("pre", CUTTERS)
 def test_byte_level_bpe_cuts_and_joins_alike(python: Path, pre: str, texts: list[str], tmp_path: Path) -> None:
-    bpe(pre, LINES, 1200).save(str(named(tmp_path) / "tokenizer.json"))
+    content = json.loads(bpe(pre, LINES, 1200).to_str())
+    del content["model"]["merges"][-300:]  # which leaves words that only one finds that takes them whole
+    write_json(named(tmp_path) / "tokenizer.json", content)
     check(python, tmp_path, texts, adds_bos=True)
 
 
@@ -131,13 +132,13 @@ def test_pieces_of_sentencepiece_join_alike(python: Path, has_prefix: bool, text
 
 def test_own_symbols_of_sentencepiece_stand_alone_alike(python: Path, texts: list[str], tmp_path: Path) -> None:
     """Those of several spaces too; with a space before every text they cannot, and in our own form nothing marks them."""
-    folder, symbols = named(tmp_path), ["<sep>", "\u2581\u2581", "\u2581\u2581\u2581\u2581", "return"]
+    folder, symbols = named(tmp_path), ["<sep>", "\u2581\u2581\u2581", "return"]
     peer = train_pieces(folder, "bpe", LINES, 1200, user_defined_symbols=symbols, add_dummy_prefix=False)
     texts = [text for text in texts if "\u2581" not in text]  # which SentencePiece does not tell from a space
     check(python, tmp_path, texts, True, [peer.encode(text) for text in texts])
     (tmp_path / "m.gguf").unlink()
     in_own_form(folder)
-    assert share_alike(python, tmp_path, texts, "joins any two pieces") > 0.8
+    assert share_alike(python, tmp_path, texts, "joins any two pieces") > 0.5
     (tmp_path / "m.gguf").unlink()
     (folder / "tokenizer.json").unlink()
     train_pieces(folder, "bpe", LINES, 1200, user_defined_symbols=symbols)
