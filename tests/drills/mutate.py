@@ -113,11 +113,11 @@ MUTANTS = (
       "factors[m][self.boxes[r][m].slices()]", "factors[m][self.boxes[0][m].slices()]", "muon-pp=2 dp_shard=2"),
     m("experts take the number of rows sent for that of rows arriving", "models/experts:Mixture.travel",
       "arriving.sum(0).cumsum(0, dtype=torch.int32)", "counts.sum(0).cumsum(0, dtype=torch.int32)", "mixture-dp_shard=2 ep=2"),
-    m("context-parallel ranks look ahead in their own part alone", "models/prediction:ahead",
-      "own(gather(column, cp, len(positions), 'context').roll(-1) * goes_on, cp)", "column.roll(-1) * own(goes_on, cp)",
-      "mtp-cp=2"),
     m("rows come back from the experts in the order they left", "models/experts:Mixture.travel",
       "take_rows(answers, back, order, 1)", "answers", "mixture-dp_shard=2 ep=2"),
+    m("context-parallel ranks look ahead in their own part alone", "models/prediction:ahead",
+      "own(gather(column, cp, len(positions), 'context').roll(-1) * goes_on, cp)", "column.roll(-1) * own(goes_on, cp)",
+      "mtp-cp=2 micro_batch_size=1"),
 )
 HELPER = '''
 

@@ -84,7 +84,7 @@ SLOW = [
     ("qwen3", "pp=2"), ("qwen3", "cp=2"),
     ("qwen3", "dp_shard=2"), ("qwen3", "dp_shard=2 tp=2 recompute=full"), ("mistral", "dp_shard=2 tp=2"),
     ("mistral", "pp=2 cp=2"), ("qwen3 mixture", "dp_shard=2 ep=2 tp=2"), ("qwen3 mixture", "pp=2 cp=2 ep=2"),
-    ("mtp", "dp_shard=2"), ("mtp", "pp=2"), ("mtp", "pp=2 tp=2"), ("mtp", "dp_shard=2 ep=2"), ("mtp", "cp=2"),
+    ("mtp", "dp_shard=2"), ("mtp", "pp=2"), ("mtp", "pp=2 tp=2"), ("mtp", "dp_shard=2 ep=2"), ("mtp", "cp=2 micro_batch_size=1"),
     *(("mtp", f"pp=2 pipeline_schedule={name}") for name in ("ZBVZeroBubble", "InterleavedZeroBubble", "DualPipeV")),
     ("mtp", "micro_batch_size=4"), ("mtp", "pp=2 dp_shard=2 ep=2 recompute=full"), ("mtp", "dp_shard=2 tp=2 keep_whole=false"),
     ("mtp twice", "dp_shard=2"), ("mtp twice", "tp=2"), ("mtp twice", "pp=2 tp=2"), ("mtp twice", "dp_shard=2 ep=2"),
