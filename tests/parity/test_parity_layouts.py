@@ -40,7 +40,7 @@ KINDS = {
 # what is trained, and how it is laid out
 QUICK = [
     ("dense", "micro_batch_size=4"), ("dense", "dp_shard=2"), ("muon", "dp_replicate=2"), ("dense", "cp=2"), ("untied", "tp=2"),
-    ("dense", "pp=2"), ("untied", "pp=2 split=[5,3] recompute=every-2"), ("dense", "pp=2 pipeline_schedule=GPipe"),
+    ("dense", "pp=2"), ("untied", "pp=2 split=[1,7] recompute=every-2"), ("dense", "pp=2 pipeline_schedule=GPipe"),
     ("untied", "pp=2 pipeline_schedule=Interleaved1F1B"), ("dense", "pp=2 pipeline_schedule=LoopedBFS split=[1,3,2,2]"),
     ("untied", "pp=2 pipeline_schedule=InterleavedZeroBubble"), ("dense", "pp=2 pipeline_schedule=ZBVZeroBubble recompute=full"),
     ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"), ("mixture", "dp_shard=2 ep=2"),
