@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, checkpoint, create_selective_checkpoint_contexts
 
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.intervals import interval
@@ -45,7 +45,7 @@ def apply(blocks: Mapping[int, nn.Module], policy: str, is_compiled: bool) -> No
     `selective` keeps what matrix products and attention gave. Inside compiled code nothing is timed, and what is kept is only
     a wish: the compiler fuses the rest into the backward pass.
     """
-    choose = functools.partial(create_selective_checkpoint_contexts, keeps) if policy == "selective" else _nothing_kept
+    choose = _most_kept if policy == "selective" else _nothing_kept
     options: dict[str, Any] = {"context_fn": functools.partial(_timed, choose)}
     if is_compiled:
         options = {"context_fn": choose} if policy == "selective" else {}
@@ -66,6 +66,21 @@ def _twice(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[...
 def keeps(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     """Whether `selective` keeps what an operator gave."""
     return CheckpointPolicy.MUST_SAVE if operator._schema.name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Again(_CachedTorchDispatchMode):
+    """The second time. torch's own wants each operator as often as the first time (2.13), but fully_shard, which gathers the
+    experts of a block inside it, does other things then."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if operator._schema.name in KEPT:
+            return super().__torch_dispatch__(operator, types, arguments, options)
+        return operator(*arguments, **(options or {}))
+
+
+def _most_kept() -> tuple[Any, Any]:
+    first, second = create_selective_checkpoint_contexts(keeps)
+    return first, _Again(keeps, second.storage, False)
 
 
 def _nothing_kept() -> tuple[Any, Any]:
