@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +39,11 @@ def parallelize(model: nn.Module, mesh: Mesh, tensor_dims: Mapping[str, int | No
     tensor.shard_parameters(model, tensor_dims, mesh.axis("tp"), mesh.expert_axes())
     recompute.apply(blocks, choices.recompute, choices.is_compiled)
     if choices.is_compiled:
-        for block in blocks:
+        for block in blocks.values():
             block.compile(fullgraph=getattr(block, "is_one_graph", True), dynamic=False)
     if mesh.axis("shard") is None:
         return None
-    return fully_shard.apply(model, blocks, mesh, compute_dtype(choices.precision), choices.keeps_whole, choices.data_shards)
+    return fully_shard.apply(model, list(blocks.values()), mesh, compute_dtype(choices.precision), choices.keeps_whole, choices.data_shards)
 
 
 def storage_dtype(precision: str) -> torch.dtype:
@@ -57,9 +57,9 @@ def compute_dtype(precision: str) -> torch.dtype | None:
     return None if dtype == storage_dtype(precision) else dtype
 
 
-def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder blocks: the children of the model's `layers`. Raises ModelError when it has none."""
+def blocks_of(model: nn.Module) -> dict[int, nn.Module]:
+    """The decoder blocks by their number in the whole model: the children of `layers`. Raises ModelError when it has none."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "layers":
-            return list(module.children())
+            return {int(number): block for number, block in module.named_children()}
     raise ModelError(f"{type(model).__name__} has no 'layers', so it cannot be cut into blocks")

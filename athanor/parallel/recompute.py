@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, _CachedTorchDispatchMode, checkpoint, create_selective_checkpoint_contexts
 
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.intervals import interval
@@ -22,30 +22,34 @@ KEPT = {f"aten::{name}" for name in (
 KEPT |= {"athanor::packed_attention", "torch_attn::_varlen_attn"}
 
 
-def recomputed(policy: str, count: int) -> list[bool]:
-    """For each of `count` blocks whether it is recomputed: `none`, `full`, `selective` (all of them, but for what takes
-    long), or `every-k` (the k-th, the 2k-th, …)."""
+def recomputed(policy: str, blocks: Iterable[int]) -> list[bool]:
+    """For each of these blocks, by its number in the whole model, whether it is recomputed: `none`, `full`, `selective` (all
+    of them, but for what takes long), or `every-k` (the k-th, the 2k-th, …)."""
     if policy in ("none", "full", "selective"):
-        return [policy != "none"] * count
+        return [policy != "none" for _ in blocks]
     match = re.fullmatch(r"every-([1-9]\d*)", policy)
     if match is None:
         raise LayoutError(f"parallel.recompute is '{policy}'; allowed: none, full, selective, every-2, every-3, …")
-    if int(match[1]) > count:
+    return [(number + 1) % int(match[1]) == 0 for number in blocks]
+
+
+def check(policy: str, count: int) -> None:
+    """Refuse a policy that is none, or recomputes none of a model's `count` blocks though it says so. Raises LayoutError."""
+    if not any(recomputed(policy, range(count))) and policy != "none":
         raise LayoutError(f"parallel.recompute is '{policy}', but of {count} blocks none would be; at most every-{count}")
-    return [(index + 1) % int(match[1]) == 0 for index in range(count)]
 
 
-def apply(blocks: Sequence[nn.Module], policy: str, is_compiled: bool) -> None:
+def apply(blocks: Mapping[int, nn.Module], policy: str, is_compiled: bool) -> None:
     """Make the blocks that `policy` names forget what they can compute again. The second time counts as `recompute`.
 
     `selective` keeps what matrix products and attention gave. Inside compiled code nothing is timed, and what is kept is only
     a wish: the compiler fuses the rest into the backward pass.
     """
-    choose = functools.partial(create_selective_checkpoint_contexts, keeps) if policy == "selective" else _nothing_kept
+    choose = _most_kept if policy == "selective" else _nothing_kept
     options: dict[str, Any] = {"context_fn": functools.partial(_timed, choose)}
     if is_compiled:
         options = {"context_fn": choose} if policy == "selective" else {}
-    for block, chosen in zip(blocks, recomputed(policy, len(blocks)), strict=True):
+    for block, chosen in zip(blocks.values(), recomputed(policy, blocks), strict=True):
         if chosen:
             block.forward = _twice(block.forward, options)  # type: ignore[method-assign]
 
@@ -62,6 +66,21 @@ def _twice(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[...
 def keeps(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     """Whether `selective` keeps what an operator gave."""
     return CheckpointPolicy.MUST_SAVE if operator._schema.name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Again(_CachedTorchDispatchMode):
+    """The second time. torch's own wants each operator as often as the first time (2.13), but fully_shard, which gathers the
+    experts of a block inside it, does other things then."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if operator._schema.name in KEPT:
+            return super().__torch_dispatch__(operator, types, arguments, options)
+        return operator(*arguments, **(options or {}))
+
+
+def _most_kept() -> tuple[Any, Any]:
+    first, second = create_selective_checkpoint_contexts(keeps)
+    return first, _Again(keeps, second.storage, False)
 
 
 def _nothing_kept() -> tuple[Any, Any]:

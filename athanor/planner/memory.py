@@ -93,8 +93,8 @@ def _kept(shape: DecoderShape, held: list[int], products: list[list[Product]], t
         return sum(each), 0.0
     widest = max(p.times * p.outputs / (tp if p.cut else 1) for block in blocks for p in block)
     every = int(recompute.removeprefix("every-")) if recompute.startswith("every-") else 1
-    again = [number for place, number in enumerate(each) if place % every == 0]
-    return sum(each) - sum(again) + len(again) * hidden / tp, max(again) + 2 * hidden + widest
+    again = [number for n, number in zip(held, each, strict=True) if (n + 1) % every == 0]
+    return sum(each) - sum(again) + len(again) * hidden / tp, (max(again) + 2 * hidden + widest if again else 0.0)
 
 
 def fits(memory: dict[str, list[float]], available_bytes: float, share: float = 0.8) -> bool:

@@ -120,7 +120,7 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     shards = fixed_shards(recipe, stage, layout, seq_len)
     micro_batch_size, batch_tokens = _batch(recipe, stage, seq_len, layout.data_ranks)
     rows, num_microbatches = check_batch(global_batch_tokens=batch_tokens, seq_len=seq_len, micro_batch_size=micro_batch_size,
-                                         data_ranks=layout.data_ranks, tp=layout.tp)
+                                         data_ranks=layout.data_ranks)
     ramp = None
     if stage.batch_ramp is not None:
         ramp = read_ramp(stage.batch_ramp, rows, rows // num_microbatches, stage.data_shards, f"stage.{stage.name}.batch_ramp")

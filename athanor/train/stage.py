@@ -28,7 +28,7 @@ from athanor.models.huggingface import read_shape
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.find import filled_up, new_shape, shape_class
 from athanor.objectives.find import load_objective
-from athanor.parallel.recompute import recomputed
+from athanor.parallel import recompute
 from athanor.train.elastic import decides_bits
 from athanor.train.groups import check_groups
 from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
@@ -71,7 +71,6 @@ def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) ->
     layout, settings, pipeline = arrange(recipe, stage, shape, world_size)
     if settings.precision == "fp8":
         fp8.check(shape, layout.tp)
-    recomputed(settings.recompute, shape.num_hidden_layers)
     with torch.device("meta"):
         model = load_architecture(recipe.model.architecture).build(shape)
     check_groups([name for name, _ in model.named_parameters()], settings.groups or (), stage.name)
@@ -92,6 +91,7 @@ def arrange(recipe: Recipe, stage: Stage, shape: DecoderShape, world_size: int) 
 
 def make_pipeline(recipe: Recipe, layout: Layout, settings: Settings, shape: DecoderShape) -> Pipeline:
     """How the model is cut into stages; a single one without a pipeline. Raises LayoutError for what cannot be."""
+    recompute.check(settings.recompute, shape.num_hidden_layers)
     chosen, split = recipe.parallel.pipeline_schedule, recipe.parallel.split
     schedule = DEFAULT_SCHEDULE if chosen is None else chosen
     find_schedule(schedule)

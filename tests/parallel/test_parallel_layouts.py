@@ -90,10 +90,11 @@ def test_recomputing_changes_no_gradient(policy: str) -> None:
 
 
 def test_policies_name_their_blocks() -> None:
-    assert recomputed("every-2", 5) == [False, True, False, True, False]
-    assert recomputed("full", 2) == [True, True] and recomputed("none", 1) == [False]
+    assert recomputed("every-2", range(5)) == [False, True, False, True, False]
+    assert recomputed("every-2", [3, 4]) == [True, False] and recomputed("every-3", [6]) == [False], "of the whole model"
+    assert recomputed("full", range(2)) == [True, True] and recomputed("none", range(1)) == [False]
     with pytest.raises(LayoutError, match=r"'every-0'; allowed: none, full, selective, every-2"):
-        recomputed("every-0", 4)
+        recomputed("every-0", range(4))
 
 
 def test_boxes_overlap_in_global_coordinates() -> None:

@@ -135,6 +135,6 @@ def test_compiled_blocks_recompute_alike(policy: str) -> None:
 
 
 def test_policies_name_their_blocks() -> None:
-    assert recompute.recomputed("selective", 3) == [True] * 3
+    assert recompute.recomputed("selective", range(3)) == [True] * 3
     with pytest.raises(LayoutError, match="'selectve'; allowed: none, full, selective, every-2"):
-        recompute.recomputed("selectve", 3)
+        recompute.recomputed("selectve", range(3))

@@ -43,12 +43,13 @@ KINDS["mtp twice"] = [*KINDS["deepseek"], "model.sizes.num_nextn_predict_layers=
 # what is trained, and how it is laid out
 QUICK = [
     ("dense", "micro_batch_size=4"), ("dense", "dp_shard=2"), ("muon", "dp_replicate=2"), ("dense", "cp=2"), ("untied", "tp=2"),
-    ("dense", "pp=2"), ("untied", "pp=2 split=[5,3] recompute=every-2"), ("dense", "pp=2 pipeline_schedule=GPipe"),
+    ("dense", "pp=2"), ("untied", "pp=2 split=[1,7] recompute=every-2"), ("dense", "pp=2 pipeline_schedule=GPipe"),
     ("untied", "pp=2 pipeline_schedule=Interleaved1F1B"), ("dense", "pp=2 pipeline_schedule=LoopedBFS split=[1,3,2,2]"),
     ("untied", "pp=2 pipeline_schedule=InterleavedZeroBubble"), ("dense", "pp=2 pipeline_schedule=ZBVZeroBubble recompute=full"),
     ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"), ("mixture", "dp_shard=2 ep=2"),
     ("gpt2", "tp=2"), ("gpt2", "pp=2"), ("qwen2", "tp=2"), ("qwen3", "tp=2"), ("gemma", "tp=2"), ("yuan", "tp=2"),
-    ("yuan reading on", "cp=2"), ("m32", "dp_shard=2 ep=2"),
+    ("yuan reading on", "cp=2"), ("m32", "dp_shard=2 ep=2 recompute=selective"),
+    ("gpt2", "tp=2 seq_len=21 global_batch_tokens=336 micro_batch_size=1"),
     ("dense", "dp_shard=2 keep_whole=false"), ("dense", "dp_replicate=2 keep_whole=false"),
     ("mtp", "tp=2"), ("mtp twice", "pp=2"),
 ]
@@ -69,7 +70,9 @@ SLOW = [
     ("dense", "pp=2 dp_shard=2 keep_whole=false"), ("dense", "pp=2 dp_replicate=2 dp_shard=2 keep_whole=false"),
     ("mixture", "dp_replicate=2 dp_shard=2 ep=2 keep_whole=false"),
     ("mixture", "tp=2"), ("mixture", "dp_shard=4 ep=2"), ("mixture", "cp=2 ep=2"), ("mixture", "dp_shard=2 ep=2 tp=2"),
-    ("mixture", "dp_replicate=2 dp_shard=2 ep=2 recompute=full"), ("mixture", "dp_shard=2 cp=2 ep=4"),
+    ("mixture", "dp_replicate=2 dp_shard=2 ep=2 recompute=full"), ("m32", "dp_shard=2 ep=2"),
+    ("mixture", "pp=2 dp_shard=2 ep=2 recompute=selective keep_whole=false"),
+    ("untied", "cp=2 tp=2 seq_len=22 global_batch_tokens=352 micro_batch_size=1"), ("mixture", "dp_shard=2 cp=2 ep=4"),
     ("mixture", "pp=2 dp_shard=2 ep=2"), ("mixture", "pp=2 dp_shard=2 tp=2 ep=2 pipeline_schedule=ZBVZeroBubble"),
     ("mixture", "pp=2 dp_shard=2 ep=2 pipeline_schedule=InterleavedZeroBubble"),
     ("gpt2", "cp=2"), ("gpt2", "dp_shard=2"), ("gpt2", "dp_shard=2 cp=2 tp=2 recompute=full"), ("gpt2", "dp_replicate=2"),
@@ -95,14 +98,14 @@ SLOW = [
 
 
 def overrides(layout: str) -> list[str]:
-    stage = ("micro_batch_size", "global_batch_tokens", "compile", "precision")
+    stage = ("seq_len", "micro_batch_size", "global_batch_tokens", "compile", "precision")
     return [f"{'stage.pretrain' if item.split('=')[0] in stage else 'parallel'}.{item}" for item in layout.split()]
 
 
 @pytest.mark.parametrize(("kind", "layout"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_layouts_train_the_same(in_layout: Callable[..., list[Result]], alone: Callable[..., Result], kind: str,
                                 layout: str) -> None:
-    batch = [item for item in overrides(layout) if "global_batch_tokens" in item]
+    batch = [item for item in overrides(layout) if "global_batch_tokens" in item or "seq_len" in item]
     wanted = alone(*KINDS[kind], *batch)
     ranks = in_layout(*KINDS[kind], *overrides(layout))
     assert min(wanted["tokens"]) > 100 and min(wanted["grad_norm"]) > CLIP, "clipping is at work"
