@@ -43,7 +43,8 @@ def parallelize(model: nn.Module, mesh: Mesh, tensor_dims: Mapping[str, int | No
             block.compile(fullgraph=getattr(block, "is_one_graph", True), dynamic=False)
     if mesh.axis("shard") is None:
         return None
-    return fully_shard.apply(model, list(blocks.values()), mesh, compute_dtype(choices.precision), choices.keeps_whole, choices.data_shards)
+    return fully_shard.apply(model, list(blocks.values()), mesh, compute_dtype(choices.precision),
+                             choices.keeps_whole, choices.data_shards)
 
 
 def storage_dtype(precision: str) -> torch.dtype:
