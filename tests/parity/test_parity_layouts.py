@@ -49,8 +49,9 @@ QUICK = [
     ("untied", "pp=2 pipeline_schedule=InterleavedZeroBubble"), ("dense", "pp=2 pipeline_schedule=ZBVZeroBubble recompute=full"),
     ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"), ("mixture", "dp_shard=2 ep=2"),
     ("gpt2", "tp=2"), ("gpt2", "pp=2"), ("qwen2", "tp=2"), ("qwen3", "tp=2"), ("gemma", "tp=2"), ("yuan", "tp=2"),
-    ("yuan reading on", "cp=2"), ("m32", "dp_shard=2 ep=2 recompute=selective"),
-    ("gpt2", "tp=2 seq_len=21 global_batch_tokens=336 micro_batch_size=1"), ("one key head", "cp=2"),
+    ("yuan reading on", "cp=2 micro_batch_size=1"), ("m32", "dp_shard=2 ep=2 recompute=selective"),
+    ("gpt2", "tp=2 seq_len=21 global_batch_tokens=336 micro_batch_size=1"),
+    ("one key head", "cp=2 micro_batch_size=1"),
     ("dense", "dp_shard=2 keep_whole=false"), ("dense", "dp_replicate=2 keep_whole=false"),
     ("mtp", "tp=2"), ("mtp twice", "pp=2"),
 ]
@@ -117,7 +118,8 @@ def test_layouts_train_the_same(in_layout: Callable[..., list[Result]], alone: C
         np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=0, atol=1e-11)
         for name, gradient in found["gradients"].items():
             np.testing.assert_allclose(gradient, wanted["gradients"][name], rtol=0, atol=1e-9, err_msg=name)
-            np.testing.assert_allclose(found["weights"][name], wanted["weights"][name], rtol=0, atol=1e-9, err_msg=name)
+        for name, weight in found["weights"].items():  # also those that no gradient moves
+            np.testing.assert_allclose(weight, wanted["weights"][name], rtol=0, atol=1e-9, err_msg=name)
     assert {name for found in ranks for name in found["gradients"]} == set(wanted["gradients"]), "every parameter has a place"
 
 
