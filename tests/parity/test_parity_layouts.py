@@ -50,8 +50,7 @@ QUICK = [
     ("untied", "pp=2 pipeline_schedule=DualPipeV"), ("muon", "pp=2 dp_shard=2"), ("mixture", "dp_shard=2 ep=2"),
     ("gpt2", "tp=2"), ("gpt2", "pp=2"), ("qwen2", "tp=2"), ("qwen3", "tp=2"), ("gemma", "tp=2"), ("yuan", "tp=2"),
     ("yuan reading on", "cp=2 micro_batch_size=1"), ("m32", "dp_shard=2 ep=2 recompute=selective"),
-    ("gpt2", "tp=2 seq_len=21 global_batch_tokens=336 micro_batch_size=1"),
-    ("one key head", "cp=2 micro_batch_size=1"),
+    ("gpt2", "tp=2 seq_len=21 global_batch_tokens=336 micro_batch_size=1"), ("one key head", "cp=2 micro_batch_size=1"),
     ("dense", "dp_shard=2 keep_whole=false"), ("dense", "dp_replicate=2 keep_whole=false"),
     ("mtp", "tp=2"), ("mtp twice", "pp=2"),
 ]
