@@ -72,10 +72,9 @@ class _Again(_CachedTorchDispatchMode):
     """The second time. torch's own wants each operator as often as the first time (2.13), but fully_shard, which gathers the
     experts of a block inside it, does other things then."""
 
-    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if operator._schema.name in KEPT:
-            return super().__torch_dispatch__(operator, types, arguments, options)
-        return operator(*arguments, **(options or {}))
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), options: Any = None) -> Any:
+        is_kept = operator._schema.name in KEPT
+        return super().__torch_dispatch__(operator, types, args, options) if is_kept else operator(*args, **options or {})
 
 
 def _most_kept() -> tuple[Any, Any]:

@@ -118,6 +118,14 @@ MUTANTS = (
     m("context-parallel ranks look ahead in their own part alone", "models/prediction:ahead",
       "own(gather(column, cp, len(positions), 'context').roll(-1) * goes_on, cp)", "column.roll(-1) * own(goes_on, cp)",
       "mtp-cp=2 micro_batch_size=1"),
+    m("a context-parallel rank's queries take the places of the first one's", "models/attention:_gathered",
+      "rank(cp) * tokens", "0", "one key head-cp=2 micro_batch_size=1"),
+    m("a filter reads its own last token for the one before", "models/filtered:Filter.moved",
+      "gather(x[-1:], cp, size(cp), 'context')[rank(cp) - 1]", "x[-1]", "yuan reading on-cp=2 micro_batch_size=1"),
+    m("padding stays where tokens are gathered", "models/collectives:_cut", "x[:rows]", "x[-rows:]",
+      "gpt2-tp=2 seq_len=21 global_batch_tokens=336 micro_batch_size=1"),
+    m("experts are balanced by the tokens of one rank", "train/balance:Balancer.step",
+      "dist.all_reduce(loads, group=mesh.stage)", "None", "deepseek-cp=2"),
 )
 HELPER = '''
 
