@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athanor.foundation.errors import ModelError
 from athanor.models.collectives import gather, own
 from athanor.models.context import Context, Packed, Scored
 from athanor.models.decoder import Block, Decoder, new_norm
@@ -23,21 +22,7 @@ from athanor.models.loss import score
 from athanor.models.pieces import Linear, Matrix
 from athanor.models.shapes.decoder import DecoderShape
 
-MTP_WEIGHT = 0.3  # DeepSeek-V3's for its first 10T tokens; 0.1 for the 4.8T after them
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def mtp_weight(given: float | None, shape: DecoderShape, where: str) -> float | None:
-    """The coefficient of these blocks' mean loss, `given` or the usual one; None for a model that has none of them.
-
-    Raises ModelError, naming the key `where`, for a coefficient without blocks.
-    """
-    if shape.prediction_blocks():
-        return MTP_WEIGHT if given is None else given
-    if given is not None:
-        raise ModelError(f"{where} = {given}, but the model has no blocks that predict further tokens; leave it out, or train a "
-                         "deepseek_v3 with model.sizes.num_nextn_predict_layers = 1")
-    return None
 
 
 class PredictionBlock(Block):

@@ -9,8 +9,8 @@ from typing import Any
 from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import AXES, Layout, check_batch, check_model, resolve
 from athanor.foundation.recipe import Recipe, Stage
-from athanor.models.prediction import mtp_weight
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.deepseek_v3 import mtp_weight
 from athanor.train.elastic import fixed_shards
 from athanor.train.groups import Group
 from athanor.train.ramp import Ramp, read_ramp

@@ -21,8 +21,9 @@ from athanor.inference.scheduler import Sampling
 from athanor.models import fp8
 from athanor.models.context import Packed
 from athanor.models.huggingface import load_model, load_weights, read_shape, save_model
-from athanor.models.prediction import Predicting, ahead, mtp_weight
+from athanor.models.prediction import Predicting, ahead
 from athanor.models.rehearsed import computing_like
+from athanor.models.shapes.deepseek_v3 import mtp_weight
 from athanor.models.zoo import deepseek_v3
 from athanor.parallel.tensor import tensor_dim
 

@@ -106,3 +106,9 @@ def test_a_run_in_use_and_a_damaged_plan_are_refused(recipe_file: Path, run_fold
     (run_folder / "plan.toml").write_text("[model")
     with pytest.raises(RecipeError, match=r"plan\.toml is not valid TOML"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+def test_what_comes_before_the_clock_of_start_up_loads_no_torch() -> None:
+    """Importing torch takes seconds, which belong to a stage's start-up and not to nobody."""
+    code = "import athanor.cli.train, athanor.train.settings, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

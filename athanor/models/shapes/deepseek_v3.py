@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from athanor.foundation.errors import ModelError
+from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.mixture import MixtureShape
 from athanor.models.shapes.products import Attended, Product
 from athanor.models.shapes.rope import growth
+
+MTP_WEIGHT = 0.3  # DeepSeek-V3's for its first 10T tokens; 0.1 for the 4.8T after them
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,16 @@ class Shape(MixtureShape):
 
     def answering(self) -> Self:
         return replace(self, num_nextn_predict_layers=0)
+
+
+def mtp_weight(given: float | None, shape: DecoderShape, where: str) -> float | None:
+    """The coefficient of these blocks' mean loss, `given` or the usual one; None for a model that has none of them.
+
+    Raises ModelError, naming the key `where`, for a coefficient without blocks.
+    """
+    if shape.prediction_blocks():
+        return MTP_WEIGHT if given is None else given
+    if given is not None:
+        raise ModelError(f"{where} = {given}, but the model has no blocks that predict further tokens; leave it out, or train a "
+                         "deepseek_v3 with model.sizes.num_nextn_predict_layers = 1")
+    return None
