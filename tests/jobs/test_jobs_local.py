@@ -54,7 +54,7 @@ def athanor(tmp_path: Path) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_fresh_job_throws_away_once_what_was_there(athanor: Any, recipe_file: Path, data_folder: Path, tmp_path: Path) -> None:
     stage = RunFolder(tmp_path / "run").stage("pretrain")
     other = [*OVERRIDES, "stage.pretrain.steps=2", "stage.pretrain.learning_rate=0.5"]
