@@ -23,8 +23,20 @@ from athanor.ledger.accounts import STEPPING
 from athanor.ledger.attribute import COMPUTE
 from athanor.ledger.book import Book
 
-RAN_ON = ("devices", "accelerator", "peak_flops", "layout")  # what a line of the ranks says of them
 SILENT_SECONDS = 30.0  # that running ranks may be without a sign of life, on a slow shared disk
+
+
+@dataclass(frozen=True)
+class RanOn:
+    """What a line of the ranks says of them; `peak_flops` in FLOP/s of one device, None when nobody knows it."""
+
+    devices: int
+    accelerator: str
+    peak_flops: float | None
+    layout: str | None = None
+
+
+RAN_ON = tuple(RanOn.__dataclass_fields__)
 
 
 @dataclass(frozen=True)

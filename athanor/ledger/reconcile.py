@@ -101,7 +101,7 @@ class Reconciliation:
         known = {kind: book.layout for kind, book in self.books.items() if book.layout}
         if len(set(known.values())) == 2:
             return f"{known['actual']}; the forecast is for {known['forecast']}"
-        return next(iter(known.values()), "") or ""
+        return next(iter(known.values()), "")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values in SI units, for `--json`."""

@@ -26,7 +26,7 @@ from athanor.foundation.intervals import activate, interval
 from athanor.foundation.layout import keeps_whole
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.run_folder import RunFolder, append_when_possible, folder_renamed_last, read_jsonl
-from athanor.ledger.attempts import Tail, roll_back, unwritten
+from athanor.ledger.attempts import RanOn, Tail, roll_back, unwritten
 from athanor.models import fp8
 from athanor.models.decoder import Decoder
 from athanor.models.find import load_architecture
@@ -123,8 +123,8 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
             resume(job, trainee, progress)
             saver = Saver(job.folder, trainee.stages, trainee.optimizer, keep_latest_k=job.settings.keep_latest_k,
                           keep_every=job.settings.keep_every, is_async=job.settings.save_async, owner=progress.owner)
-            meter = Meter(job.folder.ledger, devices=job.layout.world_size, accelerator=accelerator, peak_flops=peak_flops,
-                          layout=str(job.layout), launched=launched, attempt=progress.attempt, first_step=progress.step,
+            ran_on = RanOn(job.layout.world_size, accelerator, peak_flops, str(job.layout))
+            meter = Meter(job.folder.ledger, ran_on, launched=launched, attempt=progress.attempt, first_step=progress.step,
                           peers=mesh.peers(), idle=idle)
             beat.follow(meter.recorder)
             run = Run(job, trainee, progress, meter, channel, saver)

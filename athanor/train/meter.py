@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from athanor.foundation.intervals import Recorder, activate, interval
 from athanor.foundation.run_folder import append_when_possible, read_jsonl
-from athanor.ledger.attempts import book_of, roll_back
+from athanor.ledger.attempts import RanOn, book_of, roll_back
 from athanor.ledger.attribute import COMPUTE, attribute, condense
 from athanor.ledger.book import Book
 from athanor.train.straggler import Pace, Stragglers
@@ -33,11 +34,10 @@ class Meter:
     have no rank, by account.
     """
 
-    def __init__(self, ledger_file: Path, *, devices: int, accelerator: str, peak_flops: float | None, launched: float,
-                 layout: str | None = None, attempt: int = 0, first_step: int = 0,
+    def __init__(self, ledger_file: Path, ran_on: RanOn, *, launched: float, attempt: int = 0, first_step: int = 0,
                  peers: Sequence[Sequence[int]] | None = None, idle: Mapping[str, int] | None = None) -> None:
-        self.file, self.devices, self.peak_flops = ledger_file, devices, peak_flops
-        self.ran_on: dict[str, Any] = {"devices": devices, "accelerator": accelerator, "peak_flops": peak_flops, "layout": layout}
+        self.file, self.devices, self.peak_flops = ledger_file, ran_on.devices, ran_on.peak_flops
+        self.ran_on = asdict(ran_on)
         self.attempt, self.step, self.peers, self.idle = attempt, first_step, peers, idle or {}
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.recorder = Recorder()
