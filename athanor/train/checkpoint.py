@@ -30,7 +30,7 @@ from athanor.train import beat
 from athanor.train.optimizer import Optimizer
 
 FORMAT = 1
-CHUNK_BYTES = 1 << 23  # that are hashed and written at a time
+CHUNK_BYTES = 1 << 26  # that are hashed and written at a time
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors says
 NAME = re.compile(r"step-(\d{8})")
 

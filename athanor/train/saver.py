@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 import threading
 import time
 import weakref
@@ -31,7 +30,6 @@ from athanor.train.optimizer import Optimizer
 
 MOST_FAILED_SAVES = 3  # in a row
 LOOK_SECONDS = 0.05  # how often rank 0 looks whether the others have written
-NICENESS = 13  # of a writing thread: of a core that the step loop wants, Linux gives it a twentieth
 PAGE_BYTES = 4096
 SPARE = 1.02  # of a disk's free bytes that a checkpoint leaves to others
 
@@ -53,6 +51,7 @@ class Pending:
     completed: Future[None] = field(default_factory=Future)
     hashes: dict[str, str] | None = None
     have_met: threading.Event = field(default_factory=threading.Event)
+    thread: int = 0  # that writes; 0 as long as it is the caller's
 
 
 class Saver:
@@ -104,6 +103,7 @@ class Saver:
         pending, self.pending = self.pending, None
         if pending is None:
             return
+        _schedule(pending.thread, as_idle=False)  # it has somebody waiting now
         hash_, problem = _outcome(pending.written)
         outcomes = self.mesh.collect((hash_, problem))
         problem = next((f"rank {rank} could not save: {told}" for rank, (_, told) in enumerate(outcomes) if told), None)
@@ -152,7 +152,8 @@ class Saver:
 
     def _work(self, pending: Pending, content: Iterable[torch.Tensor]) -> None:
         """What a rank's thread does."""
-        _yield_to_others()
+        pending.thread = threading.get_native_id()
+        _schedule(0, as_idle=True)
         _fulfil(pending.written, lambda: self._write(pending, content))
         if self.mesh.rank == 0:
             _fulfil(pending.completed, lambda: self._complete(pending))
@@ -246,7 +247,7 @@ class Copy:
 
     def _prepare(self) -> None:
         """Get the memory from the system, page by page, while the first steps are done instead of in the first save."""
-        _yield_to_others()
+        _schedule(0, as_idle=True)
         self.bytes.numpy()[::PAGE_BYTES] = 0
         if self.device.type == "cuda" and len(self.bytes):
             with torch.cuda.device(self.device):
@@ -285,9 +286,7 @@ def _disk(path: Path) -> Iterator[None]:
         raise DiskError(f"cannot write {path}: {os.strerror(error.errno or 0)}") from error
 
 
-def _yield_to_others() -> None:
-    """Let this thread have only what others leave of the processors (Linux has priorities of threads)."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
+def _schedule(thread: int, *, as_idle: bool) -> None:
+    """On Linux: give a thread (0: the caller) only what others leave of the processors, or, where one may, as much as others."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(thread, os.SCHED_IDLE if as_idle else os.sched_getscheduler(0), os.sched_param(0))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,30 @@ def test_what_is_saved_are_the_values_of_that_moment(folder: StageFolder, monkey
     assert sorted(file.name for file in path.iterdir()) == ["COMPLETE", "index.json", "meta.json", "rank-00000.safetensors"]
     assert checkpoint.load(path, stages, optimizer) == meta_of(3)
     assert all(torch.equal(entry.shard, wanted[entry.key]) for entry in checkpoint.entries(stages, optimizer))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.sched_getscheduler(0) == os.SCHED_IDLE or os.geteuid() != 0,
+                    reason="needs Linux, a process that is not idle itself, and the right to take idleness back")
+def test_who_writes_takes_what_the_loop_leaves_until_the_loop_waits(folder: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies, begun, write = [], threading.Event(), checkpoint.Part.write
+
+    def late(self: checkpoint.Part, *rest: Any) -> str:
+        policies.append(os.sched_getscheduler(0))
+        begun.set()
+        for _ in range(2000):
+            if os.sched_getscheduler(0) != os.SCHED_IDLE:
+                break
+            time.sleep(0.01)
+        policies.append(os.sched_getscheduler(0))
+        return write(self, *rest)
+
+    monkeypatch.setattr(checkpoint.Part, "write", late)
+    saver = Saver(folder, *trained())
+    saver.save(meta_of(1))
+    assert begun.wait(20)
+    saver.finish()
+    assert policies == [os.SCHED_IDLE, os.SCHED_OTHER] and os.sched_getscheduler(0) == os.SCHED_OTHER
+    assert names(folder) == ["step-00000001"]
 
 
 def test_moments_in_bf16_lie_beside_weights_in_fp32(folder: StageFolder) -> None:
