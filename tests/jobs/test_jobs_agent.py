@@ -315,7 +315,7 @@ def test_an_attempt_that_never_began_is_startup() -> None:
 
 
 @pytest.mark.parametrize("kills", [pytest.param(15, marks=pytest.mark.slow),
-                                   pytest.param(200, marks=[pytest.mark.drill, pytest.mark.timeout(1800)])])
+                                   pytest.param(200, marks=[pytest.mark.drill, pytest.mark.timeout(3600)])])
 def test_many_kills_at_random_moments(supervised: Any, run_folder: Path, data_folder: Path, tmp_path: Path, kills: int,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank, both, or the process that starts them, also while they start and save."""
