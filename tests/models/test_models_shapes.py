@@ -28,7 +28,7 @@ ROUNDED = {"gpt-3-175b": (174.6, 174.6), "mt-nlg-530b": (530, 530), "yuan-1.0": 
            "deepseek-v3": (671.03, 37.6), "yuan2-2b": (2.0887, 2.0887), "yuan2-51b": (51.842, 51.842),
            "yuan2-102b": (102.578, 102.578),
            "yuan2-m32": (39.94, 3.70), "qwen3-235b-a22b": (235, 22), "mixtral-8x7b": (46.7, 12.9),
-           "mixtral-8x22b": (140.6, 39.1)}
+           "mixtral-8x22b": (140.6, 39.1), "nemotron-h-56b": (56.4, 56.4)}
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 PLAIN: dict[str, list[dict[str, Any]]] = {  # configurations as transformers' classes take them
     "gpt2": [{"vocab_size": 97, "n_embd": 36, "n_layer": 2, "n_head": 3, "n_positions": 50},
@@ -77,6 +77,15 @@ def test_published_models_have_about_as_many_parameters_as_printed(name: str) ->
     assert shape.parameters() / 1e9 == pytest.approx(total, rel=1e-3)
     assert shape.active_parameters() / 1e9 == pytest.approx(active, rel=2e-2)
     assert (shape.parameters() == shape.active_parameters()) == (total == active)
+
+
+@pytest.mark.parametrize(("name", "total", "used"), [("gpt-oss-120b", 116.83, 5.13), ("gpt-oss-20b", 20.91, 3.61)])
+def test_gpt_oss_has_as_many_parameters_as_its_card_says(name: str, total: float, used: float) -> None:
+    """Which counts the embedding among those that a token does not use."""
+    shape = find_shape(name)
+    assert shape.parameters() / 1e9 == pytest.approx(total, rel=1e-3)
+    assert (shape.active_parameters() - shape.embedding_parameters()) / 1e9 == pytest.approx(used, rel=2e-3)
+    assert [attended.window for attended in shape.attended()] == [0, 128]
 
 
 def test_the_block_that_predicts_a_second_token_is_counted_as_published() -> None:
