@@ -21,9 +21,10 @@ FIRST = np.zeros(1)
 
 
 def case(model: str, **changes: float) -> Case:
-    run: dict[str, Any] = {
-        "pp": 1, "chunks": 1, "dp": 1, "shard": 1, "cp": 1, "tp": 1, "ep": 1, "zero": 0, "is_sequence_parallel": 0,
-        "is_scattered": 0, "seq_len": 4096, "micro_batch_size": 1, "num_microbatches": 1, "recompute": 0, "weight_bytes": 2, "product_bytes": 2}
+    ones = "pp", "chunks", "dp", "shard", "cp", "tp", "ep", "micro_batch_size", "num_microbatches"
+    none = "zero", "is_sequence_parallel", "is_scattered", "recompute"
+    run: dict[str, Any] = dict.fromkeys(ones, 1) | dict.fromkeys(none, 0)
+    run |= {"seq_len": 4096, "weight_bytes": 2, "product_bytes": 2}
     return case_of([find_shape(model)], run | changes)
 
 
