@@ -96,7 +96,7 @@ class Conversation:
         if room < (self.max_tokens or 1):
             raise UserError(f"the conversation is {len(ids)} tokens and the answer needs {self.max_tokens or 'at least 1'}, but "
                             f"the model's context is {self.context_tokens}; start anew with /reset, or ask for less")
-        stop = (self.template.tokenizer.eos_id,)
+        stop = self.template.tokenizer.end_ids
         text = AnswerText(self.template.tokenizer, [], stop, wants_tokens=False)
         pieces: list[str] = []
 

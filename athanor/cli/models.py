@@ -188,7 +188,7 @@ def merge(base: Path, adapter: Path, folder: Path, as_json: bool) -> None:
     count = merge_adapter(module, adapter)
     with folder_renamed_last(folder) as building:
         save_model(module, building)
-        for name in {*TOKENIZER_FILES, "chat_template.jinja"}:
+        for name in {*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"}:
             if (base / name).is_file():
                 shutil.copyfile(base / name, building / name)
     if as_json:

@@ -16,8 +16,9 @@ import numpy as np
 
 from athanor.cost.case import FULL, NONE, SELECTIVE, Array, Case, case_of
 from athanor.cost.datasheet import LATEST, SCATTERING, Machine, machine_of, usual_kernel
-from athanor.foundation.errors import ModelError, UserError
-from athanor.models.shapes.find import find_shape
+from athanor.foundation.errors import UserError
+from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.find import find_shape, known_shapes
 from athanor.models.shapes.products import Attended, Counted, Product, feed_forward
 
 WORDS = ("model", "gpu", "sequence_parallel", "recompute", "precision", "flash_attention", "framework", "attn_kernel",
@@ -142,7 +143,8 @@ class Sizes(Counted):
 def shape_of(run: Run) -> Counted:
     """The model of a row: a known one of its name, or what its sizes say. Raises UserError for one that neither tells."""
     known = _known(run.words["model"])
-    if known and run.number("layers", known.num_hidden_layers) == known.num_hidden_layers:
+    if known and all(run.number(name, own) == own for name, own in (
+            ("layers", known.num_hidden_layers), ("hidden", known.hidden_size), ("heads", known.num_attention_heads))):
         return known
     missing = [name for name in ("layers", "hidden", "heads", "vocab") if run.number(name, 0) < 1]
     if missing and run.number("params_B", 0) and not run.is_mixture and "gpt" in run.words["model"].lower():
@@ -170,13 +172,15 @@ def _gpt_of_size(parameters: float) -> Counted:
                  False, 0, 0, 0.0, 0, 0)
 
 
-def _known(model: str) -> Counted | None:
-    for name in (model, model.split("(")[0]):
-        try:
-            return find_shape("-".join(name.strip().lower().replace("_", "-").split()).replace("deepseekv3", "deepseek-v3"))
-        except ModelError:
-            pass
-    return None
+def _known(model: str) -> DecoderShape | None:
+    """A published model by its name, whatever stands between letters and digits there, and in brackets behind it."""
+    names = {_spelled(name): name for name in known_shapes()}
+    name = names.get(_spelled(model)) or names.get(_spelled(model.split("(")[0]))
+    return find_shape(name) if name else None
+
+
+def _spelled(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def program_of(framework: str, zero: float, year: float) -> str:
@@ -266,6 +270,7 @@ def describe(runs: Sequence[Run]) -> tuple[Case, Machine, Array, list[str]]:
             key = tuple(run.words[name] for name in ("model", "gated_mlp", "tied_embed")) + tuple(
                 str(run.numbers[name]) for name in SIZES)
             shape = seen[key] if key in seen else seen.setdefault(key, shape_of(run))
+            shape.attended()  # refused where there are too many blocks to count
             layouts = layouts_of(run)
             machine = _machine(run, layouts[0])
             machine_of([machine])

@@ -66,15 +66,15 @@ def generate(subject: Subject, prompts: Sequence[list[int]], max_new_tokens: Seq
              **sampling: float) -> list[tuple[str, str]]:
     """Answers to token prompts: (text, finish reason: stop, length or cancelled), in their order.
 
-    Generation ends at the tokenizer's eos, after `max_new_tokens[i]`, or soon after `is_over(i, text so far)`. It is greedy
-    unless `sampling` has a temperature (top_p, top_k); answer i draws with seed i.
+    Generation ends at one of the tokenizer's ends, after `max_new_tokens[i]`, or soon after `is_over(i, text so far)`. It is
+    greedy unless `sampling` has a temperature (top_p, top_k); answer i draws with seed i.
     """
     from athanor.inference.engine import Sampling
 
     engine, tokenizer = subject.engine, subject.tokenizer
     requests: dict[int, Request] = {}
     for index, (prompt, limit) in enumerate(zip(prompts, max_new_tokens, strict=True)):
-        chosen = Sampling(limit, seed=index, stop_token_ids=(tokenizer.eos_id,), **sampling)  # type: ignore[arg-type]
+        chosen = Sampling(limit, seed=index, stop_token_ids=tokenizer.end_ids, **sampling)  # type: ignore[arg-type]
         requests[index] = engine.submit(prompt, chosen)
     answers: dict[int, tuple[str, str]] = {}
     seen = dict.fromkeys(requests, 0)

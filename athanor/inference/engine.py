@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,10 +202,11 @@ def open_engine(model_folder: Path, cache_tokens: int = 16384, threads: int | No
     return Engine(module.cuda() if torch.cuda.is_available() else module, cache_tokens)
 
 
-def generate(module: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling,
-             groups: Groups | None = None) -> list[list[int]]:
-    """The new tokens of each prompt, all generated together; request i draws with seed + i."""
-    longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
+def generate(module: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, groups: Groups | None = None,
+             **choices: Any) -> list[list[int]]:
+    """The new tokens of each prompt, all generated together, chosen as `Sampling` says; request i draws with seed + i."""
+    sampling = Sampling(max_new_tokens, **choices)
+    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
     engine = Engine(module, len(prompts) * (longest + PAGE_TOKENS), groups=groups)
     requests = [engine.submit(prompt, replace(sampling, seed=sampling.seed + i)) for i, prompt in enumerate(prompts)]
     engine.drain()

@@ -129,7 +129,7 @@ class Job:
         check_positive(stepping_seconds=self.stepping_seconds, rate_of_faults=self.faults, interval=self.interval or None,
                        detect_seconds=self.detect_seconds or None, restart_seconds=self.restart_seconds or None)
         interval = self.interval or best_interval(self.saving, self.faults)
-        object.__setattr__(self, "interval", self.stepping_seconds / math.ceil(self.stepping_seconds / interval - 1e-9))
+        object.__setattr__(self, "interval", self.stepping_seconds / max(1, math.ceil(self.stepping_seconds / interval - 1e-9)))
         if self.faults * (self.first_seconds + self.restart_seconds) > 50 or self.goodput < LEAST_GOODPUT:
             raise UserError(f"{self.faults * DAY:.3g} faults a day leave less than {100 * LEAST_GOODPUT:g} % of the time for "
                             "steps that are kept; shorten restarts and saves, save more often, or use fewer devices")

@@ -211,10 +211,10 @@ class Decoder(nn.Module):
         [wanted, V] of the whole vocabulary (not differentiable under tensor parallelism).
         """
         hidden = self.embed(x, context) if self.is_first else x
+        if self.shape.is_bounded and isinstance(context, Packed) and context.max_length > self.shape.max_position_embeddings:
+            raise ModelError(f"a document of up to {context.max_length} tokens is longer than max_position_embeddings = "
+                             f"{self.shape.max_position_embeddings}, and the model knows of no positions beyond")
         if self.is_first and not self.shape.IS_ROTARY:
-            if isinstance(context, Packed) and context.max_length > self.shape.max_position_embeddings:
-                raise ModelError(f"a document of up to {context.max_length} tokens is longer than max_position_embeddings = "
-                                 f"{self.shape.max_position_embeddings}, and the model has learned no positions beyond")
             positions = own(own(context.positions, context.groups.cp), context.groups.tp)
             hidden = hidden + F.embedding(positions, self.model.embed_positions.weight)  # type: ignore[union-attr, arg-type]
         if self.shape.IS_ROTARY:

@@ -88,7 +88,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtyp
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequencies = 1.0 / theta**exponents
-    if scaling is not None:
+    if scaling is not None and scaling.rope_type != "dynamic":
         frequencies = _slowed(frequencies, head_dim, theta, scaling)
     angles = torch.outer(positions.float(), frequencies)
     table = torch.stack([angles.cos(), angles.sin()], -1).unsqueeze_(1)

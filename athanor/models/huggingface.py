@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -235,8 +235,11 @@ def _header(module: Decoder) -> bytes:
 
 
 @torch.no_grad()
-def logits(module: Decoder, token_ids: list[int]) -> Tensor:
-    """[T, vocab] logits of one document."""
-    found = module(torch.tensor(token_ids), Packed.of([len(token_ids)]))
+def logits(module: Decoder, token_ids: Sequence[int] | Tensor) -> Tensor:
+    """[T, vocab] logits of one document. Raises ModelError for no token, and for one that the vocabulary has not."""
+    ids = torch.as_tensor(token_ids)
+    if ids.ndim != 1 or not len(ids) or not 0 <= ids.min() <= ids.max() < module.shape.vocab_size:
+        raise ModelError(f"token ids of one document are expected, from 0 to {module.shape.vocab_size - 1}")
+    found = module(ids, Packed.of([len(ids)]))
     assert isinstance(found, Tensor)
     return found

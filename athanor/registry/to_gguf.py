@@ -200,7 +200,7 @@ def _write_sizes(writer: Any, shape: DecoderShape, name: str, kind: str) -> None
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_theta)
     scaling = shape.rope_scaling
-    if scaling is None or scaling.rope_type == "llama3":
+    if scaling is None or scaling.rope_type in ("llama3", "dynamic"):  # as without, up to the context that is written
         return
     writer.add_rope_scaling_type(gguf.RopeScalingType[scaling.rope_type.upper()])
     writer.add_rope_scaling_factor(scaling.factor)

@@ -186,7 +186,7 @@ class Api:
                      pieces: asyncio.Queue[tuple[int, Piece]]) -> list[Generation]:
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         temperature = 1.0 if asked.temperature is None else asked.temperature
-        stop_token_ids = (self.tokenizer.eos_id,)
+        stop_token_ids = self.tokenizer.end_ids
 
         def generation(index: int, prompt: list[int], choice: int) -> Generation:
             sampling = Sampling(self._new_tokens(len(prompt), asked.token_limit, default_tokens, field), temperature=temperature,

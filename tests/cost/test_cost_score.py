@@ -278,11 +278,23 @@ def test_a_table_of_any_name_gives_coefficients_that_are_read(tmp_path: Path, so
     assert '"b"' in tables(tmp_path / "c.toml")["fitted_to"]
 
 
+def test_a_known_model_goes_by_its_name_however_spelled_unless_the_row_gives_other_sizes(tmp_path: Path, some: Rows) -> None:
+    row = next(row for row in some if row["id"].startswith("MBR") and row["micro_batch"]) | {
+        "vpp": "", "recompute": "none", "precision": "bf16"} | dict.fromkeys(
+        ("tp", "pp", "cp", "ep"), "1") | {"dp": "", "n_gpus": "64", "global_batch_seqs": "512", "micro_batch": "1"}
+    sizes = dict.fromkeys(("params_B", "layers", "hidden", "heads", "kv_heads", "ffn_hidden", "vocab", "moe_experts", "moe_topk",
+                           "moe_ffn_hidden", "shared_expert_ffn", "dense_layers"), "")
+    names = ("llama-3-8b", "Llama 3 8B", "LLAMA3_8b (seq 8k)", "GPT_OSS_120B", "Nemotron-H 56B", "llama-4-8b")
+    other = row | sizes | {"model": "llama-3-8b", "layers": "32", "hidden": "2048", "heads": "32", "vocab": "1000"}
+    seconds = priced(write(tmp_path / "named.csv", [*(row | sizes | {"model": name} for name in names), other]))[0]
+    assert seconds[0] == seconds[1] == seconds[2] > 2 * seconds[6] and np.isfinite(seconds[:5]).all() and np.isnan(seconds[5])
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"gpu": "A100-8O"}, "unknown; did you mean 'A100-80'"), ({"n_gpus": "7"}, "are not the 7 devices"),
     ({"model": "nobody's", "layers": ""}, "layers are blank"), ({"seq": ""}, "seq is blank"), ({"tp": "0"}, "tp = 0"),
     ({"model": "nobody's", "heads": "0"}, "heads are blank or 0"), ({"tp": "1.5"}, "must be whole numbers"),
-    ({"model": "nobody's", "hidden": "3"}, "hidden = 3 is less than heads")])
+    ({"model": "nobody's", "hidden": "3"}, "hidden = 3 is less than heads"), ({"layers": "20000"}, "has 20000 blocks; at most")])
 def test_rows_that_cannot_be_priced_say_why(tmp_path: Path, some: Rows, change: dict[str, str], words: str) -> None:
     row = next(row for row in some if row["id"].startswith("VTS"))
     (why,) = predict(read_runs(write(tmp_path / "odd.csv", [row | change]))).why_not

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from athanor.inference.engine import generate
-from athanor.inference.scheduler import Sampling
 from athanor.models.decoder import Decoder
 from athanor.models.experts import Router
 from athanor.models.find import load_architecture
@@ -120,7 +119,7 @@ def clear_answers(module: Decoder, prompts: list[list[int]], gap: float, wanted:
     no token is a `gap`'s fifth from going to another expert.
     """
     found: list[tuple[list[int], list[int]]] = []
-    for prompt, answer in zip(prompts, generate(module, prompts, Sampling(NEW_TOKENS)), strict=True):
+    for prompt, answer in zip(prompts, generate(module, prompts, NEW_TOKENS), strict=True):
         rows = logits(module, [*prompt, *answer])[len(prompt) - 1:-1]
         best = rows.topk(2).values
         assert rows.argmax(-1).tolist() == answer, "the cache and the whole sequence agree"

@@ -230,6 +230,18 @@ def test_bodies_of_a_model_that_goes_on_with_the_text(tmp_path: Path, tokenizer:
     assert score.details["ended"][ended] == 1, score.details
 
 
+def test_an_answer_ends_at_each_end_that_the_model_names(tmp_path: Path, tokenizer: Tokenizer, data: Path) -> None:
+    assistant, turn = (tokenizer.special_ids[name] for name in ("<|assistant|>", "<|user|>"))
+    table = follow(tokenizer, [assistant, *tokenizer.encode("x"), turn, turn])
+    folder = write_bigram(tmp_path / "m", tokenizer, table, 256)
+    assert python_parses.run(open_subject("m", folder, True), data, None, nothing).details["ended"]["stop"] == 0
+    for ends in (turn, [tokenizer.eos_id, turn]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert Tokenizer.load(folder).end_ids == (tokenizer.eos_id, turn)
+        score = python_parses.run(open_subject("m", folder, True), data, None, nothing)
+        assert score.value == 1.0 and score.details["ended"]["stop"] == 2, score.details
+
+
 def test_an_endless_answer_ends_at_its_last_whole_line(tmp_path: Path, tokenizer: Tokenizer, data: Path) -> None:
     assistant = tokenizer.special_ids["<|assistant|>"]
     loop = tokenizer.encode("x\n")

@@ -46,7 +46,7 @@ def test_greedy_answers_are_those_of_transformers(tmp_path: Path, changes: dict[
     peer = AutoModelForCausalLM.from_pretrained(tmp_path)
     peer.generation_config.eos_token_id = None
     asked = prompts(4)
-    for prompt, found in zip(asked, generate(module, asked, Sampling(64)), strict=True):
+    for prompt, found in zip(asked, generate(module, asked, 64), strict=True):
         ids = torch.tensor([prompt])
         wanted = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
         assert found == wanted[0, len(prompt):].tolist()
@@ -117,7 +117,7 @@ def test_the_ends_of_sequences_score_as_the_whole_does_and_greedy_ones_are_known
     module = model(torch.float64)
     engine = Engine(module, 1024)
     asked = prompts(12)
-    answers = generate(module, asked, Sampling(6))
+    answers = generate(module, asked, 6)
     sequences, counts = [], []
     for number, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
         wrong = [*answer[:3], (answer[3] + 1) % 120, *answer[4:]]
@@ -146,7 +146,7 @@ def test_cancelled_requests_leave_nothing_behind() -> None:
     engine.drain()
     assert engine.is_idle and engine.pool.free == engine.pool.count
     assert len(set(engine.pool.take(engine.pool.count))) == engine.pool.count
-    alone = generate(engine.model, [[3, 4, 5]], Sampling(40))[0]
+    alone = generate(engine.model, [[3, 4, 5]], 40)[0]
     assert kept.finish_reason == "length" and kept.token_ids == alone
 
 
@@ -179,7 +179,7 @@ def test_new_weights_are_used_from_the_next_step() -> None:
     engine.load_weights(2)
     engine.drain()
     assert engine.weights_version == 2 and request.token_ids[:len(before)] == before
-    assert request.token_ids[len(before):] == generate(module, [[5, 6, 7, *before]], Sampling(20 - len(before)))[0]
+    assert request.token_ids[len(before):] == generate(module, [[5, 6, 7, *before]], 20 - len(before))[0]
 
 
 def test_tokens_are_drawn_by_their_probability() -> None:

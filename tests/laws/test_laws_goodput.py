@@ -221,6 +221,11 @@ def test_published_goodput() -> None:
     assert rare.goodput == pytest.approx(rsc(0.05 / DAY, 120, 1800, 10), abs=2e-5)
 
 
+def test_a_run_of_next_to_no_steps_is_told_what_takes_the_time() -> None:
+    with pytest.raises(UserError, match="leave less than 1 % of the time for steps"):
+        Job(1e-25, Saving(0.5), 300.0, 600.0, 1e-6)
+
+
 def test_impossible_jobs_are_refused_in_one_sentence() -> None:
     for arguments, message in (((DAY, Saving(10), 0, 0, math.nan), "rate of faults = nan"),
                                ((DAY, Saving(10), 0, -2, 1e-5), "restart seconds = -2"),

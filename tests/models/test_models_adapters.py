@@ -53,6 +53,7 @@ def adapted(base: Path, folder: Path, targets: Any, **options: Any) -> Any:
 def test_the_merged_model_is_the_one_that_peft_makes(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     base = base_folder(name, tmp_path / "base")
     (base / "tokenizer.json").write_text("{}")
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
     peer = adapted(base, tmp_path / "adapter", TARGETS[name], **options)
     done = CliRunner().invoke(command, ["merge", str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), "--json"])
     assert done.exit_code == 0, done.output
@@ -62,7 +63,8 @@ def test_the_merged_model_is_the_one_that_peft_makes(tmp_path: Path, name: str, 
     assert (found - logits(load_model(base), ids)).abs().max() > 0.1, "the adapter changes something"
     adapted_matrices = sum(".lora_A." in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert json.loads(done.stdout)["matrices"] == adapted_matrices * (3 if name == "gpt2" else 1) - 2 * 2 * (name == "gpt2")
-    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}"
+    for file in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "merged" / file).read_text() == (base / file).read_text()
 
 
 def test_what_is_no_plain_adapter_of_the_model_is_refused(tmp_path: Path) -> None:

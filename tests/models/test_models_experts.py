@@ -179,8 +179,8 @@ def test_the_engine_answers_with_the_logits_of_the_packed_pass(mixture: Build, t
         whole = logits(module, prompt + request.token_ids).log_softmax(-1)
         for place, (token, logp) in enumerate(zip(request.token_ids, request.logprobs, strict=True), len(prompt) - 1):
             assert token == whole[place].argmax() and logp == pytest.approx(whole[place, token].item(), abs=1e-9)
-    together = generate(module, [prompt, prompt[:3]], Sampling(8))
-    assert together == [generate(module, [each], Sampling(8))[0] for each in (prompt, prompt[:3])]
+    together = generate(module, [prompt, prompt[:3]], 8)
+    assert together == [generate(module, [each], 8)[0] for each in (prompt, prompt[:3])]
 
 
 def test_stages_of_a_pipeline_read_their_own_experts(mixture: Build, tmp_path: Path) -> None:

@@ -137,6 +137,14 @@ def test_a_tied_folder_may_hold_the_head_as_well(small: Build, tmp_path: Path) -
     assert torch.equal(logits(load_model(tmp_path), [1, 2]), logits(module, [1, 2]))
 
 
+def test_logits_are_of_the_tokens_of_one_document(small: Build) -> None:
+    module = small()
+    assert torch.equal(logits(module, torch.tensor([1, 2, 3])), logits(module, [1, 2, 3]))
+    for ids in ([], [200], [-1], [[1, 2]]):
+        with pytest.raises(ModelError, match="token ids of one document are expected, from 0 to 199"):
+            logits(module, ids)
+
+
 def test_architectures_are_found_by_name() -> None:
     shape = DecoderShape(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     module = load_architecture("llama")

@@ -79,6 +79,16 @@ def test_published_models_have_about_as_many_parameters_as_printed(name: str) ->
     assert (shape.parameters() == shape.active_parameters()) == (total == active)
 
 
+@pytest.mark.parametrize(("name", "total", "used"), [("gpt-oss-120b", 116.83, 5.13), ("gpt-oss-20b", 20.91, 3.61)])
+def test_gpt_oss_has_as_many_parameters_as_its_card_says(name: str, total: float, used: float) -> None:
+    """Which counts the embedding among those that a token does not use."""
+    shape = find_shape(name)
+    assert shape.parameters() / 1e9 == pytest.approx(total, rel=1e-3)
+    assert (shape.active_parameters() - shape.embedding_parameters()) / 1e9 == pytest.approx(used, rel=2e-3)
+    assert [attended.window for attended in shape.attended()] == [0, 128]
+    assert find_shape("nemotron-h-56b").parameters() / 1e9 == pytest.approx(56, rel=1e-2)
+
+
 def test_the_block_that_predicts_a_second_token_is_counted_as_published() -> None:
     """The repository of DeepSeek-V3 counts 684.53 B: with it, its own embedding and head, and a scale per 128 x 128 weights."""
     shape = find_shape("deepseek-v3")
@@ -185,14 +195,14 @@ def test_models_are_found_by_name_or_path(tmp_path: Path) -> None:
     config = {"model_type": "llama", **SMALL, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for place in (tmp_path, tmp_path / "config.json"):
-        assert find_shape(place) == load_shape({"model_type": "llama", **SMALL})
+        assert find_shape(place) == load_shape({"model_type": "llama", **SMALL}, for_training=False)
     with pytest.raises(ModelError, match="llama3"):
         load_shape(tmp_path)
     recipe = tmp_path / "my.toml"
     source = '[[data.source]]\nname = "a"\nkind = "text"\npath = "a.txt"\n[model]\nhidden_size = 32\nnum_hidden_layers = 3\n'
     sizes = 'intermediate_size = 48\nnum_attention_heads = 4\n[[stage]]\nname = "pretrain"\n'
     recipe.write_text(f'name = "x"\n[data]\nvocab_size = 512\n{source}{sizes}')
-    assert find_shape(recipe) == load_shape({"model_type": "llama", **SMALL, "vocab_size": 512})
+    assert find_shape(recipe) == load_shape({"model_type": "llama", **SMALL, "vocab_size": 512}, for_training=False)
     recipe.write_text(f'name = "x"\n[data]\n{source}{sizes}')
     with pytest.raises(ModelError, match=r"my\.toml leaves data\.vocab_size open, .*athanor plan .* choose them"):
         find_shape(recipe)

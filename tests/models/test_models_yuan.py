@@ -187,7 +187,7 @@ def test_the_engine_answers_with_what_the_formulas_find_likeliest(tmp_path: Path
     module = build(MIXTURE, torch.float64)
     save_model(module, tmp_path)
     prompts = [tokens(count, count) for count in (1, 5, 16, 17, 31)]
-    answers = generate(module, prompts, Sampling(20))
+    answers = generate(module, prompts, 20)
     engine = Engine(module, 7 * 16)
     requests = [engine.submit(prompt, Sampling(20)) for prompt in prompts]
     engine.drain()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from athanor.foundation.errors import ModelError
 from athanor.inference.engine import generate
-from athanor.inference.scheduler import Sampling
 from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
 from athanor.models.find import load_architecture
@@ -32,7 +32,8 @@ SIZES = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hid
 GROUPED = {"num_key_value_heads": 2}
 # beside the plain model of each; what the one in front of it differs in, odd sizes included
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"rope_scaling": RopeScaling("linear", 4.0)}, {"head_dim": 32, "rope_scaling": RopeScaling("llama3", 8.0, 32)},
+    "llama": [{"rope_scaling": RopeScaling("linear", 4.0)}, {"rope_scaling": RopeScaling("dynamic", 2.0)},
+              {"head_dim": 32, "rope_scaling": RopeScaling("llama3", 8.0, 32)},
               {"rope_scaling": RopeScaling("llama3", 8.0, 64, 1.0, 2.0), "rope_theta": 100.0},
               {"head_dim": 64, "rope_scaling": RopeScaling("yarn", 4.0, 32, attention_factor=0.1 * math.log(4) + 1)},
               {"rope_scaling": RopeScaling("yarn", 2.0, 64, beta_fast=8.0, attention_factor=1.0, truncate=False)}],
@@ -109,7 +110,7 @@ def test_logits_gradients_and_answers_are_those_of_transformers(name: str, seed:
     peer.generation_config.eos_token_id = None
     prompt = ids[:7].tolist()
     answer = peer.generate(ids[None, :7], max_new_tokens=64, do_sample=False)[0, 7:].tolist()
-    assert generate(module, [prompt, prompt[:3]], Sampling(max_new_tokens=64, temperature=0))[0] == answer
+    assert generate(module, [prompt, prompt[:3]], max_new_tokens=64)[0] == answer
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -197,9 +198,38 @@ def test_the_folder_of_a_base_model_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(again.get_parameter(key), parameter) for key, parameter in module.named_parameters())
 
 
+@pytest.mark.parametrize("name", WITH_PEER)
+def test_keys_that_a_folder_leaves_out_are_those_of_transformers(name: str) -> None:
+    """Those that no tensor's shape tells, but for the ids of tokens and what only training looks at."""
+    from transformers import AutoConfig
+
+    needless = {"initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+    own = {shape_class(name).KEYS.get(field.name, field.name): field.name for field in fields(shape_class(name))}
+    config = {key: value for key, value in build(name).shape.to_config().items() if value is not None}
+    usual = AutoConfig.for_model(name).to_dict()
+    for key in own.keys() & config.keys() & usual.keys() - needless:
+        if isinstance(config[key], bool | float) or key in ("n_group", "topk_group", "sliding_window", "mlp_only_layers"):
+            rest = {other: value for other, value in config.items() if other != key} | (
+                {"n_routed_experts": 16, "num_experts_per_tok": 2} if key in ("n_group", "topk_group") else {})
+            shape = shape_class(name).from_config(rest)
+            assert getattr(shape, own[key]) == (usual[key] or getattr(shape, own[key])), key
+
+
 def test_a_document_beyond_learned_positions_is_refused() -> None:
-    with pytest.raises(ModelError, match="a document of up to 129 tokens is longer than max_position_embeddings = 128"):
-        logits(build("gpt2"), [1] * 129)
+    for module in (build("gpt2"), build("llama", rope_scaling=RopeScaling("dynamic", 2.0))):
+        with pytest.raises(ModelError, match="a document of up to 129 tokens is longer than max_position_embeddings = 128"):
+            logits(module, [1] * 129)
+
+
+def test_windows_of_qwen3_moe_begin_with_the_first_block_as_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    module, ids = build("qwen3_moe", use_sliding_window=True, sliding_window=5), tokens(40, 1)
+    save_model(module, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_window_layers": 28}))  # as published folders say
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)(ids[None]).logits[0]
+    assert (logits(load_model(tmp_path), ids) - expected).abs().max() <= 1e-5
 
 
 def test_a_shape_that_cannot_be_is_refused() -> None:
@@ -215,7 +245,8 @@ def test_a_shape_that_cannot_be_is_refused() -> None:
     with pytest.raises(ModelError, match="activation_function = 'relu' is not supported; only 'gelu_new' is"):
         shape_class("gpt2").from_config({**config, "activation_function": "relu"})
     plain = build("llama").shape.to_config()
-    for rope, words in (({"rope_type": "dynamic", "factor": 2.0}, "'dynamic' is not supported"),
+    for rope, words in (({"rope_type": "longrope", "factor": 2.0}, "'longrope' is not supported"),
+                        ({"rope_type": "dynamic"}, "has no 'factor'"),
                         ({"rope_type": "yarm"}, "did you mean 'yarn'"), ({"rope_type": "linear"}, "has no 'factor'"),
                         ({"rope_type": "linear", "factor": 0.5}, "at least 1"),
                         ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}, "has no 'high_freq_factor'"),
@@ -229,7 +260,7 @@ def test_a_shape_that_cannot_be_is_refused() -> None:
     with pytest.raises(ModelError, match="max_position_embeddings = 'far' is not of type int"):
         shape_class("llama").from_config({**plain, "max_position_embeddings": "far", "rope_scaling": {
             "rope_type": "yarn", "original_max_position_embeddings": 64}})
-    assert shape_class("llama").from_config({**plain, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, for_training=False)
+    assert shape_class("llama").from_config({**plain, "rope_scaling": {"type": "longrope", "factor": 2.0}}, for_training=False)
 
 
 def test_yarn_grows_by_what_its_paper_says() -> None:

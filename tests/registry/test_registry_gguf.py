@@ -35,6 +35,7 @@ SCALED = RopeScaling("llama3", 8.0, 64, 1.0, 4.0)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}), "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "scaled": ("llama", {"rope_scaling": SCALED, "rope_theta": 500000.0}),
+    "dynamic": ("llama", {"rope_scaling": RopeScaling("dynamic", 2.0)}),
     "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {"head_dim": 32}),
     "mixtral": ("mixtral", {"num_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 32,

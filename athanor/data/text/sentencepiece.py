@@ -35,13 +35,16 @@ def read(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     if twice:
         raise DataError(f"{file} is not a SentencePiece model: it has the piece {twice[0]!r} twice")
     inner = tokenizers.Tokenizer(_model(pieces, kind, unknown[0]))
+    if own := sorted((piece for piece, _, of in pieces if of == USER_DEFINED), key=len, reverse=True):
+        cuts = "|".join(map(re.escape, own)), _within([piece for piece, _, of in pieces if of in (CONTROL, UNKNOWN, BYTE)], inner)
+        inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts])
+        if kind == BPE:
+            inner.model.ignore_merges = True  # no merges lead to these
     prefix = held.has_prefix
     if held.joins_spaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend(SPACE)] if prefix else []
     inner.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    if own := sorted((piece for piece, _, of in pieces if of == USER_DEFINED), key=len, reverse=True):
-        inner.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, own))), "isolated")
     parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     inner.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
     inner.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece, _, of in pieces
@@ -58,6 +61,13 @@ def add_tokens(inner: tokenizers.Tokenizer, added: dict[str, int], where: str) -
         inner.add_special_tokens([AddedToken(name, normalized=False, special=True)])
         if inner.token_to_id(name) != number:
             raise DataError(f"{where}: '{name}' has the id {number}, but {inner.token_to_id(name)} is the next one free")
+
+
+def _within(names: list[str], inner: tokenizers.Tokenizer) -> str:
+    """Where texts that stand alone and read like pieces that no text is are cut, so as not to be taken for them: behind the first
+    token that they are made of."""
+    ends = {name: inner.encode(name).offsets[0][1] for name in names if name}
+    return "|".join(rf"\A{re.escape(name[:end])}(?={re.escape(name[end:])}\z)" for name, end in ends.items())
 
 
 def _precompiled(charsmap: bytes) -> Any:
@@ -80,5 +90,4 @@ def _model(pieces: list[tuple[str, float, int]], kind: int, unknown: int) -> Any
             pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
             merges += [(-score, pair) for pair in sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
     merges.sort(key=lambda merge: merge[0])  # the pair whose joined piece has the best score is merged first
-    return models.BPE(vocab, [pair for _, pair in merges], unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=has_bytes,
-                      ignore_merges=any(of == USER_DEFINED for _, _, of in pieces))  # no merges lead to these
+    return models.BPE(vocab, [pair for _, pair in merges], unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=has_bytes)

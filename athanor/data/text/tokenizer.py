@@ -22,6 +22,7 @@ BEGIN, END, PAD, SYSTEM, USER, ASSISTANT = (
     "<|begin|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL_TOKENS = (BEGIN, END, PAD, SYSTEM, USER, ASSISTANT)  # ids 0 to 5
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+ENDS = "generation_config.json"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 # Where words may not join: a word with one leading space or sign, digits by threes, signs with the line end and the
@@ -43,6 +44,7 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, bos_id: int, eos_id: int, pad_id: int) -> None:
         inner.encode_special_tokens = True  # the text of a special token inside a document is ordinary text
         self.inner, self.bos_id, self.eos_id, self.pad_id = inner, bos_id, eos_id, pad_id
+        self.end_ids: tuple[int, ...] = (eos_id,)  # each of which ends an answer
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         added = inner.get_added_tokens_decoder()
         self.special_ids = {token.content: index for index, token in added.items() if token.special}
@@ -69,7 +71,9 @@ class Tokenizer:
         if eos_id is None:
             raise DataError(f"{folder / 'tokenizer_config.json'} names no eos_token that its tokenizer.json knows")
         bos_id, pad_id = (inner.token_to_id(names.get(key) or "") for key in ("bos_token", "pad_token"))
-        return cls(inner, eos_id if bos_id is None else bos_id, eos_id, eos_id if pad_id is None else pad_id)
+        found = cls(inner, eos_id if bos_id is None else bos_id, eos_id, eos_id if pad_id is None else pad_id)
+        found.end_ids = (eos_id, *(end for end in _model_ends(folder) if end != eos_id))
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text: nothing is added, and no text is taken for a special token."""
@@ -182,6 +186,13 @@ def _special_names(folder: Path) -> dict[str, str]:
             if isinstance(name, str):
                 names[key] = name
     return names
+
+
+def _model_ends(folder: Path) -> list[int]:
+    """What ends an answer by the generation_config.json of a model's folder, such as a turn's end beside the document's."""
+    content: Any = read_json(folder / ENDS) if (folder / ENDS).is_file() else {}
+    ends = content.get("eos_token_id") if isinstance(content, dict) else None
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:

@@ -18,12 +18,14 @@ class DecoderShape(Counted):
     """Sizes of a decoder under their Hugging Face keys. `num_key_value_heads` and `head_dim` 0 mean "as usual".
 
     An architecture's configuration: its MODEL_TYPE and ARCHITECTURE, KEYS where a field goes by another name there (None:
-    by none), ONLY the values that are computed here, and COUNTS_ALIKE those of them that no count depends on.
+    by none), LEFT_OUT what transformers takes where it does not say, ONLY the values that are computed here, and COUNTS_ALIKE
+    those of them that no count depends on.
     """
 
     MODEL_TYPE: ClassVar[str] = "llama"
     ARCHITECTURE: ClassVar[str] = "LlamaForCausalLM"
     KEYS: ClassVar[dict[str, str | None]] = {}
+    LEFT_OUT: ClassVar[dict[str, Any]] = {"rms_norm_eps": 1e-6}
     ONLY: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
     COUNTS_ALIKE: ClassVar[frozenset[str]] = frozenset({"hidden_act", "attention_dropout", "router_jitter_noise"})
     IS_GATED: ClassVar[bool] = True
@@ -77,6 +79,11 @@ class DecoderShape(Counted):
     def query_size(self) -> int:
         """Width of all query heads together."""
         return self.num_attention_heads * self.head_dim
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether nothing is known of positions from max_position_embeddings on."""
+        return not self.IS_ROTARY or (self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic")
 
     @property
     def rotary_dim(self) -> int:
@@ -139,6 +146,7 @@ class DecoderShape(Counted):
         Raises ModelError for a missing key or a variant that is not computed here; when only counts are wanted
         (`for_training` False), variants that change none of them are read.
         """
+        config = {**cls.LEFT_OUT, **config} if for_training else config
         for key, only in cls.ONLY.items():
             if config.get(key, only) != only and (for_training or key not in cls.COUNTS_ALIKE):
                 raise ModelError(f"{where}: {key} = {config[key]!r} is not supported; only {only!r} is")

@@ -22,6 +22,7 @@ class Shape(MixtureShape):
     MODEL_TYPE: ClassVar = "deepseek_v3"
     ARCHITECTURE: ClassVar = "DeepseekV3ForCausalLM"
     KEYS: ClassVar = {"num_experts": "n_routed_experts", "head_dim": None}
+    LEFT_OUT: ClassVar = {"rms_norm_eps": 1e-6, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4}
     ONLY: ClassVar = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "moe_layer_freq": 1,
                       "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     COUNTS_ALIKE: ClassVar = MixtureShape.COUNTS_ALIKE | {"rope_interleave", "scoring_func", "topk_method"}

@@ -20,6 +20,7 @@ class Shape(DecoderShape):
     KEYS: ClassVar = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
                       "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
                       "rms_norm_eps": "layer_norm_epsilon", "num_key_value_heads": None, "head_dim": None, "rope_theta": None}
+    LEFT_OUT: ClassVar = {}
     ONLY: ClassVar = {"activation_function": "gelu_new", "add_cross_attention": False, "scale_attn_weights": True,
                       "scale_attn_by_inverse_layer_idx": False}
     COUNTS_ALIKE: ClassVar = frozenset(ONLY) - {"add_cross_attention"}

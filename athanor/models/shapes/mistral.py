@@ -14,6 +14,7 @@ class Shape(DecoderShape):
 
     MODEL_TYPE: ClassVar = "mistral"
     ARCHITECTURE: ClassVar = "MistralForCausalLM"
+    LEFT_OUT: ClassVar = {"rms_norm_eps": 1e-6, "sliding_window": 4096}
     ONLY: ClassVar = {"hidden_act": "silu", "attention_dropout": 0.0}
 
     sliding_window: int = 0  # keys that a query may see; 0: all before it

@@ -16,6 +16,7 @@ class Shape(MixtureShape):
     MODEL_TYPE: ClassVar = "mixtral"
     ARCHITECTURE: ClassVar = "MixtralForCausalLM"
     KEYS: ClassVar = {"num_experts": "num_local_experts", "moe_intermediate_size": None, "norm_topk_prob": None}
+    LEFT_OUT: ClassVar = {}
     ONLY: ClassVar = {"hidden_act": "silu", "attention_dropout": 0.0, "sliding_window": None, "router_jitter_noise": 0.0}
 
     rope_theta: float = 1e6

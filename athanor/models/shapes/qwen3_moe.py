@@ -31,7 +31,8 @@ class Shape(MixtureShape, qwen3.Shape):
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json", for_training: bool = True) -> Self:
         renamed = {"num_experts": config["num_local_experts"]} if "num_local_experts" in config else {}  # by transformers 5
-        return super().from_config({**renamed, **config}, where, for_training)
+        unread = {"max_window_layers": 0} if for_training else {}  # by transformers, which gives all blocks a window
+        return super().from_config({**renamed, **config, **unread}, where, for_training)
 
     def is_dense(self, layer: int) -> bool:
         return layer in self.mlp_only_layers or (layer + 1) % self.decoder_sparse_step != 0

@@ -16,12 +16,13 @@ class RopeScaling:
     """A kind of scaling and its numbers, under their Hugging Face keys. KINDS says which numbers a kind has.
 
     `linear`: all angles are divided by `factor`. `llama3`: only long wavelengths are, between original_max_position_embeddings
-    / high_freq_factor and / low_freq_factor gradually. `yarn` (arXiv:2309.00071): those pairs of channels that turn less than
+    / high_freq_factor and / low_freq_factor gradually. `dynamic`: none within max_position_embeddings, and nothing is computed
+    beyond. `yarn` (arXiv:2309.00071): those pairs of channels that turn less than
     beta_slow times in the original context, up to beta_fast times gradually, and all vectors grow by `attention_factor`.
     """
 
     KINDS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "linear": ("factor",),
+        "linear": ("factor",), "dynamic": ("factor",),
         "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
         "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate",
                  "mscale_all_dim")}
