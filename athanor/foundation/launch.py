@@ -13,6 +13,7 @@ import importlib
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -181,8 +182,9 @@ def cause(failures: dict[int, AthanorError], world_size: int) -> AthanorError:
 
 
 def is_consequence(error: AthanorError) -> bool:
-    """Whether a rank ended only because its connection to another one broke."""
-    return any(word in str(error) for word in ("Connection", "connection", "gloo", "NCCL", "Broken pipe"))
+    """Whether a rank ended only because its connection to another one broke; names of files, in quotes, do not tell."""
+    told = re.sub("'[^']*'", "", error.reason) if isinstance(error, RankError) else ""
+    return any(word in told for word in ("Connection", "connection", "gloo", "NCCL", "Broken pipe"))
 
 
 def _death(rank: int, process: Any, log: str) -> RankError:
