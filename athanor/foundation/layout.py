@@ -175,7 +175,7 @@ def _divisors(size: int) -> str:
 def nearest(layout: Layout, world_size: int) -> list[Layout]:
     """Every layout of so many ranks, those first whose degrees differ least from the ones asked for (dp_shard -1: none was)."""
     asked = [(axis, math.log(size)) for axis in (*AXES, "ep") if (size := getattr(layout, axis)) > 0]
-    made = [Layout(*sizes, ep=ep) for sizes in _factorings(world_size, len(AXES))
+    made = [Layout(**dict(zip(AXES, sizes, strict=True)), ep=ep) for sizes in _factorings(world_size, len(AXES))
             for ep in (_factors(sizes[2] * sizes[3]) if layout.ep > 1 else [1])]
 
     def distance(other: Layout) -> tuple[float, int]:
