@@ -205,7 +205,10 @@ def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, st
     set_title(f"athanor rank {environment['RANK']} of {environment['WORLD_SIZE']} in {folder}",
               f"rank-{environment['RANK']}:{folder.parent.name}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:  # a full disk is told by who must write there
+        descriptor = os.open(os.devnull, os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     pin_threads(threads, int(environment["LOCAL_RANK"]))

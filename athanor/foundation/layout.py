@@ -70,10 +70,7 @@ def resolve(layout: Layout, world_size: int) -> Layout:
 
 
 def check_model(layout: Layout, shape: Any, seq_len: int, **instead: int) -> None:
-    """Refuse degrees that do not divide what they split: the sizes of a model's shape, or those given `instead` of them.
-
-    Raises LayoutError with the numbers and degrees that work.
-    """
+    """Refuse degrees that do not divide a model's sizes, or those given `instead`. Raises LayoutError with what works."""
     cut = {name: instead.get(name, getattr(shape, name, 0)) for name in CUT}
     for name, size in cut.items():
         if size % layout.tp:

@@ -46,6 +46,12 @@ def test_an_exception_is_told_with_its_log_and_a_refusal_as_itself(tmp_path: Pat
             run_ranks(f"launch_ranks:{target}", {}, 2, log_folder=tmp_path)
 
 
+def test_a_rank_whose_log_cannot_be_opened_works_all_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rank-1.log").mkdir()
+    assert len(run_ranks("launch_ranks:add_up", {"offset": 10}, 2, log_folder=tmp_path)) == 2
+    assert "Traceback" not in capfd.readouterr().err, "not a word on the terminal"
+
+
 def test_a_time_limit_ends_ranks_that_hang(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="did not finish within 1 s"):
