@@ -321,6 +321,19 @@ def test_what_does_not_fit_is_not_begun(folder: StageFolder, monkeypatch: pytest
     assert row["kind"] == "unsaved" and "0.1 MB are free" in row["sentence"] and names(folder) == []
 
 
+def test_only_saves_that_fail_in_a_row_end_the_run(folder: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, usage = Saver(folder, *trained(), is_async=False), shutil.disk_usage
+    for step in range(1, 2 * MOST_FAILED_SAVES + 3):
+        free = usage(folder.root.parent).free * (step == MOST_FAILED_SAVES + 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(path)._replace(free=free))
+        if step == 2 * MOST_FAILED_SAVES + 2:
+            with pytest.raises(DiskError, match=r"0\.0 MB are free"):
+                saver.save(meta_of(step))
+        else:
+            saver.save(meta_of(step))
+    assert kinds(folder) == ["unsaved"] * MOST_FAILED_SAVES + ["checkpoint"] + ["unsaved"] * MOST_FAILED_SAVES
+
+
 def test_rows_wait_while_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rows.jsonl"
     append_when_possible(file, {"number": 0})
