@@ -16,8 +16,9 @@ from athanor.cli.board import Board
 from athanor.cli.chain import locked
 from athanor.cli.fewer import fewer_ranks
 from athanor.cli.live import View, format_loss
+from athanor.cli.nearest import with_nearest
 from athanor.cli.preflight import planned
-from athanor.foundation.errors import UserError
+from athanor.foundation.errors import LayoutError, UserError
 from athanor.foundation.identity import check_same
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
@@ -98,7 +99,10 @@ def look_ahead(recipe: Recipe, run: RunFolder, stage: str, machine: dict[str, An
     """A stage as its ranks will find it. Raises what they would refuse, but for damaged data."""
     from athanor.train.stage import resolve
 
-    job = resolve(run, recipe, stage, machine["world_size"])
+    try:
+        job = resolve(run, recipe, stage, machine["world_size"])
+    except LayoutError as error:
+        raise with_nearest(error, recipe, run, stage, machine["world_size"]) from None
     if not is_fresh:
         now = job.identity
         check_same(job.folder, {**now, "threads": machine["threads"]} if "threads" in now else now)  # of a rank, not of ours
@@ -175,4 +179,7 @@ def describe_machine(recipe: Recipe, run: RunFolder, stage: str) -> dict[str, An
         threads = 1 if is_exact else None  # or fewer ranks would have more of them, and other bits
         found = torch.cuda.device_count() if device_type == "cuda" else len(os.sched_getaffinity(0))
         devices, arguments = recipe.cluster.devices or found, {"device_type": device_type, "accelerator": device_type}
-    return {"world_size": world_size_of(recipe, devices), "threads": threads, "arguments": arguments}
+    try:
+        return {"world_size": world_size_of(recipe, devices), "threads": threads, "arguments": arguments}
+    except LayoutError as error:
+        raise with_nearest(error, recipe, run, stage, devices) from None

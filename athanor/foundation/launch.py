@@ -13,6 +13,7 @@ import importlib
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -181,8 +182,9 @@ def cause(failures: dict[int, AthanorError], world_size: int) -> AthanorError:
 
 
 def is_consequence(error: AthanorError) -> bool:
-    """Whether a rank ended only because its connection to another one broke."""
-    return any(word in str(error) for word in ("Connection", "connection", "gloo", "NCCL", "Broken pipe"))
+    """Whether a rank ended only because its connection to another one broke; names of files, in quotes, do not tell."""
+    told = re.sub("'[^']*'", "", error.reason) if isinstance(error, RankError) else ""
+    return any(word in told for word in ("Connection", "connection", "gloo", "NCCL", "Broken pipe"))
 
 
 def _death(rank: int, process: Any, log: str) -> RankError:
@@ -203,7 +205,10 @@ def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, st
     set_title(f"athanor rank {environment['RANK']} of {environment['WORLD_SIZE']} in {folder}",
               f"rank-{environment['RANK']}:{folder.parent.name}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:  # a full disk is told by who must write there
+        descriptor = os.open(os.devnull, os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     pin_threads(threads, int(environment["LOCAL_RANK"]))

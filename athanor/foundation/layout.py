@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from athanor.foundation.errors import LayoutError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # outer to inner
+CUT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "vocab_size")  # by tp
 KEPT_WHOLE_PARAMETERS = 100_000_000  # of a model whose weights and gradients every rank can afford to hold during a step
 
 
@@ -58,8 +60,8 @@ def resolve(layout: Layout, world_size: int) -> Layout:
     others = layout.pp * layout.dp_replicate * layout.cp * layout.tp
     if layout.dp_shard == -1:
         if world_size % others:
-            raise LayoutError(f"pp x dp_replicate x cp x tp = {others} does not divide the {world_size} ranks; "
-                              f"{_nearest(layout, world_size)}")
+            raise LayoutError(f"pp x dp_replicate x cp x tp = {others} does not divide the {world_size} ranks (dp_shard = 1 "
+                              f"makes {others} of them); {_nearest(layout, world_size)}")
         layout = replace(layout, dp_shard=world_size // others)
     if layout.world_size != world_size:
         factors = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in AXES)
@@ -67,16 +69,14 @@ def resolve(layout: Layout, world_size: int) -> Layout:
     return layout
 
 
-def check_model(layout: Layout, *, num_attention_heads: int, num_key_value_heads: int, intermediate_size: int,
-                vocab_size: int, num_hidden_layers: int, seq_len: int) -> None:
-    """Refuse degrees that do not divide what they split. Raises LayoutError with the numbers and degrees that work."""
-    cut = {"num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads,
-           "intermediate_size": intermediate_size, "vocab_size": vocab_size}
+def check_model(layout: Layout, shape: Any, seq_len: int, **instead: int) -> None:
+    """Refuse degrees that do not divide a model's sizes, or those given `instead`. Raises LayoutError with what works."""
+    cut = {name: instead.get(name, getattr(shape, name, 0)) for name in CUT}
     for name, size in cut.items():
         if size % layout.tp:
             raise LayoutError(f"tp = {layout.tp} does not divide {name} = {size}; tp may be {_divisors(math.gcd(*cut.values()))}")
-    if layout.pp > num_hidden_layers:
-        raise LayoutError(f"pp = {layout.pp} is more than the {num_hidden_layers} blocks of the model, its most")
+    if layout.pp > (blocks := instead.get("num_hidden_layers", shape.num_hidden_layers)):
+        raise LayoutError(f"pp = {layout.pp} is more than the {blocks} blocks of the model, its most")
     if seq_len % layout.cp:
         raise LayoutError(f"cp = {layout.cp} does not divide seq_len = {seq_len}; cp may be {_divisors(seq_len)}")
 
@@ -169,15 +169,20 @@ def _divisors(size: int) -> str:
     return ", ".join(map(str, found))
 
 
+def nearest(layout: Layout, world_size: int) -> list[Layout]:
+    """Every layout of so many ranks, those first whose degrees differ least from the ones asked for (dp_shard -1: none was)."""
+    asked = [(axis, math.log(size)) for axis in (*AXES, "ep") if (size := getattr(layout, axis)) > 0]
+    made = [Layout(**dict(zip(AXES, sizes, strict=True)), ep=ep) for sizes in _factorings(world_size, len(AXES))
+            for ep in (_factors(sizes[2] * sizes[3]) if layout.ep > 1 else [1])]
+
+    def distance(other: Layout) -> tuple[float, int]:
+        return round(sum(abs(math.log(getattr(other, axis)) - size) for axis, size in asked), 9), -other.dp_shard
+
+    return sorted(made, key=distance)
+
+
 def _nearest(layout: Layout, world_size: int) -> str:
-    """Layouts of this world size that differ least from the one asked for."""
-    wanted = np.log([max(1, size) for size in layout.sizes()])
-
-    def distance(sizes: tuple[int, ...]) -> float:
-        return float(np.abs(np.log(sizes) - wanted).sum())
-
-    nearest = sorted(_factorings(world_size, len(AXES)), key=distance)[:3]
-    return "nearest layouts: " + "; ".join(str(Layout(*sizes)) for sizes in nearest)
+    return "nearest layouts: " + "; ".join(map(str, nearest(layout, world_size)[:3]))
 
 
 def _factorings(number: int, count: int) -> Iterator[tuple[int, ...]]:
@@ -185,7 +190,6 @@ def _factorings(number: int, count: int) -> Iterator[tuple[int, ...]]:
     if count == 1:
         yield (number,)
         return
-    for first in range(1, number + 1):
-        if number % first == 0:
-            for rest in _factorings(number // first, count - 1):
-                yield first, *rest
+    for first in _factors(number):
+        for rest in _factorings(number // first, count - 1):
+            yield first, *rest

@@ -36,9 +36,7 @@ def open_shared_engine(folder: Path, cache_tokens: int, mesh: Mesh, dtype: str =
     """
     module = describe_model(folder, dtype)
     shape = module.shape
-    check_model(mesh.layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
-                intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
-                num_hidden_layers=shape.num_hidden_layers, seq_len=shape.max_position_embeddings)
+    check_model(mesh.layout, shape, shape.max_position_embeddings)
     shard_parameters(module, load_architecture(shape.MODEL_TYPE).TENSOR_DIMS, mesh.axis("tp"))
     module.to_empty(device=mesh.device)
     load_weights(module, folder)

@@ -18,6 +18,7 @@ from athanor.models.shapes.decoder import DecoderShape
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 ALIGNMENT = 16  # what accelerators ask of both dims of a matrix in 8 bits
+NOT_IN_FP8 = ("router", "experts_", "lfa_")  # beginnings of products' names
 SMALLEST = 1e-12  # of a tensor's largest entry, so that a tensor of zeros has a scale
 
 
@@ -34,9 +35,14 @@ def convert(model: Decoder, tp: int = 1) -> None:
 
 def check(shape: DecoderShape, tp: int = 1) -> None:
     """Refuse a shape whose matrices have a dim that is no multiple of 16 on each of `tp` ranks. Raises ModelError."""
-    for name, size in (("hidden_size", shape.hidden_size), ("num_attention_heads x head_dim / tp", shape.query_size // tp),
-                       ("num_key_value_heads x head_dim / tp", shape.key_value_size // tp),
-                       ("intermediate_size / tp", shape.intermediate_size // tp)):
+    sizes = {"hidden_size": shape.hidden_size, "num_attention_heads x head_dim / tp": shape.query_size // tp,
+             "num_key_value_heads x head_dim / tp": shape.key_value_size // tp,
+             "intermediate_size / tp": shape.intermediate_size // tp}
+    for each in shape.products()[:-1]:
+        if not each.name.startswith(NOT_IN_FP8):
+            sizes |= {f"the height of {each.name}": each.outputs // (tp if each.cut == "outputs" else 1),
+                      f"the width of {each.name}": each.inputs // (tp if each.cut == "inputs" else 1)}
+    for name, size in sizes.items():
         if size % ALIGNMENT:
             raise ModelError(f"precision fp8 needs matrices whose dims are multiples of {ALIGNMENT} on each rank, but {name} "
                              f"is {size}; train in bf16, or choose other sizes")

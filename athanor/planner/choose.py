@@ -223,10 +223,8 @@ def legal(shape: DecoderShape, options: list[Layout], seq_len: int, schedule: st
     out, first = [], None
     for layout in options:
         try:
-            check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
-                        intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
-                        num_hidden_layers=shape.num_hidden_layers // stages_of(schedule if layout.pp > 1 else DEFAULT_SCHEDULE),
-                        seq_len=seq_len)
+            stages = stages_of(schedule if layout.pp > 1 else DEFAULT_SCHEDULE)
+            check_model(layout, shape, seq_len, num_hidden_layers=shape.num_hidden_layers // stages)
             check_experts(layout, getattr(shape, "num_experts", 0))
             out.append(layout)
         except LayoutError as error:

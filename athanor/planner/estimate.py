@@ -111,10 +111,7 @@ def read_layout(text: str, shape: DecoderShape, cluster: Cluster) -> tuple[Case,
     else:
         raise LayoutError("layout: dp_shard=-1 needs a cluster with a number of devices")
     seq_len = int(found.get("seq_len", min(4096, shape.max_position_embeddings)))
-    # a vocabulary is filled up to what tp divides
-    check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
-                intermediate_size=shape.intermediate_size, vocab_size=shape.num_attention_heads,
-                num_hidden_layers=shape.num_hidden_layers, seq_len=seq_len)
+    check_model(layout, shape, seq_len, vocab_size=0)  # which is filled up to what tp divides
     check_experts(layout, getattr(shape, "num_experts", 0))
     micro = int(found.get("micro_batch_size", 1))
     count = int(found.get("num_microbatches", 0 if layout.pp == 1 else 4 * layout.pp))

@@ -134,7 +134,8 @@ class Grid:
 def legal(task: Task) -> dict[str, Array]:
     """Every configuration that the model, the devices, the batch and the schedules allow."""
     shape, devices, rows = task.shape, task.devices, task.global_batch_tokens // task.seq_len
-    heads = math.gcd(shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size, devices)
+    heads = math.gcd(shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size,
+                     getattr(shape, "moe_intermediate_size", 0), devices)
     layers, experts = shape.num_hidden_layers, getattr(shape, "num_experts", 0)
     tp, pp, chunks, cp, ep, place = _crossed(
         divisors(heads, int(task.machine.domain[0])), divisors(devices, layers), sorted({*CHUNKS, *divisors(layers, layers)}),

@@ -183,18 +183,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} cannot be read: {os.strerror(error.errno or 0).lower()}") from error
 
 
-def find_intact(folder: Path, on_damage: Callable[[Path, str], None]) -> Path | None:
+def find_intact(folder: Path, on_damage: Callable[[Path, str], None],
+                is_wanted: Callable[[Path], bool] = lambda path: True) -> Path | None:
     """The newest checkpoint whose files are all there and have the hashes that COMPLETE says; None when there is none.
 
-    `on_damage` is told of each newer one that is not intact, and why. What a killed save left half built is removed.
+    `on_damage` is told of each newer one that is not intact, and why. What a killed save left half built is removed, and so
+    are newer ones, damaged or not wanted: they would be gone on from, or stay in the place of good ones.
     """
     if folder.is_dir():
         sweep(folder)
-    for path in list_checkpoints(folder):
-        reason = find_damage(path)
-        if reason is None:
+    for number, path in enumerate(found := list_checkpoints(folder)):
+        if (reason := find_damage(path)) is not None:
+            on_damage(path, reason)
+        elif is_wanted(path):
+            for newer in found[:number]:
+                discard(newer)
             return path
-        on_damage(path, reason)
     return None
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from athanor.foundation.errors import AthanorError
 from athanor.foundation.intervals import interval
-from athanor.foundation.run_folder import discard
 from athanor.train import checkpoint
 from athanor.train.validate import whole
 
@@ -72,11 +71,9 @@ def go_back(run: Run) -> None:
 
 def find_good(run: Run) -> tuple[Path, int] | None:
     """The newest intact checkpoint not written between skipped steps, and the samples before it; on one rank."""
-    for number, path in enumerate(found := checkpoint.list_checkpoints(run.job.folder.checkpoints)):
-        if (reason := checkpoint.find_damage(path)) is not None:
-            run.log("damaged", f"checkpoint {path.name} cannot be used: {reason}")
-        elif not (meta := checkpoint.read_meta(path)).guards.get("skipped_steps"):
-            for newer in found[:number]:  # a restart would go on from there
-                discard(newer)
-            return path, meta.samples
-    return None
+    def on_damage(path: Path, reason: str) -> None:
+        run.log("damaged", f"checkpoint {path.name} cannot be used: {reason}")
+
+    path = checkpoint.find_intact(run.job.folder.checkpoints, on_damage,
+                                  lambda path: not checkpoint.read_meta(path).guards.get("skipped_steps"))
+    return None if path is None else (path, checkpoint.read_meta(path).samples)

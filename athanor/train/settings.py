@@ -9,6 +9,7 @@ from typing import Any
 from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import AXES, Layout, check_batch, check_model, resolve
 from athanor.foundation.recipe import Recipe, Stage
+from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.deepseek_v3 import mtp_weight
 from athanor.train.elastic import fixed_shards
@@ -114,11 +115,9 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     if seq_len > shape.max_position_embeddings:
         raise ModelError(f"stage.{stage.name}.seq_len = {seq_len} is longer than the model's max_position_embeddings = "
                          f"{shape.max_position_embeddings}")
-    check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
-                intermediate_size=shape.intermediate_size, vocab_size=shape.vocab_size,
-                num_hidden_layers=shape.num_hidden_layers, seq_len=seq_len)
+    check_model(layout, shape, seq_len)
     shards = fixed_shards(recipe, stage, layout, seq_len)
-    micro_batch_size, batch_tokens = _batch(recipe, stage, seq_len, layout.data_ranks)
+    micro_batch_size, batch_tokens = _batch(recipe, stage, seq_len, layout)
     rows, num_microbatches = check_batch(global_batch_tokens=batch_tokens, seq_len=seq_len, micro_batch_size=micro_batch_size,
                                          data_ranks=layout.data_ranks)
     ramp = None
@@ -179,9 +178,11 @@ def identity(settings: Settings, shape: DecoderShape, hashes: dict[str, str]) ->
     return kept | {f"model.{key}": value for key, value in asdict(shape).items()} | {f"hash.{k}": v for k, v in hashes.items()}
 
 
-def _batch(recipe: Recipe, stage: Stage, seq_len: int, data_ranks: int) -> tuple[int, int]:
+def _batch(recipe: Recipe, stage: Stage, seq_len: int, layout: Layout) -> tuple[int, int]:
     """Rows per rank and forward pass, and tokens per step. Raises LayoutError where two keys contradict each other."""
-    rows = (stage.global_batch_tokens or DEFAULT_BATCH_TOKENS) // seq_len
+    data_ranks, least = layout.data_ranks, layout.pp * stages_of(recipe.parallel.pipeline_schedule or DEFAULT_SCHEDULE)
+    given = stage.global_batch_tokens  # else the same for all layouts whose data ranks can share it out
+    rows = given // seq_len if given else max(1, round(DEFAULT_BATCH_TOKENS / seq_len / data_ranks)) * data_ranks
     micro, count = stage.micro_batch_size, recipe.parallel.num_microbatches
     if count is not None:
         fitting = max(1, rows // (count * data_ranks))
@@ -193,9 +194,6 @@ def _batch(recipe: Recipe, stage: Stage, seq_len: int, data_ranks: int) -> tuple
         micro = fitting
     if micro is None:
         micro = max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
-        while micro > 1 and stage.global_batch_tokens and rows % (micro * data_ranks):
+        while micro > 1 and (rows % (micro * data_ranks) or rows < least * micro * data_ranks):
             micro -= 1
-    if stage.global_batch_tokens:
-        return micro, stage.global_batch_tokens
-    unit = micro * data_ranks
-    return micro, max(1, round(rows / unit)) * unit * seq_len
+    return micro, given or max(1, round(rows / (micro * data_ranks))) * micro * data_ranks * seq_len

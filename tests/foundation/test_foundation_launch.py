@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from athanor.foundation.errors import RankError, RecipeError
-from athanor.foundation.launch import Node, cause, free_port, run_ranks
+from athanor.foundation.errors import DiskError, RankError, RecipeError
+from athanor.foundation.launch import Node, cause, free_port, is_consequence, run_ranks
 
 
 def test_ranks_meet_report_and_return_in_order(tmp_path: Path) -> None:
@@ -44,6 +44,12 @@ def test_an_exception_is_told_with_its_log_and_a_refusal_as_itself(tmp_path: Pat
     for target in ("refuse", "wrap"):
         with pytest.raises(RecipeError, match="not like this"):
             run_ranks(f"launch_ranks:{target}", {}, 2, log_folder=tmp_path)
+
+
+def test_a_rank_whose_log_cannot_be_opened_works_all_the_same(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rank-1.log").mkdir()
+    assert len(run_ranks("launch_ranks:add_up", {"offset": 10}, 2, log_folder=tmp_path)) == 2
+    assert "Traceback" not in capfd.readouterr().err, "not a word on the terminal"
 
 
 def test_a_time_limit_ends_ranks_that_hang(tmp_path: Path) -> None:
@@ -85,6 +91,15 @@ def _alive(pid: int) -> bool:
 def test_the_rank_that_died_explains_the_broken_connections(order: tuple[int, int]) -> None:
     failures = {0: RankError(0, "failed: RuntimeError: Connection closed by peer"), 1: RankError(1, "was killed by signal 9")}
     assert cause({rank: failures[rank] for rank in order}, 2) is failures[1]
+
+
+def test_a_fault_of_a_run_that_is_called_like_a_connection_is_its_own() -> None:
+    own = [RankError(1, "failed: ValueError: no such row", log="/runs/gloo/pretrain/logs/rank-1.log"),
+           RankError(1, "failed: FileNotFoundError: [Errno 2] No such file or directory: '/runs/NCCL/Connection'"),
+           DiskError("cannot write /runs/gloo/pretrain: No space left on device")]
+    assert not any(map(is_consequence, own))
+    broken = RankError(0, "failed: RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection closed by peer", log="rank-0.log")
+    assert is_consequence(broken) and all(cause({0: broken, 1: error}, 2) is error for error in own)
 
 
 def test_ranks_that_were_killed_together_are_named_together() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -26,15 +27,20 @@ def test_degrees_that_do_not_multiply_are_refused_with_the_nearest() -> None:
 
 
 def test_what_a_degree_splits_must_be_divisible() -> None:
-    shape = {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 512,
-             "num_hidden_layers": 2, "seq_len": 64}
-    check_model(Layout(tp=2), **shape)
+    shape = SimpleNamespace(num_attention_heads=6, num_key_value_heads=2, intermediate_size=96, vocab_size=512,
+                            num_hidden_layers=2)
+    check_model(Layout(tp=2), shape, 64)
     with pytest.raises(LayoutError, match=r"tp = 3 does not divide num_key_value_heads = 2; tp may be 1, 2"):
-        check_model(Layout(tp=3), **shape)
+        check_model(Layout(tp=3), shape, 64)
+    shape.moe_intermediate_size = 7
+    with pytest.raises(LayoutError, match=r"tp = 2 does not divide moe_intermediate_size = 7; tp may be 1$"):
+        check_model(Layout(tp=2), shape, 64)
     with pytest.raises(LayoutError, match="more than the 2 blocks"):
-        check_model(Layout(pp=3), **shape)
+        check_model(Layout(pp=3), shape, 64)
+    with pytest.raises(LayoutError, match="more than the 1 blocks"):
+        check_model(Layout(pp=2), shape, 64, num_hidden_layers=1)
     with pytest.raises(LayoutError, match="cp = 3"):
-        check_model(Layout(cp=3), **shape)
+        check_model(Layout(cp=3), shape, 64)
 
 
 def test_batches_divide_or_name_the_nearest() -> None:

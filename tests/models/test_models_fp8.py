@@ -12,6 +12,7 @@ from athanor.foundation.errors import ModelError
 from athanor.models.context import Packed
 from athanor.models.decoder import Decoder
 from athanor.models.fp8 import BACKWARD, FORWARD, check, convert, linear, quantise
+from athanor.models.shapes.deepseek_v3 import Shape
 
 Build = Callable[..., Decoder]
 # half the distance between neighbours is 2^-4 of a number in e4m3 (3 bits), 2^-3 in e5m2 (2 bits); uniform in between, the
@@ -105,3 +106,15 @@ def test_matrices_of_odd_sizes_are_refused(small: Build) -> None:
     check(small().shape, tp=2)
     with pytest.raises(ModelError, match=r"num_key_value_heads x head_dim / tp is 8;"):
         check(small().shape, tp=4)
+
+
+def test_matrices_that_not_all_models_have_are_looked_at_too() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+             "num_experts": 4, "num_experts_per_tok": 2, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+             "q_lora_rank": 32, "kv_lora_rank": 48, "first_k_dense_replace": 1}
+    check(Shape(**sizes, moe_intermediate_size=32), tp=2)
+    check(Shape(**sizes, moe_intermediate_size=24, n_shared_experts=0), tp=2)  # experts are not multiplied in fp8
+    for key, size, told in (("q_lora_rank", 40, "height of q_down is 40"), ("kv_lora_rank", 40, "height of kv_down is 56"),
+                            ("moe_intermediate_size", 24, "height of shared_gate_up is 24")):
+        with pytest.raises(ModelError, match=f"but the {told}; train in bf16"):
+            check(Shape(**{"moe_intermediate_size": 32, **sizes, key: size}), tp=2)

@@ -147,15 +147,25 @@ ROUGH = [
 ]
 
 
+# how far from one process in the same dtype: the first step's loss (its gradient norm ten times as far), and the losses of all
+# steps. The worst that was measured: bf16 2.1e-4, norm 2.1e-3 (tp 2), 8.4e-3 (M32); fp8 6.0e-3, norm 0.078, 0.055 (tp 2, whose
+# parts have scales of their own).
+ALIKE = {"fp32": (1e-6, 3e-5), "bf16": (1e-3, 0.02), "fp8": (0.02, 0.1)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout", "tolerance"), ROUGH)
 def test_coarser_dtypes_and_compiled_blocks_stay_close(in_layout: Callable[..., list[Result]], alone: Callable[..., Result],
                                                        kind: str, layout: str, tolerance: float) -> None:
-    wanted = alone(*KINDS[kind], "stage.pretrain.precision=fp32")
+    precision = next(item for item in overrides(layout) if "precision" in item)
+    wanted, alike = (alone(*KINDS[kind], each) for each in ("stage.pretrain.precision=fp32", precision))
+    first, later = ALIKE[precision.partition("=")[2]]
     for found in in_layout(*KINDS[kind], *overrides(layout)):
         np.testing.assert_allclose(found["loss"][0], wanted["loss"][0], rtol=tolerance)
         np.testing.assert_allclose(found["grad_norm"][0], wanted["grad_norm"][0], rtol=3 * tolerance)
-        np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=30 * tolerance)
+        np.testing.assert_allclose(found["loss"][0], alike["loss"][0], rtol=first)
+        np.testing.assert_allclose(found["grad_norm"][0], alike["grad_norm"][0], rtol=10 * first)
+        np.testing.assert_allclose(found["loss"], alike["loss"], rtol=later)
 
 
 def test_a_growing_batch_goes_through_a_pipeline(in_layout: Callable[..., list[Result]], alone: Callable[..., Result]) -> None:

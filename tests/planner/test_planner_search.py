@@ -43,9 +43,7 @@ def check(one: Task, layout: Layout, values: dict[str, Any], stages: int) -> int
     """All of foundation's checks; returns the number of micro-batches."""
     shape = one.shape
     resolve(layout, one.devices)
-    check_model(layout, num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads,
-                intermediate_size=shape.intermediate_size, vocab_size=shape.num_attention_heads,
-                num_hidden_layers=shape.num_hidden_layers, seq_len=one.seq_len)
+    check_model(layout, shape, one.seq_len, vocab_size=0)
     check_experts(layout, getattr(shape, "num_experts", 0))
     _, count = check_batch(global_batch_tokens=one.global_batch_tokens, seq_len=one.seq_len, data_ranks=layout.data_ranks,
                            micro_batch_size=values["micro_batch_size"], tp=layout.tp)

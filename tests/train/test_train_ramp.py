@@ -76,6 +76,25 @@ def test_a_budget_of_tokens_is_met(recipe_file: Path) -> None:
     assert settle(recipe, recipe.get_stage("pretrain"), Layout(dp_shard=2), shape).steps == 4
 
 
+def test_a_batch_that_nobody_gives_is_the_same_for_all_layouts_that_can_share_it_out(recipe_file: Path) -> None:
+    """Or a stage could not go on in another one, nor be compared with it. 4,096 tokens are 16 rows of 256."""
+    shape = DecoderShape(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_attention_heads=2)
+
+    def settled(layout: Layout, schedule: str | None = None, **given: int) -> tuple[int, int, int]:
+        recipe = load_recipe(recipe_file, [f"parallel.pipeline_schedule={schedule}"] if schedule else [])
+        sizes = {"seq_len": 256, "micro_batch_size": None, "global_batch_tokens": None, **given}
+        found = settle(recipe, recipe.get_stage("pretrain").model_copy(update=sizes), layout, shape)
+        return found.rows_per_step, found.micro_batch_size, found.num_microbatches
+
+    assert [settled(Layout(dp_shard=ranks)) for ranks in (1, 2, 4, 8, 16)] == [
+        (16, 8, 2), (16, 8, 1), (16, 4, 1), (16, 2, 1), (16, 1, 1)]
+    assert [settled(Layout(dp_shard=ranks))[0] for ranks in (3, 5, 32)] == [15, 15, 32], "the nearest that splits"
+    assert settled(Layout(dp_shard=2), micro_batch_size=3) == (18, 3, 3)
+    assert settled(Layout(pp=4)) == (16, 4, 4), "a pipeline of four stages is filled by as many"
+    assert settled(Layout(pp=4), "DualPipeV") == (16, 2, 8) and settled(Layout(pp=2, dp_shard=4), "GPipe") == (16, 2, 2)
+    assert settled(Layout(pp=2, dp_shard=2), global_batch_tokens=256 * 12) == (12, 3, 2)
+
+
 def test_killed_on_the_ramp_it_ends_with_the_same_bits(train: Train, run_folder: Path, tmp_path: Path,
                                                        data_folder: Path) -> None:
     choices = ("stage.pretrain.steps=7", "stage.pretrain.checkpoint_every=2", "stage.pretrain.evaluate_every=7",

@@ -286,6 +286,24 @@ def test_damage_is_named_and_the_newest_intact_one_found(folder: StageFolder, ho
     assert checkpoint.find_damage(newest) is None and names(folder) == ["step-00000001", "step-00000002"]
 
 
+def test_a_damaged_one_does_not_stay_in_the_place_of_a_good_one(folder: StageFolder) -> None:
+    """Step 15 was saved since the run was asked to stop there, and is damaged: steps 10 and 20 are what can be gone on from."""
+    saver = Saver(folder, *trained())
+    for step in (10, 15):
+        saver.save(meta_of(step))
+    saver.finish()
+    (folder.checkpoints / "step-00000015" / "index.json").unlink()
+    assert checkpoint.find_intact(folder.checkpoints, lambda *_: None) == folder.checkpoints / "step-00000010"
+    saver.save(meta_of(20))
+    saver.finish()
+    assert names(folder) == ["step-00000010", "step-00000020"]
+    (folder.checkpoints / "step-00000020" / "COMPLETE").unlink()
+    assert checkpoint.find_intact(folder.checkpoints, lambda *_: None) == folder.checkpoints / "step-00000010"
+    (folder.checkpoints / "step-00000010" / "COMPLETE").unlink()
+    assert checkpoint.find_intact(folder.checkpoints, lambda *_: None) is None
+    assert names(folder) == ["step-00000010"], "where none is intact all stay"
+
+
 def test_folders_that_cannot_be_read_and_foreign_meta_are_sentences(folder: StageFolder) -> None:
     Saver(folder, *trained(), is_async=False).save(meta_of(1))
     path = folder.checkpoints / "step-00000001"
@@ -326,6 +344,19 @@ def test_what_does_not_fit_is_not_begun(folder: StageFolder, monkeypatch: pytest
     saver.finish()
     (row,) = read_jsonl(folder.events)
     assert row["kind"] == "unsaved" and "0.1 MB are free" in row["sentence"] and names(folder) == []
+
+
+def test_only_saves_that_fail_in_a_row_end_the_run(folder: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, usage = Saver(folder, *trained(), is_async=False), shutil.disk_usage
+    for step in range(1, 2 * MOST_FAILED_SAVES + 3):
+        free = usage(folder.root.parent).free * (step == MOST_FAILED_SAVES + 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(path)._replace(free=free))
+        if step == 2 * MOST_FAILED_SAVES + 2:
+            with pytest.raises(DiskError, match=r"0\.0 MB are free"):
+                saver.save(meta_of(step))
+        else:
+            saver.save(meta_of(step))
+    assert kinds(folder) == ["unsaved"] * MOST_FAILED_SAVES + ["checkpoint"] + ["unsaved"] * MOST_FAILED_SAVES
 
 
 def test_rows_wait_while_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
