@@ -28,7 +28,7 @@ def train(recipe_file: Path, tmp_path: Path) -> Train:
         arguments = {"run_folder": str(folder), "recipe": recipe, "stage": stage, "launched": time.perf_counter(), **arguments}
         layout = layout_of(recipe)
         ranks = abs(layout.world_size)  # dp_shard -1, the rest, is one
-        return dict(run_ranks(target, arguments, ranks, log_folder=tmp_path / "logs", threads=1, timeout=40,
+        return dict(run_ranks(target, arguments, ranks, log_folder=tmp_path / "logs", threads=1, timeout=240,
                               on_message=on_message)[0])
 
     return run
