@@ -101,8 +101,10 @@ class Forecaster:
         once = {"startup": (constants["startup_seconds"] + constants["startup_seconds_per_parameter"] * shape.parameters()) * slow
                 + self.cluster.startup_seconds.get("join", 0.0)}
         saves, apart = math.ceil(stage.steps / stage.checkpoint_every), stage.checkpoint_every * step.seconds
-        once |= self.saving(shape, layout, stage.save_async).seconds(saves, saves - 1, apart)
-        once["checkpoint"] += self.save_seconds(shape, layout)  # the model's folder
+        saving, save_seconds = self.saving(shape, layout, stage.save_async), self.save_seconds(shape, layout)
+        once |= saving.seconds(saves, saves - 1, apart)
+        # The model's folder; and the last checkpoint, which is waited for, is written as fast as one that no steps go on beside.
+        once["checkpoint"] += save_seconds - max(0.0, saving.write_seconds - save_seconds)
         checks = math.ceil(stage.steps / stage.evaluate_every)
         once["evaluation"] = checks * self.validation_seconds(step, shape, layout, stage)
         once["metering"] = constants["metering_seconds"] * slow * stage.steps * step.seconds / constants["metering_every_seconds"]
