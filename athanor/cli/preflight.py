@@ -45,8 +45,10 @@ def refuse_early(recipe: Recipe) -> None:
         if stage.data not in ("documents", "pairs"):
             if not Path(stage.data).is_file():
                 raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' is neither 'documents', 'pairs' nor a JSONL file")
-            for _ in read_conversations(Path(stage.data)):
-                pass  # a line that is no conversation is told now
+            said = [message["role"] for talk in read_conversations(Path(stage.data)) for message in talk]  # every line is read
+            if "assistant" not in said:
+                raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' has no message of the role 'assistant', so there is "
+                                  "nothing to learn from it")
     if recipe.cluster.file != "auto":
         read_cluster(Path(recipe.cluster.file))
     if recipe.plan.file != "auto":

@@ -135,6 +135,8 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
             return learned(result, recipe, run, stage)
         start_server("athanor.train.loop")
         job = look_ahead(recipe, run, stage, machine, is_fresh)  # what cannot be trained starts no rank
+        if job.rows.left_out:
+            say(f"{stage} leaves conversations out: {job.rows.left_out}")
         agent = Agent(run.stage(stage), machine["world_size"], machine["threads"], on_message=show, fewer=fewer_ranks(job))
         if (nodes := current()) is not None:
             agent.devices = nodes

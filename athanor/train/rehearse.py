@@ -50,7 +50,7 @@ class Rehearsed:
 class OneDocument:
     """Rows of one document each, whose tokens are all the same and all count."""
 
-    count, dropped, fingerprint = 1, 0, ""
+    count, dropped, left_out, fingerprint = 1, 0, "", ""
 
     def __init__(self, seq_len: int) -> None:
         self.made: Row = {**empty_row(seq_len), "weight": np.ones(seq_len, dtype=np.float32)}
