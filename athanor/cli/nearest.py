@@ -23,7 +23,7 @@ def with_nearest(error: LayoutError, recipe: Recipe, run: RunFolder, stage: str,
     words, _, only_multiply = str(error).partition("; nearest layouts")
     planned = [f"{axis} = {degree}" for axis in (*AXES, "ep") if (degree := getattr(recipe.parallel, axis) or 1) != 1
                and recipe.origin(f"parallel.{axis}") == "plan"]
-    words += f" ({' and '.join(planned)} from the plan)" if planned else ""
+    words += f"; {' and '.join(planned)} from the plan" if planned else ""
     told = f"; on {world_size} rank{'' if world_size == 1 else 's'} these layouts work: {'; '.join(found)}"
     return LayoutError(words + (told if found else f"; nearest layouts{only_multiply}" if only_multiply else ""))
 

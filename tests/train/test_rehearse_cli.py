@@ -67,4 +67,4 @@ def test_a_world_that_cannot_be_laid_out_is_refused_with_layouts_that_work(recip
     assert "these layouts work: dp_shard=2 tp=2" in refused("parallel.tp=3", "--world", "4", "--stage", "chat")
     (runs / "tiny").mkdir(exist_ok=True)
     (runs / "tiny" / "plan.toml").write_text("[parallel]\npp = 2\ntp = 2\ndp_shard = 1\n")
-    assert "= 4, but there are 6 ranks (pp = 2 and tp = 2 from the plan); on 6 ranks" in refused("--world", "6")
+    assert "= 4, but there are 6 ranks; pp = 2 and tp = 2 from the plan; on 6 ranks" in refused("--world", "6")
