@@ -141,8 +141,8 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
         if (nodes := current()) is not None:
             agent.devices = nodes
         elif machine["world_size"] > machine["devices"]:
-            say(f"{machine['world_size']} ranks share {machine['devices']} device(s) here, so a step takes longer than on as many "
-                "devices")
+            say(f"{machine['world_size']} ranks share {machine['devices']} device(s) here, so a step takes longer than on "
+                "as many devices")
         return learned({**agent.run("athanor.train.loop:train_stage", arguments), "rank": 0}, recipe, run, stage)
 
 
