@@ -104,11 +104,10 @@ def _took(run: RunFolder, recipe: Recipe, stage: str) -> list[tuple[float | None
     """Tokens and model FLOPs of a stage, and of each before it; None where a book is missing, and of a folder it started from."""
     folder, before = run.stage(stage), recipe.get_stage(stage).start_from
     book = read_book(folder.actual) if folder.actual.is_file() else None
-    own = (None, None) if book is None else (book.tokens, book.model_flops)
-    if before is None:
-        return [own]
-    is_stage = before in {each.name for each in recipe.stage}
-    return [own, *(_took(run, recipe, before) if is_stage else [(None, None)])]
+    took: list[tuple[float | None, float | None]] = [(None, None) if book is None else (book.tokens, book.model_flops)]
+    if before in {each.name for each in recipe.stage}:
+        return took + _took(run, recipe, before)
+    return [*took, (None, None)] if before else took
 
 
 def _with_scores(found: list[Contender], path: Path) -> list[Contender]:
