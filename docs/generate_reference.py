@@ -1,14 +1,16 @@
-"""Writes docs/reference.md from the code: every verb, every key of a recipe, every account. A test holds them equal.
+"""Writes docs/reference.md from the code: every verb, key of a recipe, objective, task and account. A test holds them equal.
 
     .venv/bin/python docs/generate_reference.py
 """
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import click
 
+import athanor
 from athanor.cli.main import VERBS, program
 from athanor.foundation.recipe import document
 from athanor.ledger.accounts import ACCOUNTS
@@ -21,7 +23,8 @@ Made by `docs/generate_reference.py`; do not edit by hand.
 
 def render() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *_verbs(), *_recipe(), *_accounts()]) + "\n"
+    return "\n".join([HEAD, *_verbs(), *_recipe(), *_found("Objectives", "objectives/zoo"), *_found("Tasks", "evaluate/tasks"),
+                      *_accounts()]) + "\n"
 
 
 def _verbs() -> list[str]:
@@ -58,6 +61,14 @@ def _recipe() -> list[str]:
            "whose entries an override names: `stage.pretrain.steps=100`.", "",
            "| key | type | default | meaning |", "|---|---|---|---|"]
     out += ["| `{}` | {} | {} | {} |".format(*(cell.replace("|", "\\|") for cell in row)) for row in document()]
+    return [*out, ""]
+
+
+def _found(title: str, folder: str) -> list[str]:
+    """What goes by a file's name there, with the first line of its docstring."""
+    out = [f"## {title}", "", "Or `package.module` of your own.", "", "| name | what it is |", "|---|---|"]
+    for file in sorted((Path(athanor.__file__).parent / folder).glob("[!_]*.py")):
+        out.append(f"| `{file.stem}` | {(ast.get_docstring(ast.parse(file.read_text())) or '').splitlines()[0]} |")
     return [*out, ""]
 
 

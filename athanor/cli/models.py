@@ -19,7 +19,7 @@ from athanor.foundation.run_folder import folder_renamed_last, registry_root
 from athanor.foundation.units import format_count, format_flops
 from athanor.registry.manifest import Manifest
 from athanor.registry.model_folder import TOKENIZER_FILES
-from athanor.registry.store import Registry, diff
+from athanor.registry.store import Registry, card_of, copy_model, diff
 from athanor.registry.tokens import eos_notes
 
 SCREEN = 40  # lines that are one screen where nobody knows better
@@ -131,25 +131,31 @@ def diff_models(first: str, second: str, registry: Path | None, as_json: bool) -
 
 
 @command.command()
-@click.argument("reference")
+@click.argument("model")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(["huggingface", "gguf"]), default="huggingface", show_default=True,
-              help="A Hugging Face folder, or one file for llama.cpp (of Llama, Mistral, Mixtral, Qwen, Gemma, GPT-2).")
+@click.option("--format", "form", type=click.Choice(["huggingface", "gguf"]),
+              help="A Hugging Face folder, or one file for llama.cpp (of Llama, Mistral, Mixtral, Qwen, Gemma, GPT-2); unless "
+              "given, the latter for a TARGET that ends in .gguf.")
 @click.option("--type", "kind", type=click.Choice(["f16", "q8_0"], case_sensitive=False), default="f16", show_default=True,
               help="How a GGUF file holds matrices.")
 @options
-def export(reference: str, target: Path, form: str, kind: str, registry: Path | None, as_json: bool) -> None:
-    """Copy a version's Hugging Face folder to a new folder TARGET, or write it as the GGUF file TARGET."""
-    store = _open(registry)
-    if form == "gguf":
+def export(model: str, target: Path, form: str | None, kind: str, registry: Path | None, as_json: bool) -> None:
+    """Copy a model's Hugging Face folder to a new folder TARGET, or write it as the GGUF file TARGET.
+
+    MODEL is a name in the registry, a model's folder, or a run's, which stands for its newest stage.
+    """
+    from athanor.serve.target import find_target
+
+    found = find_target(model, registry)
+    card = card_of(found.folder, found.name)
+    if (form or target.suffix.lower().lstrip(".")) == "gguf":
         from athanor.registry.to_gguf import write_gguf
 
-        card = store.get(reference)
-        notes = write_gguf(store.folder(card), target, card.reference, kind)
+        notes = write_gguf(found.folder, target, card.reference, kind)
         result: dict[str, Any] = {"reference": card.reference, "file": str(target), "type": kind, "notes": notes}
     else:
-        card, notes = store.export(reference, target), []
-        result = {"reference": card.reference, "folder": str(target), "files": card.files}
+        copy_model(found.folder, card, target)
+        notes, result = [], {"reference": card.reference, "folder": str(target), "files": card.files}
     if as_json:
         click.echo(json.dumps(result))
     for line in [f"{card.reference} is in {target}", *notes]:

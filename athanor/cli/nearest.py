@@ -15,24 +15,33 @@ TOLD = 3
 
 
 def with_nearest(error: LayoutError, recipe: Recipe, run: RunFolder, stage: str, world_size: int) -> LayoutError:
-    """The refusal, with layouts that work instead of those that only multiply to the number of ranks."""
+    """The refusal, with the degrees that a plan set, and layouts that work instead of those that only multiply to the ranks."""
     try:
         found = [str(layout) for layout in islice(working(recipe, run, stage, world_size), TOLD)]
     except UserError:  # nobody knows the model yet
         found = []
+    words, _, only_multiply = str(error).partition("; nearest layouts")
+    planned = [f"{axis} = {degree}" for axis in (*AXES, "ep") if (degree := getattr(recipe.parallel, axis) or 1) != 1
+               and recipe.origin(f"parallel.{axis}") == "plan"]
+    words += f"; {' and '.join(planned)} from the plan" if planned else ""
     told = f"; on {world_size} rank{'' if world_size == 1 else 's'} these layouts work: {'; '.join(found)}"
-    return LayoutError(str(error).partition("; nearest layouts")[0] + told) if found else error
+    return LayoutError(words + (told if found else f"; nearest layouts{only_multiply}" if only_multiply else ""))
 
 
 def working(recipe: Recipe, run: RunFolder, stage: str, world_size: int) -> Iterator[Layout]:
-    """Layouts in which a stage can be trained with all else as it is, the nearest first. Raises UserError without a model."""
-    from athanor.data.lineage import open_manifest
+    """Layouts in which a stage can be trained with all else as it is, the nearest first. Raises UserError without a model.
+
+    A stage that starts from one without a model yet is taken to have the recipe's.
+    """
     from athanor.models.huggingface import read_shape
+    from athanor.train.rehearse import vocabulary
     from athanor.train.settings import layout_of
     from athanor.train.stage import arrange, find_start, fresh_shape
 
-    start = find_start(run, recipe, recipe.get_stage(stage))
-    shape = fresh_shape(recipe, open_manifest(run.data)) if start is None else read_shape(start)
+    wanted = recipe.get_stage(stage)
+    earlier = [other.name for other in recipe.stage if not run.stage(other.name).model.is_dir()]
+    start = None if wanted.start_from in earlier else find_start(run, recipe, wanted)
+    shape = fresh_shape(recipe, vocabulary(run, recipe)) if start is None else read_shape(start)
     for layout in nearest(layout_of(recipe), world_size)[:MOST_TRIED]:
         split = recipe.parallel.split if layout.pp == recipe.parallel.pp else None
         degrees = {f"parallel.{axis}": getattr(layout, axis) for axis in (*AXES, "ep")}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor.foundation.errors import LayoutError, RecipeError, UserError, did_you_mean
+from athanor.foundation.layout import AXES
 from athanor.foundation.recipe import Recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, hash_file, hash_value
 
@@ -45,8 +46,10 @@ def refuse_early(recipe: Recipe) -> None:
         if stage.data not in ("documents", "pairs"):
             if not Path(stage.data).is_file():
                 raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' is neither 'documents', 'pairs' nor a JSONL file")
-            for _ in read_conversations(Path(stage.data)):
-                pass  # a line that is no conversation is told now
+            said = [message["role"] for talk in read_conversations(Path(stage.data)) for message in talk]  # every line is read
+            if "assistant" not in said:
+                raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' has no message of the role 'assistant', so there is "
+                                  "nothing to learn from it")
     if recipe.cluster.file != "auto":
         read_cluster(Path(recipe.cluster.file))
     if recipe.plan.file != "auto":
@@ -71,10 +74,18 @@ def devices_of(recipe: Recipe) -> int:
 
 
 def planned(recipe: Recipe, run: RunFolder) -> Recipe:
-    """What a recipe leaves open, filled from the plan that it names, or else from the one in its run folder, if there is one."""
-    if recipe.plan.file != "auto":
-        return recipe.with_plan(read_plan(Path(recipe.plan.file)), recipe.plan.file)
-    return recipe.with_plan(read_plan(run.plan), str(run.plan)) if run.plan.exists() else recipe
+    """What a recipe leaves open, filled from the plan that it names, or else from the one in its run folder, if there is one.
+
+    Where it has other degrees than the plan, dp_shard is what they leave over of the ranks, as without a plan.
+    """
+    file = run.plan if recipe.plan.file == "auto" else Path(recipe.plan.file)
+    if recipe.plan.file == "auto" and not file.exists():
+        return recipe
+    plan = read_plan(file)
+    filled = recipe.with_plan(plan, str(file))
+    other = any((getattr(filled.parallel, axis) or 1) != plan.get("parallel", {}).get(axis, 1) for axis in AXES)
+    is_open = other and filled.origin("parallel.dp_shard") == "plan"
+    return filled.with_values({"parallel.dp_shard": None}, "default") if is_open else filled
 
 
 def plan_inputs(recipe: Recipe, run: RunFolder, sources: dict[str, Any]) -> dict[str, str]:

@@ -46,7 +46,9 @@ def command(recipe: Path, overrides: tuple[str, ...], world: int | None, stage: 
     peak memory by kind, every collective and FLOPs of a step, and what would help where memory does not suffice. Written
     beside the stage's forecast as rehearsal.json.
     """
+    from athanor.cli.nearest import with_nearest
     from athanor.cli.preflight import planned
+    from athanor.foundation.errors import LayoutError
     from athanor.foundation.recipe import load_recipe
     from athanor.foundation.run_folder import RunFolder, runs_root
     from athanor.train.memory import remedies
@@ -58,7 +60,12 @@ def command(recipe: Path, overrides: tuple[str, ...], world: int | None, stage: 
     wanted = planned(wanted, run)
     name = stage or wanted.stage[0].name
     device = describe_device(wanted, run, name)
-    job = rehearsal_job(run, wanted, name, world or world_size_of(wanted, wanted.cluster.devices or 1))
+    ranks = world or wanted.cluster.devices or 1
+    try:
+        ranks = world or world_size_of(wanted, ranks)
+        job = rehearsal_job(run, wanted, name, ranks)
+    except LayoutError as error:
+        raise with_nearest(error, wanted, run, name, ranks) from None
     found = rehearse_with_bar(job, device)
     book = make_book(job, device, found)
     book.write(job.folder.rehearsal)

@@ -135,9 +135,14 @@ def train(recipe: Recipe, run: RunFolder, stage: str, *, is_fresh: bool = False)
             return learned(result, recipe, run, stage)
         start_server("athanor.train.loop")
         job = look_ahead(recipe, run, stage, machine, is_fresh)  # what cannot be trained starts no rank
+        if job.rows.left_out:
+            say(f"{stage} leaves conversations out: {job.rows.left_out}")
         agent = Agent(run.stage(stage), machine["world_size"], machine["threads"], on_message=show, fewer=fewer_ranks(job))
         if (nodes := current()) is not None:
             agent.devices = nodes
+        elif machine["world_size"] > machine["devices"]:
+            say(f"{machine['world_size']} ranks share {machine['devices']} device(s) here, so a step takes longer than on "
+                "as many devices")
         return learned({**agent.run("athanor.train.loop:train_stage", arguments), "rank": 0}, recipe, run, stage)
 
 
@@ -160,7 +165,7 @@ def learned(result: dict[str, Any], recipe: Recipe, run: RunFolder, stage: str) 
 
 
 def describe_machine(recipe: Recipe, run: RunFolder, stage: str) -> dict[str, Any]:
-    """World size, threads per rank, and what a rank must know of its device: from cluster.toml where there is one."""
+    """World size, devices, threads per rank, and what a rank must know of its device: from cluster.toml where there is one."""
     from athanor.cluster.spec import read_cluster
     from athanor.train.settings import world_size_of
 
@@ -180,6 +185,6 @@ def describe_machine(recipe: Recipe, run: RunFolder, stage: str) -> dict[str, An
         found = torch.cuda.device_count() if device_type == "cuda" else len(os.sched_getaffinity(0))
         devices, arguments = recipe.cluster.devices or found, {"device_type": device_type, "accelerator": device_type}
     try:
-        return {"world_size": world_size_of(recipe, devices), "threads": threads, "arguments": arguments}
+        return {"world_size": world_size_of(recipe, devices), "devices": devices, "threads": threads, "arguments": arguments}
     except LayoutError as error:
         raise with_nearest(error, recipe, run, stage, devices) from None

@@ -41,11 +41,17 @@ class Rows:
     """An endless, mixed and shuffled sequence of rows; in the evaluation split, one pass in the order of the file."""
 
     def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], seed: int, shuffled: bool,
-                 fingerprint: str, dropped: int = 0) -> None:
+                 fingerprint: str, dropped: int = 0, silent: int = 0) -> None:
         self.sources, self.weights, self.seed, self.shuffled = sources, weights, seed, shuffled
         self.fingerprint = fingerprint  # hash of all that the rows depend on
-        self.dropped = dropped  # conversations too long for a row
+        self.dropped, self.silent = dropped, silent  # conversations too long for a row, and those with nothing to learn
         self.count = sum(source.count for source in sources)  # rows of one epoch
+
+    @property
+    def left_out(self) -> str:
+        """Which conversations are in no row, as half a sentence; empty when all are in one."""
+        parts = {"too long for a row": self.dropped, "without an answer to learn from": self.silent}
+        return " and ".join(f"{count} {why}" for why, count in parts.items() if count)
 
     def take(self, first_sample: int, count: int) -> list[Row]:
         """Rows of samples [first_sample, first_sample + count); sample numbers go on growing over epochs."""
@@ -99,12 +105,13 @@ class Windows:
 
 
 class Conversations:
-    """Conversations packed into rows of S tokens; only what the assistant says has weight."""
+    """Conversations packed into rows of S tokens; only what the assistant says has weight, and without that there is no row."""
 
     def __init__(self, coded: list[tuple[list[int], list[int]]], seq_len: int, pad_id: int, name: str) -> None:
         self.coded, self.seq_len, self.pad_id, self.name = coded, seq_len, pad_id, name
-        self.packed, too_long = pack([len(ids) for ids, _ in coded], seq_len)
-        self.dropped = len(too_long)
+        has_answer = [any(mask[1:]) for _, mask in coded]  # nothing predicts the first token
+        self.packed, too_long = pack([len(ids) if has else 0 for (ids, _), has in zip(coded, has_answer, strict=True)], seq_len)
+        self.dropped, self.silent = len(too_long), has_answer.count(False)
         self.count = len(self.packed)
 
     def row(self, index: int) -> Row:
@@ -138,15 +145,16 @@ def open_rows(data_folder: Path, data: str, seq_len: int, seed: int, split: Spli
     manifest = open_manifest(data_folder)
     identity = {"manifest": manifest["hash"], "data": data, "seq_len": seq_len, "seed": seed, "split": split}
     if data == "documents":
-        rows = _document_rows(data_folder, manifest, seq_len, seed, split, identity)
-    else:
-        rows = _conversation_rows(data_folder, manifest, data, seq_len, seed, split, identity)
+        return _document_rows(data_folder, manifest, seq_len, seed, split, identity)
     if split == "train" and data == "pairs" and not manifest["pairs"]:
         raise DataError(f"'pairs' are made from Python functions with docstrings, and {data_folder} has none; give the stage a "
                         "JSONL file of conversations as its data, or leave it out")
+    rows = _conversation_rows(data_folder, manifest, data, seq_len, seed, split, identity)
     if split == "train" and rows.count == 0:
-        raise DataError(f"'{data}' of {data_folder} has not one row of {seq_len} tokens; give more text or a smaller seq_len"
-                        + (f" ({rows.dropped} conversations are longer)" if rows.dropped else ""))
+        need = (f"give it a larger seq_len than {seq_len}" if rows.dropped else
+                "in one at least a message of the role 'assistant' must follow another" if rows.silent else
+                "the file is empty, or all in it was held out for evaluation; give it more")
+        raise DataError(f"'{data}' has no conversation to train on ({rows.left_out or 'none is left out'}): {need}")
     return rows
 
 
@@ -186,7 +194,8 @@ def _conversation_rows(folder: Path, manifest: dict[str, Any], data: str, seq_le
     template = ChatTemplate.load(folder / "tokenizer")
     packed = Conversations([template.render_with_mask(messages) for messages in conversations], seq_len,
                            template.tokenizer.pad_id, data)
-    return Rows([packed], [1.0], seed, split == "train", hash_value(identity | {"template": template.hash}), packed.dropped)
+    return Rows([packed], [1.0], seed, split == "train", hash_value(identity | {"template": template.hash}), packed.dropped,
+                packed.silent)
 
 
 def read_conversations(file: Path) -> Iterator[list[dict[str, Any]]]:

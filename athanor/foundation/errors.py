@@ -66,9 +66,10 @@ class RankError(AthanorError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name that `name` most likely meant, or None when nothing is close."""
-    found = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return found[0] if found else None
+    """The allowed name that `name` most likely meant, the first of those equally close; None when nothing is."""
+    close = {option: difflib.SequenceMatcher(None, option, name).ratio() for option in sorted(allowed)}
+    best = max(close, key=close.__getitem__, default=None)
+    return best if best is not None and close[best] >= 0.5 else None
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,16 @@ from athanor.registry.store import Registry
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to compare. `tokens` and `ledger_flops` are what it and all that it started from took; None: nobody knows."""
+    """A model to compare. `tokens` and `ledger_flops` are what it and all that it started from took; None: nobody knows of one of
+    them, as of a base from elsewhere. `known_tokens` and `known_flops` are those of the others."""
 
     name: str
     shape: DecoderShape
     tokens: float | None = None
     ledger_flops: float | None = None
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> a score's fields
+    known_tokens: float | None = None
+    known_flops: float | None = None
 
 
 def find_contenders(names: list[str], store: Registry, scores: Path | None = None) -> list[Contender]:
@@ -58,15 +63,21 @@ def _found(name: str, store: Registry) -> list[Contender]:
                          + did_you_mean(name, {*models, *known}))
     card = store.get(name)
     line = store.lineage(card.reference)
-    return [Contender(card.reference, load_shape(store.folder(card), for_training=False), _tokens_of(line),
-                      line["cost"]["model_flops"], card.scores or {})]
+    tokens, known_tokens = _together(_tokens_of(line))
+    return [Contender(card.reference, load_shape(store.folder(card), for_training=False), tokens, line["cost"]["model_flops"],
+                      card.scores or {}, known_tokens, line["known_cost"]["model_flops"])]
 
 
-def _tokens_of(node: dict[str, Any]) -> float | None:
-    """Tokens of a version and all its parents; None when one of them does not know."""
-    parts = [node.get("tokens"), *(_tokens_of(parent) for parent in node.get("parents", []))]
+def _tokens_of(node: dict[str, Any]) -> list[float | None]:
+    """Tokens of a version and of each of its parents; None of one that does not know."""
+    return [node.get("tokens"), *(tokens for parent in node.get("parents", []) for tokens in _tokens_of(parent))]
+
+
+def _together(parts: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """The sum, None when one part is not known; and that of the parts that are, None when none is."""
     known = [part for part in parts if part is not None]
-    return float(sum(known)) if len(known) == len(parts) else None
+    total = math.fsum(known) if known else None
+    return total if len(known) == len(parts) else None, total
 
 
 def _of_run(run: RunFolder) -> list[Contender]:
@@ -83,18 +94,20 @@ def _of_run(run: RunFolder) -> list[Contender]:
 def _of_stage(run: RunFolder, stage: str, name: str) -> Contender:
     recipe = load_recipe(run.recipe)
     models = read_json(run.scores).get("models", {}) if run.scores.is_file() else {}
-    return Contender(name, load_shape(run.stage(stage).model, for_training=False), *_took(run, recipe, stage),
-                     models.get(stage, {}))
+    took = _took(run, recipe, stage)
+    (tokens, known_tokens), (flops, known_flops) = (_together([each[i] for each in took]) for i in (0, 1))
+    return Contender(name, load_shape(run.stage(stage).model, for_training=False), tokens, flops, models.get(stage, {}),
+                     known_tokens, known_flops)
 
 
-def _took(run: RunFolder, recipe: Recipe, stage: str) -> tuple[float | None, float | None]:
-    """Tokens and model FLOPs of a stage and those before it; None when it started from a folder, or a book is missing."""
+def _took(run: RunFolder, recipe: Recipe, stage: str) -> list[tuple[float | None, float | None]]:
+    """Tokens and model FLOPs of a stage, and of each before it; None where a book is missing, and of a folder it started from."""
     folder, before = run.stage(stage), recipe.get_stage(stage).start_from
-    if not folder.actual.is_file() or (before and before not in {each.name for each in recipe.stage}):
-        return None, None
-    book = read_book(folder.actual)
-    tokens, flops = _took(run, recipe, before) if before else (0.0, 0.0)
-    return (None, None) if tokens is None or flops is None else (tokens + book.tokens, flops + book.model_flops)
+    book = read_book(folder.actual) if folder.actual.is_file() else None
+    took: list[tuple[float | None, float | None]] = [(None, None) if book is None else (book.tokens, book.model_flops)]
+    if before in {each.name for each in recipe.stage}:
+        return took + _took(run, recipe, before)
+    return [*took, (None, None)] if before else took
 
 
 def _with_scores(found: list[Contender], path: Path) -> list[Contender]:

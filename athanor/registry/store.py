@@ -95,15 +95,6 @@ class Registry:
         _check_name(model)
         return self.add(source, describe_folder(source, model, f"import of {source.resolve()}"))
 
-    def export(self, reference: str, target: Path) -> Manifest:
-        """Copy a version's Hugging Face folder to `target`, checked on the way; nothing half written is ever there."""
-        card = self.get(reference)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"{target} exists and is not an empty folder; export needs a new one")
-        with folder_renamed_last(target) as building:
-            copy_files(self.folder(card), building, card.files)
-        return card
-
     def get(self, reference: str) -> Manifest:
         """The card that `model`, `model@latest`, `model@alias` or `model@first-digits` names.
 
@@ -265,6 +256,20 @@ def diff(first: Manifest, second: Manifest) -> dict[str, tuple[Any, Any]]:
     left, right = ({key: value for name, content in asdict(card).items() if name not in ("seal", "files")
                     for key, value in _leaves(content, name)} for card in (first, second))
     return {key: (left.get(key), right.get(key)) for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)}
+
+
+def card_of(folder: Path, name: str) -> Manifest:
+    """The card of a model's folder: the one beside it in a registry, or that of a folder which says nothing of its past."""
+    card = folder.parent / "manifest.json"
+    return read_manifest(card) if "@" in folder.parent.name and card.is_file() else describe_folder(folder, name, f"{folder}")
+
+
+def copy_model(source: Path, card: Manifest, target: Path) -> None:
+    """Copy a model's folder, checked against its card on the way; nothing half written is ever there."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder; export needs a new one")
+    with folder_renamed_last(target) as building:
+        copy_files(source, building, card.files)
 
 
 def copy_files(source: Path, target: Path, expected: dict[str, str]) -> None:

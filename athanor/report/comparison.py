@@ -31,9 +31,9 @@ DEFINITIONS = {
     "forward_2n": "FLOPs of one token forward, as 2 for each active parameter",
     "forward_shape": "FLOPs of one token forward, from the shape: every matrix it meets, and causal attention in documents "
                      "of the longest context that all of these models have; the embedding multiplies nothing",
-    "tokens": "tokens that it and all it started from were trained on",
+    "tokens": "tokens that it and all it started from were trained on; at least so many where nobody knows of one of them",
     "pd_6nd": "6 x active parameters x tokens, in PD (8.64e19 FLOP)",
-    "pd_ledger": "model FLOPs that the books of these trainings hold, in PD",
+    "pd_ledger": "model FLOPs that the books of these trainings hold, in PD; at least so many where one has no book",
     "interval": "95 % confidence interval of a score",
     "mean": "mean of the accuracies of the tasks named, in points (percent), each task counting the same; its interval takes "
             "tasks as independent",
@@ -107,6 +107,7 @@ def _figures(one: Contender, own: dict[str, Row], meant: Sequence[str], length: 
     trained = pd_ledger or pd_6nd
     return {"name": one.name, "architecture": one.shape.MODEL_TYPE, "parameters": one.shape.parameters(),
             "active_parameters": active, "forward_flops_2n": 2 * active, "forward_flops_shape": forward, "tokens": one.tokens,
+            "known_tokens": one.known_tokens, "known_pd": None if one.known_flops is None else one.known_flops / PD_FLOP,
             "pd_6nd": pd_6nd, "pd_ledger": pd_ledger, "mean_accuracy_points": mean,
             "points_per_pflop_2n": _per(mean, 2 * active / PFLOP), "points_per_pflop_shape": _per(mean, forward / PFLOP),
             "points_per_pd": _per(mean, trained) if trained else None, BITS: own.get(BITS), "scores": own}
@@ -126,8 +127,9 @@ def _per(mean: dict[str, float] | None, amount: float) -> dict[str, float] | Non
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
     """(figure, key of its definition, a cell for each model) for people; a dash for what nobody knows."""
-    def cells(key: str, text: Callable[[Any], str]) -> list[str]:
-        return ["–" if one[key] is None else text(one[key]) for one in found["models"]]
+    def cells(key: str, text: Callable[[Any], str], known: str = "") -> list[str]:
+        return [f"at least {text(one[known])}" if one[key] is None and one.get(known) is not None else
+                "–" if one[key] is None else text(one[key]) for one in found["models"]]
 
     def interval(digits: str) -> Callable[[dict[str, float]], str]:
         return lambda v: f"{v['value']:{digits}} [{v['low']:{digits}}, {v['high']:{digits}}]"
@@ -145,8 +147,9 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
             ("active parameters", "active", cells("active_parameters", format_count)),
             ("forward, 2 x active", "forward_2n", cells("forward_flops_2n", work)),
             ("forward, from the shape", "forward_shape", cells("forward_flops_shape", work)),
-            ("tokens", "tokens", cells("tokens", format_count)),
-            ("training, 6ND", "pd_6nd", cells("pd_6nd", trained)), ("training, ledger", "pd_ledger", cells("pd_ledger", trained))]
+            ("tokens", "tokens", cells("tokens", format_count, "known_tokens")),
+            ("training, 6ND", "pd_6nd", cells("pd_6nd", trained)),
+            ("training, ledger", "pd_ledger", cells("pd_ledger", trained, "known_pd"))]
     for task in sorted(found["tasks"], key=lambda task: task != BITS):
         held = [one["scores"].get(task) for one in found["models"]]
         made.append((task.replace("_", " ") if task == BITS else task, "interval", ["–" if s is None else

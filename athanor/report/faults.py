@@ -14,16 +14,18 @@ TOLD, RESUMED = ("fault", "held", "stop", "rollback", "fresh"), ("restart", "rol
 
 @dataclass(frozen=True)
 class Fault:
-    """`at`: seconds since the stage's first event, None when nobody saw it; `sentence`: what was told of it."""
+    """`at`: seconds since the stage's first event, None when nobody saw it; `sentence`: what was told of it; `is_asked`: whether
+    it was no fault, but --fresh."""
 
     at: float | None
     sentence: str
     cost: Interruption
+    is_asked: bool = False
 
     def to_json(self) -> dict[str, Any]:
         cost = self.cost
         return {"seconds_since_start": self.at, "sentence": self.sentence, "step": cost.step, "resumed_step": cost.resumed_step,
-                "accounts": cost.accounts, "device_seconds": cost.device_seconds}
+                "is_asked": self.is_asked, "accounts": cost.accounts, "device_seconds": cost.device_seconds}
 
 
 def timeline(events: Sequence[dict[str, Any]], ledger: Sequence[dict[str, Any]]) -> list[Fault]:
@@ -42,16 +44,24 @@ def timeline(events: Sequence[dict[str, Any]], ledger: Sequence[dict[str, Any]])
 def _fault(told: Sequence[dict[str, Any]], cost: Interruption, first: float) -> Fault:
     times = [event["time"] - first for event in told if "time" in event]
     sentences = dict.fromkeys(str(event.get("sentence", "")) for event in told)
-    return Fault(min(times, default=None), "; ".join(sentences) or "it ended, and nobody was left to say why", cost)
+    return Fault(min(times, default=None), "; ".join(sentences) or "it ended, and nobody was left to say why", cost,
+                 any(event.get("kind") == "fresh" for event in told))
 
 
 def summary(faults: Sequence[Fault], paid_seconds: float) -> str:
     """What all of them took, of the device-seconds paid."""
     cost = sum(fault.cost.device_seconds for fault in faults)
-    again = sum(fault.cost.steps_again for fault in faults)
     share = f", {format_share(cost / paid_seconds)} of what was paid" if paid_seconds > 0 else ""
-    return (f"interrupted {'once' if len(faults) == 1 else f'{len(faults)} times'}, {again} step{'' if again == 1 else 's'} done "
-            f"again: {cost:,.1f} device-seconds{share}")
+    found = [_counted([fault for fault in faults if fault.is_asked is is_asked], *words) for is_asked, words in (
+        (False, ("interrupted", "done again")), (True, ("begun anew", "thrown away as asked")))]
+    return f"{' and '.join(filter(None, found))}: {cost:,.1f} device-seconds{share}"
+
+
+def _counted(faults: Sequence[Fault], what: str, became: str) -> str:
+    """How often, and what became of how many steps; empty where there is none."""
+    steps = sum(fault.cost.steps_again for fault in faults)
+    times = "once" if len(faults) == 1 else f"{len(faults)} times"
+    return f"{what} {times}, {steps} step{'' if steps == 1 else 's'} {became}" if faults else ""
 
 
 def cells(fault: Fault) -> list[str]:

@@ -37,8 +37,8 @@ class Target:
         return f"{self.name}@{self.version}"
 
 
-def find_target(model: str) -> Target:
-    """Resolve MODEL. Raises UserError that names what was tried, and the nearest name that exists."""
+def find_target(model: str, registry: Path | None = None) -> Target:
+    """Resolve MODEL, with the registry in this folder if given. Raises UserError with what was tried and the nearest name."""
     path = Path(model)
     if path.suffix == ".toml":
         return _of_run(runs_root() / load_recipe(path).name, f"'{model}' has not been trained yet: ")
@@ -50,7 +50,7 @@ def find_target(model: str) -> Target:
         return _of_run(path.resolve(), "")
     if "@" not in model and (runs_root() / model).is_dir():
         return _of_run((runs_root() / model).resolve(), "")
-    return _of_registry(model)
+    return _of_registry(model, Registry(registry or registry_root()))
 
 
 def _of_folder(folder: Path) -> Target:
@@ -71,8 +71,7 @@ def _of_run(run: Path, before: str) -> Target:
     return Target(newest, f"{run.name}-{newest.parent.name}", RunFolder(run), newest.parent.name)
 
 
-def _of_registry(model: str) -> Target:
-    registry = Registry(registry_root())
+def _of_registry(model: str, registry: Registry) -> Target:
     names = {str(row["model"]) for row in registry.rows()}
     runs = [path.parent.name for path in runs_root().glob("*/recipe.toml")]
     if model.partition("@")[0] not in names:

@@ -50,7 +50,7 @@ class Rehearsed:
 class OneDocument:
     """Rows of one document each, whose tokens are all the same and all count."""
 
-    count, dropped, fingerprint = 1, 0, ""
+    count, dropped, left_out, fingerprint = 1, 0, "", ""
 
     def __init__(self, seq_len: int) -> None:
         self.made: Row = {**empty_row(seq_len), "weight": np.ones(seq_len, dtype=np.float32)}
@@ -66,18 +66,18 @@ def rehearsal_job(run: RunFolder, recipe: Recipe, stage_name: str, world_size: i
     """
     stage = recipe.get_stage(stage_name)
     start = find_start(run, recipe, stage) if stage.start_from not in [None, *(other.name for other in recipe.stage)] else None
-    shape = read_shape(start) if start is not None else fresh_shape(recipe, _vocabulary(run, recipe))
+    shape = read_shape(start) if start is not None else fresh_shape(recipe, vocabulary(run, recipe))
     layout, settings, pipeline = arrange(recipe, stage, shape, world_size)
     settings, rows = replace(settings, compile=False), cast(Any, OneDocument(settings.seq_len))
     return Job(run, run.stage(stage.name), recipe, settings, layout, pipeline, shape, start, rows, rows, {})
 
 
-def _vocabulary(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
+def vocabulary(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
+    """What `fresh_shape` asks of the data's manifest, from the recipe where there are no data yet; else raises UserError."""
     if (run.data / "manifest.json").is_file():
         return open_manifest(run.data)
     if recipe.data.vocab_size is None:
-        raise UserError("data.vocab_size is open, and without it nobody knows the model's size; give it, or build the data first "
-                        "(athanor data build)")
+        raise UserError("data.vocab_size is open, so nobody knows the model's size; give it, or first `athanor data build`")
     return {"vocab_size": recipe.data.vocab_size, "bos_id": 0, "eos_id": 1, "pad_id": 2}
 
 

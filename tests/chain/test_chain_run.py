@@ -98,6 +98,9 @@ def test_a_line_that_is_no_conversation_is_told_first(athanor: Any, recipe: Path
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"message": turns}) + "\n")
     result = athanor("run", recipe, f"stage.chat.data={tmp_path / 'talk.jsonl'}")
     assert result.returncode == 2 and "talk.jsonl line 2" in result.stderr
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": turns[:1]}) + "\n")
+    result = athanor("run", recipe, f"stage.chat.data={tmp_path / 'talk.jsonl'}")
+    assert result.returncode == 2 and "no message of the role 'assistant'" in result.stderr
     assert not ran(read_jsonl(tmp_path / "runs" / "small" / "chain.jsonl"))
 
 

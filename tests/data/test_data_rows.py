@@ -156,8 +156,30 @@ def test_bad_conversations_are_refused(data_folder: Path, tmp_path: Path, data: 
 def test_too_long_rows_are_refused(data_folder: Path) -> None:
     with pytest.raises(DataError, match="fewer than one row of 10000000"):
         open_rows(data_folder, "documents", 10_000_000, 0)
-    with pytest.raises(DataError, match="has not one row of 8 tokens"):
+    with pytest.raises(DataError, match=r"'pairs' has no conversation .*\d+ too long for a row.*a larger seq_len than 8"):
         open_rows(data_folder, "pairs", 8, 0)
+
+
+def test_conversations_without_an_answer_are_left_out_and_counted(data_folder: Path, tmp_path: Path) -> None:
+    asked = [[{"role": "user", "content": f"q{i}"}] for i in range(60)]
+    answered = [[*ask, {"role": "assistant", "content": f"a{i}"}] for i, ask in enumerate(asked[:30])]
+    silent, mixed, empty = (tmp_path / f"{name}.jsonl" for name in ("silent", "mixed", "empty"))
+    for file, talks in ((silent, asked), (mixed, asked + answered), (empty, [])):
+        file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    with pytest.raises(DataError, match=r"no conversation to train on \(\d+ without an answer.*'assistant' must follow"):
+        open_rows(data_folder, str(silent), 64, 0)
+    with pytest.raises(DataError, match="the file is empty, or all in it was held out"):
+        open_rows(data_folder, str(empty), 64, 0)
+    splits = [open_rows(data_folder, str(mixed), 64, 0, split) for split in ("train", "evaluation")]  # type: ignore[arg-type]
+    assert [rows.dropped for rows in splits] == [0, 0] and sum(rows.silent for rows in splits) == len(asked)
+    tokenizer = ChatTemplate.load(data_folder / "tokenizer").tokenizer
+    shown = ""
+    for rows in splits:
+        assert rows.left_out == f"{rows.silent} without an answer to learn from"
+        for row in rows.take(0, rows.count):
+            assert row["weight"].any()
+            shown += tokenizer.decode(row["tokens"].tolist(), False)
+    assert shown.count("<|user|>") == shown.count("<|assistant|>") == len(answered)
 
 
 def test_reading_rows_loads_nothing_heavy(data_folder: Path) -> None:

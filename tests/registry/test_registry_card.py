@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 import athanor.registry
 from athanor.cli.models import command
-from athanor.foundation.errors import AthanorError, ModelError
-from athanor.foundation.run_folder import RunFolder, hash_file, write_json
+from athanor.foundation.errors import AthanorError, ModelError, UserError
+from athanor.foundation.run_folder import RunFolder, hash_file, hash_folder, write_json
 from athanor.registry.manifest import code_version
 from athanor.registry.model_folder import check_model_folder
 from athanor.registry.store import Registry, register
@@ -214,6 +214,13 @@ def test_verbs_print_one_json_document(run: RunFolder, registry: Registry, tmp_p
     assert call("lineage", "tiny-pretrain")["children"] == [chat.reference]
     assert "hashes.weights" in call("diff", "tiny-chat", "tiny-pretrain")["differences"]  # type: ignore[operator]
     assert call("export", "tiny-chat", str(tmp_path / "out"))["reference"] == chat.reference
+    (run.stage("chat").model / "config.json").touch()  # so that it is the newest
+    exported = [call("export", str(model), str(tmp_path / f"out-{i}")) for i, model in enumerate((
+        run.root, run.stage("chat").root, run.stage("chat").model, registry.folder(chat)))]
+    assert [found["reference"] for found in exported] == [chat.reference] * 4, "the same content, wherever it lies"
+    assert hash_folder(tmp_path / "out-0") == hash_folder(run.stage("chat").model)
+    with pytest.raises(UserError, match=r"'tiny-chap' is no model folder, run folder.*did you mean 'tiny-chat'"):
+        call("export", "tiny-chap", str(tmp_path / "none"))
     assert call("import", str(tmp_path / "out"), "--name", "copy")["version"] == chat.version
     assert call("reindex")["versions"] == 3
     (registry.folder(base) / "config.json").write_text("{}")

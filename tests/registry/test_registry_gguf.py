@@ -250,7 +250,7 @@ def test_our_own_tokenizer_comes_with_a_sentence_and_the_verb_prints_it(tmp_path
     folder = make(tmp_path / "m", vocab_size=320)
     own.train_tokenizer(iter(TEXTS), 300).save(folder)
     registry.import_folder(folder, "mine")
-    arguments = ["export", "mine", str(tmp_path / "out" / "m.gguf"), "--format", "gguf", "--type", "q8_0", "--json", "--registry",
+    arguments = ["export", "mine", str(tmp_path / "out" / "m.gguf"), "--type", "q8_0", "--json", "--registry",
                  str(registry.root)]
     printed = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).stdout)
     assert "cuts and joins text as this tokenizer does; 'smaug-bpe' comes nearest" in printed["notes"][0]

@@ -20,7 +20,8 @@ from athanor.models.find import load_architecture
 from athanor.models.huggingface import save_model
 from athanor.models.initialize import initialize
 from athanor.models.shapes.find import shape_class
-from athanor.registry.store import register
+from athanor.registry.store import Registry, register
+from athanor.report.comparison import rows
 
 DOCS = Path(__file__).parents[2] / "docs"
 SCORES = DOCS / "yuan2-m32-scores.json"
@@ -162,6 +163,24 @@ def test_registered_versions_and_folders_go_together(tmp_path: Path) -> None:
     assert chat["name"].startswith("tiny-chat@") and chat["tokens"] == 5e5 and chat["scores"]["identifiers"]["count"] == 300
     assert pretrain["tokens"] == 4e5 and pretrain["scores"]
     assert published["scores"] == {} and published["mean_accuracy_points"] is None
+
+
+def test_what_is_known_of_a_model_from_a_base_of_elsewhere_is_told_as_at_least(tmp_path: Path) -> None:
+    """Of a base that was imported nobody knows what it took: the fine-tuning's 1e5 tokens and 5e10 FLOPs are at least so many."""
+    made, run = make_run(tmp_path / "runs" / "base"), make_run(tmp_path / "runs" / "tiny")
+    base = made.stage("pretrain").model
+    run.recipe.write_text(RECIPE.replace('start_from = "pretrain"', f'start_from = "{base}"'))
+    register(run.root, "chat", tmp_path / "registry")
+    for imported in (False, True):
+        if imported:
+            Registry(tmp_path / "registry").import_folder(base, "base")
+        for name in ("tiny-chat", run.stage("chat").model):
+            found = call(tmp_path, name, "yuan2-m32")
+            chat, published = found["models"]
+            assert chat["tokens"] is chat["pd_ledger"] is chat["points_per_pd"] is published["known_tokens"] is None
+            assert (chat["known_tokens"], chat["known_pd"]) == (1e5, pytest.approx(5e10 / 8.64e19))
+            cells = {row: cells for row, _, cells in rows(found)}
+            assert cells["tokens"] == ["at least 100 k", "–"] and cells["training, ledger"][0].startswith("at least 50")
 
 
 def test_what_was_asked_otherwise_is_told_and_not_averaged(tmp_path: Path) -> None:

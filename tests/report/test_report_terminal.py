@@ -13,10 +13,12 @@ from rich.console import Console
 
 from athanor.cli.report import command, find_run
 from athanor.foundation.errors import UserError
-from athanor.foundation.run_folder import RunFolder
+from athanor.foundation.run_folder import RunFolder, StageFolder, append_jsonl, read_jsonl
 from athanor.ledger.accounts import BY_NAME
+from athanor.ledger.attempts import roll_back, throw_away
 from athanor.ledger.book import Book, read_book
 from athanor.ledger.reconcile import reconcile
+from athanor.report.faults import summary, timeline
 from athanor.report.terminal import bar, print_ledger
 
 
@@ -84,6 +86,29 @@ def test_people_get_the_ledger_on_standard_error(finished: RunFolder, tmp_path: 
     result = CliRunner().invoke(command, [str(finished.root), "--out", str(tmp_path / "page.html")], catch_exceptions=False)
     assert result.stdout == ""
     assert "pretrain was interrupted once, 10 steps done again: " in result.stderr and "killed by" in result.stderr
+
+
+def test_what_was_thrown_away_on_purpose_is_no_interruption(tmp_path: Path) -> None:
+    """60 steps of two device-seconds went with --fresh; then there was a fault, and two steps were done again."""
+    folder = StageFolder(tmp_path)
+
+    def trained(first: int, last: int) -> None:
+        spent = 2.0 * (last - first)
+        append_jsonl(folder.ledger, {"attempt": 0, "time": 1.0, "first_step": first, "last_step": last, "wall_seconds": spent / 2,
+                                     "device_seconds": spent, "accounts": {"compute": spent}})
+
+    trained(0, 60)
+    throw_away(folder)
+    trained(0, 8)
+    roll_back(folder.ledger, 6, 1)
+    trained(6, 10)
+    events = [{"kind": "fresh", "time": 5.0, "sentence": "thrown away"}, {"kind": "start", "time": 6.0},
+              {"kind": "fault", "time": 9.0, "sentence": "killed"}, {"kind": "restart", "time": 10.0}]
+    found = timeline(events, read_jsonl(folder.ledger))
+    assert [(fault.sentence, fault.is_asked) for fault in found] == [("thrown away", True), ("killed", False)]
+    assert summary(found[:1], 0.0) == "begun anew once, 60 steps thrown away as asked: 120.0 device-seconds"
+    assert summary(found, 1240.0) == ("interrupted once, 2 steps done again and begun anew once, 60 steps thrown away as asked: "
+                                      "124.0 device-seconds, 10.0 % of what was paid")
 
 
 def test_a_recipe_leads_to_its_run_folder(finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

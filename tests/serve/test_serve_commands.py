@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -87,6 +88,15 @@ def test_registry_names(run_folder: Path) -> None:
     assert find_target("runs/demo").reference == card.reference  # the same content has the same version
     with pytest.raises(UserError, match="demo-chat@0000"):
         find_target("demo-chat@0000")
+
+
+def test_the_notebook_of_the_readme_runs(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.S)
+    assert len(code) == 1 and "runs/stdlib/pretrain/model" in code[0]
+    found: dict[str, Any] = {}
+    exec(code[0].replace("runs/stdlib/pretrain/model", str(model_folder)), found)
+    assert found["scores"].shape == (len(found["prompt"]), found["model"].shape.vocab_size)
+    assert capsys.readouterr().out
 
 
 def test_smoke(model_folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from athanor.cli.rehearse import command
-from athanor.foundation.errors import UserError
+from athanor.foundation.errors import LayoutError
 from athanor.ledger.book import read_book
 
 ARGUMENTS = ["data.vocab_size=320", "--world", "2"]
@@ -54,6 +54,17 @@ def test_what_does_not_fit_is_told_with_remedies(recipe_file: Path, runs: Path) 
     assert result.stderr.count("saves about") == 3
 
 
-def test_a_world_that_cannot_be_laid_out_is_refused(recipe_file: Path, runs: Path) -> None:
-    with pytest.raises(UserError, match="does not divide the 4 ranks"):
-        CliRunner().invoke(command, [str(recipe_file), "parallel.tp=3", "--world", "4"], catch_exceptions=False)
+def test_a_world_that_cannot_be_laid_out_is_refused_with_layouts_that_work(recipe_file: Path, runs: Path) -> None:
+    """Of a model with two key heads and two blocks, in a stage of 16 rows a step; none of the latter on seven ranks."""
+    def refused(*arguments: str) -> str:
+        with pytest.raises(LayoutError) as caught:
+            CliRunner().invoke(command, [str(recipe_file), "data.vocab_size=320", *arguments], catch_exceptions=False)
+        return str(caught.value)
+
+    told = refused("parallel.tp=2", "--world", "7", "stage.pretrain.global_batch_tokens=3584")  # 112 rows
+    assert "does not divide the 7 ranks" in told and told.endswith("; on 7 ranks these layouts work: dp_shard=7; dp_replicate=7")
+    assert "does not divide the 4 ranks" in refused("parallel.tp=3", "--world", "4", "--stage", "chat")
+    assert "these layouts work: dp_shard=2 tp=2" in refused("parallel.tp=3", "--world", "4", "--stage", "chat")
+    (runs / "tiny").mkdir(exist_ok=True)
+    (runs / "tiny" / "plan.toml").write_text("[parallel]\npp = 2\ntp = 2\ndp_shard = 1\n")
+    assert "= 4, but there are 6 ranks; pp = 2 and tp = 2 from the plan; on 6 ranks" in refused("--world", "6")

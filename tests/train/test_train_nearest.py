@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from athanor.cli.preflight import planned
 from athanor.cli.train import command, describe_machine, look_ahead
+from athanor.cluster.spec import from_dict
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.layout import Layout, nearest
-from athanor.foundation.recipe import load_recipe
+from athanor.foundation.recipe import Recipe, load_recipe
 from athanor.foundation.run_folder import RunFolder
 
 MIXTURE = ("model.architecture=qwen3_moe", "model.num_experts=6", "model.num_experts_per_tok=2")
@@ -49,3 +51,42 @@ def test_the_nearest_come_first_and_none_is_left_out() -> None:
     assert found[0] == Layout(pp=2, tp=2, dp_shard=3) and len(found) == len(set(found)) == 15 * 5  # of 2 x 2, and of 3
     assert nearest(Layout(dp_shard=4, ep=4), 4)[0] == Layout(dp_shard=4, ep=4)
     assert len(nearest(Layout(), 1_000_000_007)) == 5, "a large prime takes no time"
+
+
+def write_cluster(run_folder: Path, devices: int) -> None:
+    facts = {"schema": 1, "accelerator": "cpu", "device_type": "cpu", "per_node": devices, "memory_bytes": 1e9,
+             "threads_per_device": 1, "peak_flops": {"fp64": 1e9}, "memory_bytes_per_second": 1e9}
+    from_dict({**facts, "devices": devices}, "cluster.toml").write(run_folder / "cluster.toml")
+
+
+def test_degrees_beside_a_plan_share_out_the_devices_as_without_one(recipe_file: Path, run_folder: Path) -> None:
+    write_cluster(run_folder, 2)
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(LayoutError) as caught:
+            CliRunner().invoke(command, [str(recipe_file), "--stage", "pretrain", "--run", str(run_folder), *overrides],
+                               catch_exceptions=False)
+        return str(caught.value)
+
+    def plan(degrees: str, *overrides: str) -> Recipe:
+        (run_folder / "plan.toml").write_text(f"[parallel]\n{degrees}\n")
+        return planned(load_recipe(recipe_file, list(overrides)), RunFolder(run_folder))
+
+    four = ("parallel.tp=2", "parallel.pp=2")
+    without = refused(*four)
+    assert "pp x dp_replicate x cp x tp = 4 does not divide the 2 ranks" in without
+    plan("pp = 1\ntp = 1\ndp_shard = 2")
+    assert refused(*four) == without, "two ranks of the plan are not four for that"
+    halved = plan("pp = 1\ntp = 1\ndp_shard = 2", "parallel.tp=2")
+    machine = describe_machine(halved, RunFolder(run_folder), "pretrain")
+    assert look_ahead(halved, RunFolder(run_folder), "pretrain", machine, True).layout == Layout(tp=2)
+    assert plan("pp = 1\ntp = 2\ndp_shard = 1", "parallel.tp=2").parallel.dp_shard == 1, "it is the plan's own layout"
+    plan("pp = 2\ntp = 1\ndp_shard = 1")
+    assert "the 2 ranks (dp_shard = 1 makes 4 of them); pp = 2 from the plan; on 2 ranks" in refused("parallel.tp=2")
+
+
+def test_more_ranks_than_devices_are_told(recipe_file: Path, run_folder: Path) -> None:
+    write_cluster(run_folder, 1)
+    arguments = [str(recipe_file), "--stage", "pretrain", "--run", str(run_folder), "stage.pretrain.steps=1"]
+    result = CliRunner().invoke(command, [*arguments, "parallel.dp_shard=2"], catch_exceptions=False)
+    assert result.exit_code == 0 and "2 ranks share 1 device(s) here" in result.stderr
