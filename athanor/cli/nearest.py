@@ -16,16 +16,16 @@ TOLD = 3
 
 def with_nearest(error: LayoutError, recipe: Recipe, run: RunFolder, stage: str, world_size: int) -> LayoutError:
     """The refusal, with the degrees that a plan set, and layouts that work instead of those that only multiply to the ranks."""
+    words, _, only_multiply = str(error).partition("; nearest layouts")
+    ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
     try:
         found = [str(layout) for layout in islice(working(recipe, run, stage, world_size), TOLD)]
+        told = f"; on {ranks} these layouts work: {'; '.join(found)}" if found else f"; no layout of {ranks} was found that works"
     except UserError:  # nobody knows the model yet
-        found = []
-    words, _, only_multiply = str(error).partition("; nearest layouts")
+        told = f"; nearest layouts{only_multiply}" if only_multiply else ""
     planned = [f"{axis} = {degree}" for axis in (*AXES, "ep") if (degree := getattr(recipe.parallel, axis) or 1) != 1
                and recipe.origin(f"parallel.{axis}") == "plan"]
-    words += f"; {' and '.join(planned)} from the plan" if planned else ""
-    told = f"; on {world_size} rank{'' if world_size == 1 else 's'} these layouts work: {'; '.join(found)}"
-    return LayoutError(words + (told if found else f"; nearest layouts{only_multiply}" if only_multiply else ""))
+    return LayoutError(words + (f"; {' and '.join(planned)} from the plan" if planned else "") + told)
 
 
 def working(recipe: Recipe, run: RunFolder, stage: str, world_size: int) -> Iterator[Layout]:

@@ -180,7 +180,7 @@ def test_what_is_known_of_a_model_from_a_base_of_elsewhere_is_told_as_at_least(t
             assert chat["tokens"] is chat["pd_ledger"] is chat["points_per_pd"] is published["known_tokens"] is None
             assert (chat["known_tokens"], chat["known_pd"]) == (1e5, pytest.approx(5e10 / 8.64e19))
             cells = {row: cells for row, _, cells in rows(found)}
-            assert cells["tokens"] == ["at least 100 k", "–"] and cells["training, ledger"][0].startswith("at least 50")
+            assert cells["tokens"] == ["at least 100 k", "–"] and cells["training, ledger"][0].startswith("at least 5e+10 FLOP")
 
 
 def test_what_was_asked_otherwise_is_told_and_not_averaged(tmp_path: Path) -> None:

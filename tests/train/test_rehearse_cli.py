@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_told_with_remedies(recipe_file: Path, runs: Path) 
 
 
 def test_a_world_that_cannot_be_laid_out_is_refused_with_layouts_that_work(recipe_file: Path, runs: Path) -> None:
-    """Of a model with two key heads and two blocks, in a stage of 16 rows a step; none of the latter on seven ranks."""
+    """Of a model with two key heads and two blocks, in a stage of 16 rows a step unless more are asked for."""
     def refused(*arguments: str) -> str:
         with pytest.raises(LayoutError) as caught:
             CliRunner().invoke(command, [str(recipe_file), "data.vocab_size=320", *arguments], catch_exceptions=False)
@@ -67,4 +67,7 @@ def test_a_world_that_cannot_be_laid_out_is_refused_with_layouts_that_work(recip
     assert "these layouts work: dp_shard=2 tp=2" in refused("parallel.tp=3", "--world", "4", "--stage", "chat")
     (runs / "tiny").mkdir(exist_ok=True)
     (runs / "tiny" / "plan.toml").write_text("[parallel]\npp = 2\ntp = 2\ndp_shard = 1\n")
-    assert "= 4, but there are 6 ranks; pp = 2 and tp = 2 from the plan; on 6 ranks" in refused("--world", "6")
+    begin = "pp 2 x dp_replicate 1 x dp_shard 1 x cp 1 x tp 2 = 4, but there are 6 ranks; pp = 2 and tp = 2 from the plan; "
+    assert refused("--world", "6") == f"{begin}no layout of 6 ranks was found that works", "16 rows are not for three"
+    told = refused("--world", "6", "stage.pretrain.global_batch_tokens=3072")
+    assert told.startswith(f"{begin}on 6 ranks these layouts work: ") and "tp=3" not in told
