@@ -9,16 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from athanor.cluster.spec import ClusterSpec, busy_note, with_devices
-from athanor.foundation.recipe import Recipe
+from athanor.foundation.layout import AXES
+from athanor.foundation.recipe import Parallel, Recipe
 from athanor.foundation.toml import toml_value
 from athanor.foundation.units import format_count, format_seconds, format_share
 from athanor.laws import goodput, scaling
 from athanor.ledger.book import Book, total
 from athanor.planner.chain import ACCOUNT, chain_seconds, functions_in
-from athanor.planner.choose import Candidate, Text, block_parameters, rank_candidates
+from athanor.planner.choose import Candidate, Text, block_parameters, layouts, rank_candidates
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.named import DATASHEET, caveat
-from athanor.planner.stage import FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
+from athanor.planner.stage import GIVEN, FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
 
 EVALUATION_SHARE = 0.15  # of the training's step time, for validations and the chain's evaluation together
 LEAST_ITEMS = 32  # of a task; scores of fewer say little
@@ -86,7 +87,7 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
         spare += filled[stage.name].unused * shares[stage.name]
     filled = {stage.name: filled[stage.name] for stage in recipe.stage}
     choices = {name: stage.choice for name, stage in filled.items()}
-    reasons = {"model": _why_model(best, ranked), "parallel": _why_layout(best, cluster)}
+    reasons = {"model": _why_model(best, ranked), "parallel": _why_layout(best, recipe.parallel, cluster)}
     reasons |= {f"stage.{name}.{key}": why for name, stage in filled.items() for key, why in stage.reasons.items()}
     books = {name: forecaster.stage(best.shape, best.layout, choice) for name, choice in choices.items()}
     stepping = sum(each.choice.steps * each.step.seconds for each in filled.values())
@@ -216,8 +217,12 @@ def _why_model(best: Candidate, ranked: list[Candidate]) -> str:
             f"decoder blocks, on {format_count(best.tokens)} tokens")
 
 
-def _why_layout(best: Candidate, cluster: ClusterSpec) -> str:
-    return f"{best.layout} is the fastest layout of {cluster.devices} devices that fits memory and divides the shape"
+def _why_layout(best: Candidate, parallel: Parallel, cluster: ClusterSpec) -> str:
+    given = [f"{axis}={size}" for axis in (*AXES, "ep") if (size := getattr(parallel, axis)) not in (None, -1)]
+    if given and len(layouts(parallel, cluster)) == 1:
+        return f"{best.layout} is {GIVEN}"
+    held = f" with {' '.join(given)}, as the recipe says," if given else ""
+    return f"{best.layout} is the fastest layout of {cluster.devices} devices{held} that fits memory and divides shape and batch"
 
 
 def _notes(best: Candidate, text: Text, choice: StageChoice, cluster: ClusterSpec) -> list[str]:

@@ -177,3 +177,15 @@ def test_layouts_that_cannot_share_the_batch_are_passed_over() -> None:
     recipe = load_recipe(LLAMA, [*words, "parallel.tp=1", "parallel.pp=1"])
     with pytest.raises(LayoutError, match="128 rows per step do not split into micro-batches of 1 on 256 ranks"):
         make_plan(recipe, named_cluster(recipe.cluster), LONG)
+
+
+def test_what_the_recipe_gives_is_not_explained_as_chosen() -> None:
+    recipe = load_recipe(LLAMA, ["cluster.devices=64", "parallel.dp_replicate=1", "parallel.dp_shard=-1", "parallel.tp=8",
+                                 "stage.pretrain.micro_batch_size=2", "stage.pretrain.checkpoint_every=70"])
+    plan = make_plan(recipe, named_cluster(recipe.cluster), LONG)
+    why = {key.removeprefix("stage.pretrain."): text for key, text in plan.reasons.items()}
+    assert "fastest layout of 64 devices with dp_replicate=1 tp=8, as the recipe says," in why["parallel"]
+    assert why["micro_batch_size"].startswith("given by the recipe; ")
+    assert why["checkpoint_every"].endswith("is given by the recipe")
+    times = 16777216 / (6 * math.sqrt(plan.books["pretrain"].tokens))  # laws.toml: 6 sqrt(tokens) is critical
+    assert why["global_batch_tokens"].startswith(f"given by the recipe: {times:.2g} times the critical batch of ")
