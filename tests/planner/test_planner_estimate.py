@@ -174,3 +174,10 @@ def test_hybrid_sharding_gathers_inside_a_group_and_reduces_across() -> None:
     across = 2 * (8.03e9 * 2 / 8) * 7 / 8 / (25e9 / 8)  # seconds of a ring of 8 at the whole rate of the link
     c = coefficients("time").mapping()  # what of it is not hidden, and of the link's rate is reached
     assert hybrid - inside == pytest.approx(across * c["data_parallel"] * c["data_parallel.fsdp"] / c["network"], rel=0.02)
+
+
+def test_whose_speed_and_memory_are_told_is_said() -> None:
+    words = ["--model", "llama-3-8b", "--cluster", "H100-80", "--layout", "dp_shard=8"]
+    for program in ("megatron-core", "fsdp"):
+        told = " ".join(CliRunner().invoke(command, [*words[:-1], f"{words[-1]} program={program}"]).stderr.split())
+        assert f"memory are those of {program}," in told and "cluster.accelerator=H100-80" in told and "program=fsdp is" in told
