@@ -81,6 +81,6 @@ def test_what_cannot_be_designed_is_said() -> None:
             (["--cluster", "H100-80 devices=8", "--pd", "1", "--precision", "bf61"], "did you mean 'bf16'"),
             (["--cluster", "H100-80 devices=8", "--pd", "1e300"], "pd = 1e\\+300"),
             (["--cluster", "H100-80 devices=8"], "one budget: pd or device_days"),
-            (["--cluster", "V100-32 devices=1", "--pd", "1"], "none of .* fits on 1 V100-32")):
+            (["--cluster", "V100-32 devices=1", "--pd", "1", "--precision", "fp16"], "none of .* fits on 1 V100-32")):
         with pytest.raises(UserError, match=words):
             CliRunner().invoke(command, [*BASE, *options], catch_exceptions=False)

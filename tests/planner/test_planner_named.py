@@ -53,7 +53,8 @@ def test_the_command_plans_and_says_what_it_rests_on(toy: Callable[..., Recipe],
 @pytest.mark.parametrize(("overrides", "words"), [
     (["cluster.accelerator=H100-8"], "did you mean 'H100-80'"), ([], "on how many H100-80"),
     (["cluster.devices=8", "cluster.nic_gbps=3200"], "of one device: nic_gbps=400"),
-    (["cluster.devices=8", "stage.pretrain.precision=fp64"], "the peak of H100-80 in fp64 is unknown"),
+    (["cluster.devices=8", "stage.pretrain.precision=fp64"], "H100-80 is known to compute in bf16, fp16, fp32, fp8, not in fp64"),
+    (["cluster.accelerator=V100-32", "cluster.devices=8"], "V100-32 is known to compute in fp16, fp32, not in bf16"),
     (["cluster.devices=8", "parallel.tp=3"], "tp = 3")])
 def test_what_is_missing_or_wrong_is_said(toy: Callable[..., Recipe], overrides: list[str], words: str) -> None:
     recipe = toy(*(overrides if "accelerator" in "".join(overrides) else ["cluster.accelerator=H100-80", *overrides]))
