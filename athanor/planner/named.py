@@ -31,8 +31,8 @@ def named_cluster(wanted: Cluster) -> ClusterSpec:
     peaks = {dtype: facts[key] for dtype in WIDTH_BYTES if (key := f"peak_{dtype}_flops") in facts}
     network = facts.get("nic_bits_per_second", 4e11) if wanted.nic_gbps is None else wanted.nic_gbps * 1e9
     return ClusterSpec(name, "cuda", wanted.devices, per_node, 1, facts["memory_bytes"], peaks, facts["memory_bytes_per_second"],
-                       disk={"write_bytes_per_second": load()["stage"]["save_bytes_per_second"]}, source=DATASHEET,
-                       network_bytes_per_second=network / 8)
+                       disk={"write_bytes_per_second": wanted.write_bytes_per_second or load()["stage"]["save_bytes_per_second"]},
+                       source=DATASHEET, network_bytes_per_second=network / 8)
 
 
 def check_network(name: str, nic_gbps: float | None, per_node: float) -> None:
