@@ -194,15 +194,3 @@ def test_whose_speed_and_memory_are_told_is_said() -> None:
     for program in ("megatron-core", "fsdp"):
         told = " ".join(CliRunner().invoke(command, [*words[:-1], f"{words[-1]} program={program}"]).stderr.split())
         assert f"memory are those of {program}," in told and "cluster.accelerator=H100-80" in told and "program=fsdp is" in told
-
-
-@pytest.mark.parametrize(("accelerator", "precision", "known"), [
-    ("V100-32", "bf16", "fp16, fp32"), ("A100-80", "fp8", "bf16, fp16, fp32"), ("H100-80", "fp4", "bf16, fp16, fp32, fp8")])
-def test_a_precision_that_an_accelerator_lacks_is_refused(accelerator: str, precision: str, known: str) -> None:
-    shape, words = find_shape("llama-3-8b"), f"{accelerator} is known to compute in {known}, not in {precision}"
-    with pytest.raises(UserError, match=words):
-        estimate(shape, f"{accelerator} devices=8", f"dp_shard=8 precision={precision}")
-    task = Task(shape, read_cluster_words(accelerator), 8, 65536, 8192, precision=precision)
-    with pytest.raises(UserError, match=words):
-        task.check()
-    replace(task, precision="fp16").check()
