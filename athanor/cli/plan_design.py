@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ from athanor.foundation.progress import Bar, console, say
 
 if TYPE_CHECKING:
     from athanor.laws.codesign import Design
+
+PER_NODE = 8  # devices, unless the cluster says so
 
 
 @click.command()
@@ -44,7 +48,10 @@ def command(params: float, cluster: str, global_batch_tokens: int, vocab_size: i
     machines = read_cluster_words(cluster)
     if machines.devices is None:
         raise UserError(f"on how many {machines.accelerator}? Give devices=… with the cluster")
-    devices, shapes = machines.devices, family(params, vocab_size, tp=tp)
+    devices, per_node = machines.devices, int(machines.facts.get("per_node", PER_NODE))
+    shapes = family(params, vocab_size, tp=tp)
+    with contextlib.suppress(UserError):  # not every size has shapes whose heads a whole node can share
+        shapes = list(dict.fromkeys([*shapes, *family(params, vocab_size, tp=math.lcm(tp, per_node))]))
     first = Task(shapes[0], machines, devices, global_batch_tokens, seq_len, precision=precision, coefficients=coefficients)
     first.check()
     tasks = [replace(first, shape=replace(shape, max_position_embeddings=seq_len)) for shape in shapes]
@@ -58,7 +65,7 @@ def command(params: float, cluster: str, global_batch_tokens: int, vocab_size: i
         raise UserError(f"none of {len(shapes)} shapes of {params:,.3g} parameters fits on {devices:,} {machines.accelerator}; "
                         "take more devices, or a smaller model")
     ranked = rank_designs(seconds, seconds.__getitem__, pd=options["pd"], device_days=options["device_days"],
-                          mean_context=(seq_len + 1) / 2)
+                          mean_context=(seq_len + 1) / 2, per_node=per_node)
     if out:
         write_atomic(out, json.dumps(ranked[0].shape.to_config(), indent=2) + "\n")
     if as_json:

@@ -50,6 +50,7 @@ def command(model: str, cluster: str, layout: str, file: Path | None, as_json: b
         f"{format_share(found['hfu'])}; {max(found['memory_gib']):.1f} GiB at most, out of memory with a probability of "
         f"{format_share(found['out_of_memory_probability'])}")
     say(", ".join(f"{key} {value}" for key, value in found["layout"].items()))
+    say(priced_as(found["layout"]["program"], "program=", found["accelerator"]))
     if helps:
         say("What would fit, on as many devices and with the same global batch, cheapest first:")
     elif found["out_of_memory_probability"] > MOST_ODDS:
@@ -57,3 +58,9 @@ def command(model: str, cluster: str, layout: str, file: Path | None, as_json: b
             "would do")
     for each in helps:
         say(f"  {each}")
+
+
+def priced_as(program: str, key: str, accelerator: str) -> str:
+    """Whose kernels and memory stand in the figures, and where our own trainer's are."""
+    return (f"Speed and memory are those of {program}, with its kernels and what it keeps; {key}fsdp is nearest to our trainer, "
+            f"whose own `athanor plan RECIPE cluster.accelerator={accelerator}` forecasts and `athanor rehearse RECIPE` finds.")

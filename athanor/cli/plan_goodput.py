@@ -75,7 +75,8 @@ def job_of(devices: int, given: dict[str, Any]) -> tuple[Job, float]:
 
     each, save = given["failures_per_1000_device_days"], given["checkpoint_seconds"]
     days, of_steps = given["days"], given["days_of_steps"]
-    check_positive(days_of_steps=of_steps, days=days, checkpoint_seconds=save, failures_per_1000_device_days=each)
+    check_positive(devices=devices, days_of_steps=of_steps, days=days, checkpoint_seconds=save,
+                   failures_per_1000_device_days=each)
     if save is None:
         if given["params"] is None or given["write_rate"] is None:
             raise UserError("give --checkpoint-seconds, or --params and --write-rate")
@@ -105,6 +106,9 @@ def show(job: Job, devices: int, finish: dict[str, float]) -> None:
     young = format_seconds(young_interval(job.saving.cost_seconds, job.faults))
     say(f"{devices:,} devices: {job.faults * DAY:.3g} faults a day, one every {format_seconds(1 / job.faults)}; {job.saving}. "
         f"Save every {format_seconds(job.interval)} (Young's square root: {young})")
+    say(f"Counted with {1000 * job.faults * DAY / devices:.3g} faults in 1,000 device-days (Llama 3 405B's unless given), "
+        f"{format_seconds(job.detect_seconds)} from a fault to new processes, and {format_seconds(job.restart_seconds)} from "
+        "these to the first step")
     say(f"Goodput {format_share(job.goodput)}: {format_seconds(job.stepping_seconds)} of steps in "
         f"{format_seconds(job.wall_seconds)}")
     table = Table(box=None)
@@ -119,7 +123,7 @@ def show(job: Job, devices: int, finish: dict[str, float]) -> None:
         say(f"saving {words}: goodput {format_share(job.at_interval(factor * job.interval).goodput)}")
     start = datetime.date.today()
     last = (datetime.date.max - start).days
-    days = ", ".join(f"{name.upper()} {seconds / DAY:.1f} days ("
+    days = ", ".join(f"{name.upper()} {f'{seconds / 3600:.1f} h' if seconds < 7 * DAY else f'{seconds / DAY:.1f} days'} ("
                      + (f"{start + datetime.timedelta(seconds=seconds)})" if seconds / DAY < last else "after the year 9999)")
                      for name, seconds in finish.items())
     say(f"finish, when started today: {days}")

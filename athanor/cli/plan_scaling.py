@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from athanor.laws.fit import Fit
     from athanor.laws.scaling import Opinion
 
+LEAST_FITTED = 1e5  # parameters; those of the smallest runs behind any of the laws are 189 k
+
 
 @click.command()
 @click.option("--params", type=COUNT, help="parameters of the model")
@@ -61,6 +63,11 @@ def command(params: float | None, tokens: float | None, pd: float | None, unique
                    | {law.name: law.source for law in scaling.frontiers()}}
         if not as_json:
             show(size, count, unique, opinions)
+            if size < LEAST_FITTED:
+                meant = " ".join(f"--{name} {value:g}B" for name, value in (("params", params), ("tokens", tokens))
+                                 if value and value < LEAST_FITTED)
+                say(f"None of these laws was fitted to models of fewer than about {format_count(LEAST_FITTED)} parameters, so "
+                    "they say nothing here" + (f"; did you mean {meant}?" if meant else ""))
     if as_json:
         click.echo(json.dumps(answer))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from athanor.cli.counts import COUNT, WHOLE
+from athanor.cli.plan_estimate import priced_as
 from athanor.foundation.progress import console, say
 from athanor.foundation.units import format_count, format_seconds, format_share
 
@@ -92,7 +93,7 @@ def search(model: str, cluster: str, *, devices: int | None, global_batch_tokens
     found: dict[str, Any] = {
         "model": model, "cluster": machines.accelerator, "devices": task.devices, "global_batch_tokens": global_batch_tokens,
         "seq_len": task.seq_len, "configurations": len(grid), "fitting": int(grid.fits.sum()), "seconds": seconds,
-        "sweep_seconds": grid.took, "layouts": [one.to_dict(task) for one in distinct(best)[:top]],
+        "sweep_seconds": grid.took, "program": task.program, "layouts": [one.to_dict(task) for one in distinct(best)[:top]],
         "waterfall": [dict(zip(explain.WATERFALL, row, strict=True)) for row in explain.waterfall(first)],
         "what_if": [change.to_dict() for change in changes], "reasons": explain.reasons(grid, first.index, changes),
         "reasons_hold": explain.HELD,
@@ -156,6 +157,7 @@ def show(found: dict[str, Any]) -> None:
         energy = "" if joules is None else f", at most {joules / 3.6e9:,.0f} MWh in the devices"
         say(f"{format_count(cost['tokens'])} tokens: {cost['days']:.1f} days of steps, {cost['pd_6nd']:,.0f} PD (6ND), "
             f"{cost['device_hours']:,.0f} device-hours{money}{energy}")
+    say(priced_as(found["program"], "--program ", found["cluster"]))
     say(f"the best, {layout_words(first['layout'])}: {first['tokens_per_second_per_device']:,.0f} tokens/s a device")
 
 

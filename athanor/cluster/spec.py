@@ -215,6 +215,15 @@ def load_accelerator(name: str) -> dict[str, Any]:
     return {"name": stem, **{key: value for key, value in raw.items() if isinstance(value, dict)}}
 
 
+def check_precision(name: str, precision: str) -> None:
+    """Raises UserError for a precision that a known accelerator does not compute in, by its table, with those that it does."""
+    facts = load_accelerator(name)
+    peaks = ["fp16", *(key[5:-6] for key in facts if key.startswith("peak_"))]  # fp16 is as fast as bf16
+    known = facts["precisions"]["value"].split() if "precisions" in facts else sorted(peaks)
+    if precision not in known:
+        raise UserError(f"{name} is known to compute in {', '.join(known)}, not in {precision}")
+
+
 def with_devices(spec: ClusterSpec, devices: int | None) -> ClusterSpec:
     """The same machine with fewer devices; more than were measured are refused, since nobody knows their rates."""
     if devices is None or devices == spec.devices:

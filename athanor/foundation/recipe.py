@@ -53,6 +53,7 @@ class Cluster(Section):
     devices: Whole | None = Field(None, gt=0, description="devices (on CPU: ranks) to use; all of them when left out")
     per_node: int | None = Field(None, gt=0, description="devices per node")
     nic_gbps: float | None = Field(None, gt=0, description="network bandwidth of one device, in Gbit/s")
+    write_bytes_per_second: float | None = Field(None, gt=0, description="of one device's saves, by name of cluster.accelerator")
     price_per_device_hour: float | None = Field(None, gt=0, description="money per device and hour")
 
 
@@ -342,8 +343,7 @@ def _sentence(problem: Any, raw: dict[str, Any]) -> str:
     if location[:2] == ["model", "sizes"] and len(location) > 2:  # behind the key stands which of its types does not fit
         value = raw["model"]["sizes"][location[2]]
         return f"'model.sizes.{location[2]}' is {value!r}: it must be a finite number, true or false"
-    key = _dotted(location, raw)
-    kind, context = problem["type"], problem.get("ctx", {})
+    key, kind, context = _dotted(location, raw), problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         section = _section_at(location[:-1])
         return f"unknown key '{key}'; {did_you_mean(str(location[-1]), section.model_fields)}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from athanor.foundation.errors import UserError
-from athanor.foundation.units import PD_FLOP, check_positive, format_count
+from athanor.foundation.units import PD_FLOP, check_positive, format_count, format_share
 from athanor.laws import scaling
 from athanor.laws.published import constants
 from athanor.models.shapes.decoder import DecoderShape
@@ -18,6 +18,7 @@ FFN_RATIOS = (8 / 3, 3.5, 4.0)  # intermediate_size / hidden_size
 QUERY_GROUPS = (1, 4, 8)  # query heads of a key head
 NEAR = 0.02  # of the wanted parameters
 NEAR_RATIO = 0.15  # of the wanted ratio: the FFN takes up what rounding the heads left
+AS_GOOD = 0.02  # of the cost, which is forecast no better
 DAY = 86400.0
 
 
@@ -74,17 +75,19 @@ def family(parameters: float, vocab_size: int, head_dim: int = 128, tp: int = 1,
                 and aspect_penalty(shape) <= constants()["aspect"]["measured_loss"]):
             out[shape] = None
     if not out:
-        raise UserError(f"no shape with heads of {head_dim} and a vocabulary of {vocab_size:,} comes within {NEAR:.0%} of "
-                        f"{format_count(parameters)} parameters; take smaller heads, a smaller vocabulary or another size")
+        raise UserError(f"no shape with heads of {head_dim} and a vocabulary of {vocab_size:,} comes within "
+                        f"{format_share(NEAR, 0)} of {format_count(parameters)} parameters; take smaller heads, a smaller "
+                        "vocabulary or another size")
     return list(out)
 
 
 def rank_designs(shapes: Iterable[DecoderShape], seconds_per_token: Callable[[DecoderShape], float], *, pd: float | None = None,
-                 device_days: float | None = None, mean_context: float = 2048.5) -> list[Design]:
+                 device_days: float | None = None, mean_context: float = 2048.5, per_node: int = 1) -> list[Design]:
     """What an equal budget, either PD of model FLOPs or device-days, makes of each shape, best first.
 
     `seconds_per_token` gives device-seconds per trained token. Of equal device-days the lowest loss wins; of equal PD, loss
-    and device-days are weighed by the compute that the planner's law asks for the difference in loss.
+    and device-days are weighed by the compute that the planner's law asks for the difference in loss. Of those that cost as
+    good as the least, shapes whose heads `per_node` devices can share come first.
     """
     check_positive(pd=pd, device_days=device_days)
     if (pd is None) == (device_days is None):
@@ -97,7 +100,8 @@ def rank_designs(shapes: Iterable[DecoderShape], seconds_per_token: Callable[[De
         losses = {law.name: law.loss(blocks, tokens) * (1 + penalty) for law in laws}
         worth = judge.flops_for(losses[judge.name])
         found.append((tokens * each / DAY / worth, worth, Design(shape, tokens, tokens * each / DAY, losses, penalty)))
-    found.sort(key=lambda one: one[0])
+    most = (1 + AS_GOOD) * min((cost for cost, *_ in found), default=0.0)
+    found.sort(key=lambda one: (one[0] > most or one[2].shape.num_key_value_heads % per_node > 0, one[0]))
     return [replace(one, cost=cost * found[0][1]) for cost, _, one in found]
 
 
@@ -109,8 +113,9 @@ def explain(ranked: list[Design]) -> str:
     for what, other in (("deepest", by_aspect[0]), ("widest", by_aspect[-1])):
         if other is not best:
             faster = other.device_days / other.tokens / (best.device_days / best.tokens) - 1
-            parts.append(f"the {what}, {other}, is {abs(faster):.0%} {'slower' if faster > 0 else 'faster'} per token, ends at "
-                         f"{other.losses[name]:.3f} and costs {other.cost / best.cost - 1:.0%} more for an equal loss")
+            parts.append(f"the {what}, {other}, is {format_share(abs(faster))} {'slower' if faster > 0 else 'faster'} per token, "
+                         f"ends at {other.losses[name]:.3f} and costs {format_share(other.cost / best.cost - 1)} more for an "
+                         "equal loss")
     return "; ".join(parts) + ". Laws of loss do not tell depth from width; a penalty of at most 3 % is for extreme aspects."
 
 

@@ -218,14 +218,16 @@ def buy(forecaster: Forecaster, shape: DecoderShape, options: list[Layout], stag
     return best
 
 
-def legal(shape: DecoderShape, options: list[Layout], seq_len: int, schedule: str) -> list[Layout]:
-    """Layouts whose degrees divide the shape; LayoutError of the first when none does."""
+def legal(shape: DecoderShape, options: list[Layout], lengths: list[tuple[Stage, int]], schedule: str) -> list[Layout]:
+    """Layouts whose degrees divide the shape and each stage's batch of rows so long; LayoutError of the first when none does."""
     out, first = [], None
     for layout in options:
         try:
             stages = stages_of(schedule if layout.pp > 1 else DEFAULT_SCHEDULE)
-            check_model(layout, shape, seq_len, num_hidden_layers=shape.num_hidden_layers // stages)
+            check_model(layout, shape, lengths[0][1], num_hidden_layers=shape.num_hidden_layers // stages)
             check_experts(layout, getattr(shape, "num_experts", 0))
+            for stage, seq_len in lengths:
+                row_choices(stage, seq_len, layout, None)
             out.append(layout)
         except LayoutError as error:
             first = first or error
@@ -245,10 +247,10 @@ def rank_candidates(forecaster: Forecaster, recipe: Recipe, stage: Stage, templa
     forecaster.rates(template.precision, template.optimizer)  # or say that nobody knows them
     smallest, refused = math.inf, None
     options = layouts(recipe.parallel, forecaster.cluster)
-    longest = max(template.seq_len, *(other.seq_len or 0 for other in recipe.stage))
-    for shape in shapes(recipe, text.vocab_size, longest):
+    lengths = [(stage, template.seq_len), *((other, other.seq_len) for other in recipe.stage if other.seq_len)]
+    for shape in shapes(recipe, text.vocab_size, max(length for _, length in lengths)):
         try:
-            possible = legal(shape, options, template.seq_len, template.schedule)
+            possible = legal(shape, options, lengths, template.schedule)
         except LayoutError as error:
             refused = refused or error
             continue
@@ -262,6 +264,5 @@ def rank_candidates(forecaster: Forecaster, recipe: Recipe, stage: Stage, templa
             raise refused
         raise UserError(f"no shape fits: the smallest possible needs {format_bytes(smallest)}, of the "
                         f"{format_bytes(forecaster.cluster.memory_bytes)} of a device 80 % can be used")
-    if part.kind in ("tokens", "steps"):
-        return sorted(out, key=lambda c: abs(math.log(c.tokens / c.shape.parameters() / 20)))
-    return sorted(out, key=lambda c: c.loss)
+    is_sized = part.kind in ("tokens", "steps")
+    return sorted(out, key=lambda c: abs(math.log(c.tokens / c.shape.parameters() / 20)) if is_sized else c.loss)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from athanor.cluster.spec import accelerator_names, load_accelerator, read_cluster
+from athanor.cluster.spec import accelerator_names, check_precision, load_accelerator, read_cluster
 from athanor.cost.calibrate import mappings
 from athanor.cost.case import FULL, NONE, PLACES, SELECTIVE, Case, case_of
 from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, accelerator, machine_of, usual_kernel
@@ -174,6 +174,7 @@ def estimate(shape: DecoderShape, cluster_text: str, layout_text: str, file: Pat
     """Seconds, rates, memory of each pipeline rank in GiB and the accounts of one step (seconds of an average device)."""
     cluster = read_cluster_words(cluster_text)
     case, filled = read_layout(layout_text, shape, cluster)
+    check_precision(cluster.accelerator, filled["precision"])
     machine = machine_of([{**cluster.facts, "accelerator": cluster.accelerator, "program": filled["program"],
                            "kernel": filled["kernel"], "product_bytes": PRODUCT_BYTES[filled["precision"]]}])
     time, memory = mappings(file)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from athanor.cluster.spec import ClusterSpec
-from athanor.cost.case import FULL, NONE, PLACES, SELECTIVE, Array, Case, case_of, mean_context
+from athanor.cost.case import FULL, PLACES, Array, Case, case_of, mean_context
 from athanor.cost.coefficients import load, python_factor
 from athanor.cost.measured import WIDTH_BYTES, Measured
 from athanor.cost.own import COMPUTING, corrected
@@ -20,10 +20,9 @@ from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
 from athanor.laws.goodput import Saving, typical_saving
 from athanor.ledger.book import Book
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.planner.estimate import RECOMPUTE
 from athanor.planner.memory import peak_memory
 from athanor.planner.named import DATASHEET, caveat, datasheet_rates
-
-RECOMPUTE = {"none": NONE, "full": FULL, "selective": SELECTIVE}
 
 
 @dataclass(frozen=True)

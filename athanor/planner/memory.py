@@ -19,9 +19,10 @@ def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int,
     """Bytes by kind of each pipeline rank of our own trainer, at its fullest moment; `athanor rehearse` runs it to see.
 
     That is the last forward pass that is alive, a block computed again, or the end, when gradients are complete. Weights and
-    state are kept in fp32 (fp64 for fp64), sharded over dp_shard x cp x tp; weights are gathered whole or a block at a time.
+    state are kept in fp32 (fp64 for fp64), sharded over dp_shard x cp x tp; weights are gathered whole or a block at a time. In
+    16 bits gathered ones are as short, an unsharded model has a copy, and logits come in both widths.
     """
-    stored, width = 8 if dtype == "fp64" else 4, WIDTH_BYTES[dtype] if dtype != "fp8" else 2
+    stored, width, is_short = 8 if dtype == "fp64" else 4, WIDTH_BYTES[dtype] if dtype != "fp8" else 2, dtype in ("bf16", "fp8")
     tokens, hidden = rows * seq_len / layout.cp, shape.hidden_size
     table = shape.vocab_size * hidden
     products, blocks = _blocks(shape)
@@ -35,17 +36,18 @@ def peak_memory(shape: DecoderShape, layout: Layout, *, rows: int, seq_len: int,
         weights = (sum(blocks[n] for n in held) + ends) / layout.tp
         own = weights / (layout.dp_shard * layout.cp)
         slots = 2 * own - (sum(blocks[n] for n in held) / layout.tp / (layout.dp_shard * layout.cp) if optimizer == "muon" else 0)
-        gathered = stored * (weights if is_whole else (max(blocks[n] for n in held) + ends) / layout.tp)
-        kept, worked = _kept(shape, held, products, layout.tp, recompute)
+        gathered = min(stored, width) * (weights if is_whole else (max(blocks[n] for n in held) + ends) / layout.tp)
+        kept, worked = _kept(shape, held, products, layout.tp, recompute, device_type)
         flight = float(kept_microbatches(schedule, layout.pp, stages_of(schedule), num_microbatches, rank))
         fused = sum(p.inputs * p.outputs for n in held for p in products[n] if p.cut == "outputs") / layout.tp
         between = 6.0 * hidden if layout.pp > 1 else 0.0  # what a stage got, and what it handed on
         at_end = is_last * hidden * (2.5 + 2 / layout.tp) * (1 + further)
         # whatever the number of tokens: joined weights, the head's gradient, and once more for what predicts further tokens
         whole = fused + is_last * table / layout.tp * (1 + (further > 0))
-        logits = min(LOGITS_BYTES[device_type], 4 * tokens * shape.vocab_size / layout.tp) if is_last else 0.0
+        logits = min(LOGITS_BYTES[device_type], 4 * tokens * shape.vocab_size / layout.tp) * (1.5 if is_short else 1) * is_last
         gradients = stored * (weights if is_whole else own)
-        base = {"parameters": stored * own, "optimizer": stored * slots,
+        copies = width if is_short and layout.dp_shard * layout.cp == 1 else 0
+        base = {"parameters": (stored + copies) * own, "optimizer": stored * slots,
                 "gathered": gathered if layout.dp_shard * layout.cp > 1 else 0.0,
                 "communication": width * num_microbatches * tokens * hidden / layout.tp if layout.pp > 1 else 0.0}
         alive = flight * tokens * (kept + between + at_end) + whole
@@ -77,17 +79,22 @@ def _held(shape: DecoderShape, pp: int, schedule: str, seq_len: int) -> list[lis
     return held
 
 
-def _kept(shape: DecoderShape, held: list[int], products: list[list[Product]], tp: int, recompute: str) -> tuple[float, float]:
+def _kept(shape: DecoderShape, held: list[int], products: list[list[Product]], tp: int, recompute: str,
+          device_type: str) -> tuple[float, float]:
     """Numbers of a token that the held blocks keep for the backward pass, and those of a block that is computed again and of the
     widest gradient in it.
 
-    The residual stream twice, what products read (whole, where it is gathered) and what they make.
+    The residual stream twice, what products read (whole, where it is gathered) and what they make; on accelerators, which take
+    plain expressions, also the turned queries and keys and silu(gate) beside what they were made of.
     """
     each, hidden, blocks = [], shape.hidden_size, [products[n] for n in held]
+    is_plain = device_type != "cpu" and recompute != "selective"
     for n, block in zip(held, blocks, strict=True):
-        numbers = 2.0 * hidden / tp + shape.kept_beside(n, tp)
+        gates = sum(p.times * p.outputs / 2 / tp for p in block if is_plain and p.name.endswith("gate_up"))
+        numbers = 2.0 * hidden / tp + max(gates, shape.kept_beside(n, tp))
         for p in block:
             numbers += p.times * (p.inputs / tp if p.cut == "inputs" else p.inputs + p.outputs / (tp if p.cut else 1))
+            numbers += (shape.query_size + shape.key_value_size) / tp if p.name == "qkv" and is_plain and shape.IS_ROTARY else 0.0
         each.append(numbers)
     if recompute in ("none", "selective"):
         return sum(each), 0.0

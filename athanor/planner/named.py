@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from athanor.cluster.spec import ClusterSpec, load_accelerator
+from athanor.cluster.spec import ClusterSpec, check_precision, load_accelerator
 from athanor.cost.calibrate import mappings
 from athanor.cost.coefficients import load
 from athanor.cost.datasheet import Datasheet, accelerator, machine_of, usual_kernel
 from athanor.cost.measured import WIDTH_BYTES
 from athanor.cost.memory import GIB
-from athanor.foundation.errors import UserError, did_you_mean
+from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import Cluster
 
 DATASHEET = "datasheet"  # the source of such a ClusterSpec
@@ -31,8 +31,8 @@ def named_cluster(wanted: Cluster) -> ClusterSpec:
     peaks = {dtype: facts[key] for dtype in WIDTH_BYTES if (key := f"peak_{dtype}_flops") in facts}
     network = facts.get("nic_bits_per_second", 4e11) if wanted.nic_gbps is None else wanted.nic_gbps * 1e9
     return ClusterSpec(name, "cuda", wanted.devices, per_node, 1, facts["memory_bytes"], peaks, facts["memory_bytes_per_second"],
-                       disk={"write_bytes_per_second": load()["stage"]["save_bytes_per_second"]}, source=DATASHEET,
-                       network_bytes_per_second=network / 8)
+                       disk={"write_bytes_per_second": wanted.write_bytes_per_second or load()["stage"]["save_bytes_per_second"]},
+                       source=DATASHEET, network_bytes_per_second=network / 8)
 
 
 def check_network(name: str, nic_gbps: float | None, per_node: float) -> None:
@@ -50,9 +50,8 @@ def facts_of(spec: ClusterSpec) -> dict[str, Any]:
 
 
 def datasheet_rates(spec: ClusterSpec, dtype: str) -> Datasheet:
-    """Rates of our trainer on such a cluster. Raises UserError for a dtype whose peak the accelerator's table does not have."""
-    if dtype not in spec.peak_flops:
-        raise UserError(f"the peak of {spec.accelerator} in {dtype} is unknown; {did_you_mean(dtype, spec.peak_flops)}")
+    """Rates of our trainer on such a cluster. Raises UserError for a dtype that it does not compute in."""
+    check_precision(spec.accelerator, dtype)
     machine = machine_of([{**facts_of(spec), "accelerator": spec.accelerator, "program": OWN_PROGRAM,
                            "kernel": usual_kernel(OWN_PROGRAM), "product_bytes": float(WIDTH_BYTES[dtype])}])
     return Datasheet(machine, mappings()[0])

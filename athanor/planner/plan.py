@@ -9,16 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from athanor.cluster.spec import ClusterSpec, busy_note, with_devices
-from athanor.foundation.recipe import Recipe
+from athanor.foundation.layout import AXES
+from athanor.foundation.recipe import Parallel, Recipe
 from athanor.foundation.toml import toml_value
 from athanor.foundation.units import format_count, format_seconds, format_share
 from athanor.laws import goodput, scaling
 from athanor.ledger.book import Book, total
 from athanor.planner.chain import ACCOUNT, chain_seconds, functions_in
-from athanor.planner.choose import Candidate, Text, block_parameters, rank_candidates
+from athanor.planner.choose import Candidate, Text, block_parameters, layouts, rank_candidates
 from athanor.planner.forecast import Forecaster, StageChoice, Step
 from athanor.planner.named import DATASHEET, caveat
-from athanor.planner.stage import FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
+from athanor.planner.stage import GIVEN, FilledStage, budget_part, budget_shares, describe_text, fill_stage, open_stage
 
 EVALUATION_SHARE = 0.15  # of the training's step time, for validations and the chain's evaluation together
 LEAST_ITEMS = 32  # of a task; scores of fewer say little
@@ -75,7 +76,7 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
 
     ranked, job = ranking(), None
     if recipe.budget.days is not None:
-        job = _expected(forecaster, ranked[0], recipe.budget.days, main.save_async)
+        job = _expected(forecaster, ranked[0], main.save_async, recipe.budget.days)
         shares = {name: share * job.goodput for name, share in shares.items()}
         ranked = ranking()
     best, spare = ranked[0], 0.0
@@ -86,7 +87,7 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
         spare += filled[stage.name].unused * shares[stage.name]
     filled = {stage.name: filled[stage.name] for stage in recipe.stage}
     choices = {name: stage.choice for name, stage in filled.items()}
-    reasons = {"model": _why_model(best, ranked), "parallel": _why_layout(best, cluster)}
+    reasons = {"model": _why_model(best, ranked), "parallel": _why_layout(best, recipe.parallel, cluster)}
     reasons |= {f"stage.{name}.{key}": why for name, stage in filled.items() for key, why in stage.reasons.items()}
     books = {name: forecaster.stage(best.shape, best.layout, choice) for name, choice in choices.items()}
     stepping = sum(each.choice.steps * each.step.seconds for each in filled.values())
@@ -95,41 +96,48 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     if not measures or recipe.cluster.file != "auto" or cluster.source == DATASHEET:
         chain["check"] = 0.0
     notes = _notes(best, text, choices[main.name], cluster)
+    if job is None and cluster.device_type != "cpu" and stepping > goodput.RESTART_SECONDS:  # what is shorter is not restarted
+        job = _expected(forecaster, best, main.save_async, None, stepping)
     if job is not None:
         _add_faults(books[main.name], replace(job, stepping_seconds=stepping, interval=0.0))
-        notes.append(_said_of_faults(job, recipe.budget.days or 0.0, cluster.devices))
+        notes.append(_said_of_faults(job, cluster.devices))
     values = plan_values(recipe, best, choices, text)
     if limit is not None:
         values["evaluate"] = {"limit": limit}
         reasons["evaluate.limit"] = (
             f"{limit} items of each task, so that all evaluation takes no more than {format_share(EVALUATION_SHARE, 0)} of the "
             f"{format_seconds(stepping)} of training" + ("" if limit > LEAST_ITEMS else "; with fewer, scores would say little"))
-    return Plan(values, reasons, _scan_table(scan, text), books,
+    scanned = {"bytes": scan["bytes"], "documents": scan["documents"], "bytes_per_token": round(text.bytes_per_token, 3),
+               "tokens": round(text.unique_tokens), "evaluation_tokens": round(text.evaluation_tokens)}
+    return Plan(values, reasons, scanned, books,
                 {name: stage.step for name, stage in filled.items()}, chain, whole_forecast(books, chain, cluster),
                 [_row(candidate) for candidate in ranked[1:6]],
                 notes, dict(factors or {}))
 
 
-def _expected(forecaster: Forecaster, best: Candidate, days: float, save_async: bool) -> goodput.Job:
-    """What faults leave of so many days of the calendar on this shape and layout."""
-    saving = forecaster.saving(best.shape, best.layout, save_async)
-    return goodput.within(days * goodput.DAY, saving, goodput.faults_per_second(best.layout.world_size))
+def _expected(forecaster: Forecaster, best: Candidate, save_async: bool, days: float | None, stepping: float = 0) -> goodput.Job:
+    """What faults leave of so many days of the calendar on this shape and layout, or add to so many seconds of steps."""
+    saving, faults = forecaster.saving(best.shape, best.layout, save_async), goodput.faults_per_second(best.layout.world_size)
+    if days is None:
+        return goodput.Job(stepping, saving, goodput.DETECT_SECONDS, goodput.RESTART_SECONDS, faults)
+    return goodput.within(days * goodput.DAY, saving, faults)
 
 
 def _add_faults(book: Book, job: goodput.Job) -> None:
-    """What faults are expected to take; saves stand in the book already."""
+    """What faults are expected to take; saves and the first start stand in the book already."""
     for name, seconds in job.expect().items():
         if name not in ("kernel", "checkpoint"):
-            book.add(name, seconds * book.devices, "planned")
-            book.wall_seconds += seconds
+            more = seconds - (job.restart_seconds if name == "startup" else 0.0)
+            book.add(name, more * book.devices, "planned")
+            book.wall_seconds += more
     book.device_seconds = book.wall_seconds * book.devices
     book.close()
 
 
-def _said_of_faults(job: goodput.Job, days: float, devices: int) -> str:
+def _said_of_faults(job: goodput.Job, devices: int) -> str:
     return (f"{job.faults * goodput.DAY:.2g} faults a day are expected on {devices:,} devices (the rate of Llama 3 405B's run): "
-            f"of {days:g} days, {job.stepping_seconds / goodput.DAY:.3g} are steps that are kept, a goodput of "
-            f"{format_share(job.goodput)}")
+            f"of {job.wall_seconds / goodput.DAY:.3g} days, {job.stepping_seconds / goodput.DAY:.3g} are steps that are kept, a "
+            f"goodput of {format_share(job.goodput)}")
 
 
 def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice], text: Text) -> dict[str, Any]:
@@ -143,11 +151,12 @@ def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice]
     for stage in recipe.stage:
         choice = choices[stage.name]
         rate = scaling.learning_rate(shape.hidden_size, choice.optimizer, is_start=stage.start_from is None)
+        warmup = min(choice.steps // 5, max(10, choice.steps // 20))  # a twentieth, but ten at least, never more than a fifth
         stages.append({
             "name": stage.name, "seq_len": choice.seq_len, "steps": choice.steps, "micro_batch_size": choice.micro_batch_size,
             "global_batch_tokens": choice.global_batch_tokens(layout), "learning_rate": stage.learning_rate or rate,
             "learning_rate_schedule": stage.learning_rate_schedule or "linear",
-            "warmup_steps": _warmup(choice.steps) if stage.warmup_steps is None else stage.warmup_steps,
+            "warmup_steps": warmup if stage.warmup_steps is None else stage.warmup_steps,
             "weight_decay": 0.1 if stage.weight_decay is None else stage.weight_decay,
             "gradient_clip": stage.gradient_clip or 1.0, "optimizer": choice.optimizer, "precision": choice.precision,
             "compile": bool(stage.compile), "checkpoint_every": choice.checkpoint_every, "evaluate_every": choice.evaluate_every,
@@ -156,11 +165,6 @@ def plan_values(recipe: Recipe, best: Candidate, choices: dict[str, StageChoice]
     parallel = {axis: getattr(layout, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")}
     parallel["recompute"] = recipe.parallel.recompute or "none"
     return {"data": data, "model": model, "parallel": parallel, "stage": stages}
-
-
-def _warmup(steps: int) -> int:
-    """A twentieth of the steps, but ten at least, and never more than a fifth."""
-    return min(steps // 5, max(10, steps // 20))
 
 
 def whole_forecast(books: dict[str, Book], chain: dict[str, float], cluster: ClusterSpec) -> Book:
@@ -194,11 +198,6 @@ def _chain(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], text: Tex
     return chosen, seconds(limit)
 
 
-def _scan_table(scan: dict[str, Any], text: Text) -> dict[str, Any]:
-    return {"bytes": scan["bytes"], "documents": scan["documents"], "bytes_per_token": round(text.bytes_per_token, 3),
-            "tokens": round(text.unique_tokens), "evaluation_tokens": round(text.evaluation_tokens)}
-
-
 def _row(candidate: Candidate) -> dict[str, Any]:
     shape = candidate.shape
     return {"hidden_size": shape.hidden_size, "num_hidden_layers": shape.num_hidden_layers, "parameters": shape.parameters(),
@@ -216,8 +215,12 @@ def _why_model(best: Candidate, ranked: list[Candidate]) -> str:
             f"decoder blocks, on {format_count(best.tokens)} tokens")
 
 
-def _why_layout(best: Candidate, cluster: ClusterSpec) -> str:
-    return f"{best.layout} is the fastest layout of {cluster.devices} devices that fits memory and divides the shape"
+def _why_layout(best: Candidate, parallel: Parallel, cluster: ClusterSpec) -> str:
+    given = [f"{axis}={size}" for axis in (*AXES, "ep") if (size := getattr(parallel, axis)) not in (None, -1)]
+    if given and len(layouts(parallel, cluster)) == 1:
+        return f"{best.layout} is {GIVEN}"
+    held = f" with {' '.join(given)}, as the recipe says," if given else ""
+    return f"{best.layout} is the fastest layout of {cluster.devices} devices{held} that fits memory and divides shape and batch"
 
 
 def _notes(best: Candidate, text: Text, choice: StageChoice, cluster: ClusterSpec) -> list[str]:
@@ -229,6 +232,5 @@ def _notes(best: Candidate, text: Text, choice: StageChoice, cluster: ClusterSpe
     if epochs > MANY_EPOCHS:
         notes.append(f"text that is read more than some {MANY_EPOCHS:g} times teaches little more, and the predicted loss "
                      "is far from all runs that its law knows: give more text, or a smaller budget")
-    busy = busy_note(cluster)
-    notes += [] if busy is None else [busy]
+    notes += [busy] if (busy := busy_note(cluster)) else []
     return [*notes, caveat(cluster)] if cluster.source == DATASHEET else notes

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from athanor.cluster.spec import check_precision
 from athanor.cost.calibrate import mappings
 from athanor.cost.case import PLACES, SELECTIVE, Array, Case, case_of
 from athanor.cost.datasheet import KERNELS, PROGRAMS, SCATTERING, Datasheet, Machine, machine_of, usual_kernel
@@ -82,6 +83,7 @@ class Task:
         for name, value, allowed in words:
             if value not in allowed:
                 raise UserError(f"{name} is '{value}'; {did_you_mean(value, allowed)}")
+        check_precision(self.cluster.accelerator, self.precision)
         for schedule in self.schedules:
             find_schedule(schedule)
         if not 0 < self.most_odds < 1:

@@ -11,16 +11,18 @@ from athanor.cost.coefficients import load
 from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import Parallel, Recipe, Stage
 from athanor.foundation.schedules import DEFAULT_SCHEDULE
-from athanor.foundation.units import PD_FLOP, format_count, format_seconds, format_share
+from athanor.foundation.units import PD_FLOP, format_bytes, format_count, format_seconds, format_share
 from athanor.laws import goodput, scaling
 from athanor.models.shapes.find import filled_up, tokenizer_size
 from athanor.planner.choose import LEAST_STEPS, Candidate, Part, Text, buy
 from athanor.planner.forecast import Forecaster, StageChoice, Step
+from athanor.planner.named import DATASHEET
 
 PRETRAIN_SHARE = 0.85
 MOST_EPOCHS_OF_PAIRS = 3.0
 VALIDATION_SHARE = 0.03  # of a stage's step time
 LEAST_VALIDATIONS, MOST_VALIDATIONS = 2, 10
+GIVEN = "given by the recipe"
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,8 @@ class FilledStage:
 def budget_part(recipe: Recipe, cluster: ClusterSpec, share: float, stage: Stage) -> Part:
     """`share` of the recipe's budget; without one, the stage's own steps or tokens. UserError when there is neither."""
     budget, price = recipe.budget, recipe.cluster.price_per_device_hour or cluster.price_per_device_hour
-    if budget.minutes is not None:
-        return Part("seconds", budget.minutes * 60 * share)
-    if budget.days is not None:  # `share` is without what faults take
-        return Part("seconds", budget.days * goodput.DAY * share)
+    if budget.minutes is not None or budget.days is not None:  # of days, `share` is without what faults take
+        return Part("seconds", ((budget.minutes or 0) * 60 + (budget.days or 0) * goodput.DAY) * share)
     if budget.money is not None:
         if price is None:
             raise UserError("budget.money needs cluster.price_per_device_hour")
@@ -65,10 +65,9 @@ def budget_shares(stages: list[Stage]) -> dict[str, float]:
                         + (open_stages[0].name if open_stages else "rounding; together they may be at most 1"))
     first = [s for s in open_stages if s.objective == "pretrain"]
     others = [s for s in open_stages if s.objective != "pretrain"]
-    out = dict(given)
     for group, share in ((first, PRETRAIN_SHARE if others else 1.0), (others, 1.0 - PRETRAIN_SHARE if first else 1.0)):
-        out |= {stage.name: rest * share / len(group) for stage in group}
-    return out
+        given |= {stage.name: rest * share / len(group) for stage in group}
+    return given
 
 
 def describe_text(recipe: Recipe, scan: dict[str, Any]) -> Text:
@@ -121,7 +120,7 @@ def fill_stage(forecaster: Forecaster, best: Candidate, stage: Stage, template: 
     paid, cap = bought.tokens / batch, MOST_EPOCHS_OF_PAIRS * text.pairs_tokens / batch if is_pairs else math.inf
     unused = 0.0
     if stage.steps is not None or stage.tokens is not None:
-        steps, why = stage.steps or max(1, round((stage.tokens or 0.0) / batch)), "given by the recipe"
+        steps, why = stage.steps or max(1, round((stage.tokens or 0.0) / batch)), GIVEN
     elif paid < LEAST_STEPS:
         raise UserError(_too_small(stage, paid, part))
     elif cap < paid:
@@ -132,11 +131,13 @@ def fill_stage(forecaster: Forecaster, best: Candidate, stage: Stage, template: 
         steps = int(paid)
         spent = format_seconds(part.amount) if part.kind == "seconds" else "the budget"
         why = f"{spent} at {format_seconds(step.seconds)} a step; {format_count(steps * batch)} tokens"
+    critical = scaling.critical_batch_tokens(steps * batch)
     reasons = {"steps": why, "global_batch_tokens": (
+        f"{GIVEN}: {batch / critical:.2g} times the critical batch of {critical:,.0f} tokens" if stage.global_batch_tokens else
         f"lowest predicted loss: smaller steps learn more per token, larger ones are faster ({batch / step.seconds:,.0f} "
-        "tokens/s)" if part.kind == "seconds" and not stage.global_batch_tokens else
-        f"about the critical batch of {scaling.critical_batch_tokens(steps * batch):,.0f} tokens"),
-        "micro_batch_size": f"the fastest of what fits memory; {choice.num_microbatches} a step and rank"}
+        "tokens/s)" if part.kind == "seconds" else f"about the critical batch of {critical:,.0f} tokens"),
+        "micro_batch_size": (GIVEN if stage.micro_batch_size else "the fastest of what fits memory")
+        + f"; {choice.num_microbatches} a step and rank"}
     choice = _with_intervals(forecaster, best, stage, replace(choice, steps=steps), step, reasons)
     return FilledStage(choice, step, reasons, unused)
 
@@ -149,8 +150,10 @@ def _with_intervals(forecaster: Forecaster, best: Candidate, stage: Stage, choic
     best_apart, quarter = max(1, round(apart / step.seconds)), math.ceil(choice.steps / 4)
     checkpoint = stage.checkpoint_every or min(best_apart, quarter)
     why = "balances saving against work lost to faults" if best_apart <= quarter else "is a quarter of the stage"
-    every = format_seconds(checkpoint * step.seconds)
-    reasons["checkpoint_every"] = f"{saving}; one every {every} {why}"
+    why = f"is {GIVEN}" if stage.checkpoint_every else why
+    every, disk = format_seconds(checkpoint * step.seconds), forecaster.cluster.disk["write_bytes_per_second"]
+    whence = "cluster.write_bytes_per_second sets it" if forecaster.cluster.source == DATASHEET else "as measured"
+    reasons["checkpoint_every"] = f"{saving}, at {format_bytes(disk)}/s a device ({whence}); one every {every} {why}"
     return _with_validations(forecaster, best, stage, replace(choice, checkpoint_every=checkpoint), step, reasons)
 
 
@@ -170,9 +173,10 @@ def _with_validations(forecaster: Forecaster, best: Candidate, stage: Stage, cho
         rows = batch * max(1, int((room / count - seconds(0)) / each))
     if rows is not None and rows < all_rows:
         choice = replace(choice, evaluate_rows=rows, evaluation_tokens=float(rows * choice.seq_len))
-        reasons["evaluate_rows"] = (f"of about {all_rows:,}, so that validations take no more than "
-                                    f"{format_share(VALIDATION_SHARE, 0)} of the stage, or one batch each")
-    reasons["evaluate_every"] = f"{count} validations of {format_seconds(seconds(choice.evaluation_tokens))} each"
+        reasons["evaluate_rows"] = f"of about {all_rows:,}, " + (GIVEN if stage.evaluate_rows else (
+            f"so that validations take no more than {format_share(VALIDATION_SHARE, 0)} of the stage, or one batch each"))
+    each_seconds = format_seconds(seconds(choice.evaluation_tokens))
+    reasons["evaluate_every"] = f"{f'{GIVEN}: ' if stage.evaluate_every else ''}{count} validations of {each_seconds} each"
     return replace(choice, evaluate_every=evaluate)
 
 

@@ -43,7 +43,7 @@ def test_family_has_one_size_and_can_be_cut(tp: int) -> None:
                  == (4096, 14336, 32, 8)]
     assert len(published) == 1 and published[0].parameters() == SIZE, "Llama 3 8B is one of them"
     assert len({s.num_hidden_layers for s in shapes}) >= 5 and len({s.num_key_value_heads for s in shapes}) >= 3
-    with pytest.raises(UserError, match="comes within 2% of 1 M parameters"):
+    with pytest.raises(UserError, match="comes within 2 % of 1 M parameters"):
         family(1e6, VOCABULARY)
 
 
@@ -67,6 +67,19 @@ def test_hardware_that_likes_width_makes_the_best_shape_wider(budget: dict[str, 
     plain, wide = (rank_designs(shapes, speed, **budget)[0].shape for speed in (evenly, by_width))  # type: ignore[arg-type]
     assert wide.hidden_size > plain.hidden_size and wide.num_hidden_layers <= plain.num_hidden_layers
     assert aspect_penalty(plain) == 0.0, "with nothing to gain, nothing is risked"
+
+
+@pytest.mark.parametrize(("slower", "key_heads"), [(1.01, 8), (1.03, 5)])
+def test_of_as_good_shapes_the_one_whose_heads_a_node_can_share_comes_first(slower: float, key_heads: int) -> None:
+    odd, even = (DecoderShape(1000, 40 * 64, 4 * 2560, 24, 40, keys, head_dim=64) for keys in (5, 8))
+    alike = rank_designs([odd, even], evenly, pd=10)
+    assert alike[0].cost == pytest.approx(alike[1].cost, rel=0.005), "or speed would not decide"
+
+    def first(per_node: int) -> DecoderShape:
+        return rank_designs([odd, even], lambda shape: evenly(shape) * (slower if shape is even else 1.0), pd=10,
+                            per_node=per_node)[0].shape
+
+    assert first(1) is odd and first(8).num_key_value_heads == key_heads
 
 
 def test_explanation_and_table_name_the_best_first() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -265,11 +266,19 @@ def test_verb_goodput_prints_interval_accounts_and_finish() -> None:
     told = CliRunner().invoke(command, [*arguments, "--target", "0.97"], catch_exceptions=False).stderr
     assert "is reached already" in CliRunner().invoke(command, [*arguments, "--target", "0.5"]).stderr
     assert "all together" in told and "cannot: " in told and "97.0 %" in told
+    short = ["--devices", "1024", "--days-of-steps", "2", "--checkpoint-seconds", "5", "--restart-seconds", "120"]
+    told = " ".join(CliRunner().invoke(command, short, catch_exceptions=False).stderr.split())
+    hours = [float(each) for each in re.findall(r"P\d0 ([\d.]+) h ", told)]
+    assert len(hours) == 3 and 48 <= hours[0] <= hours[1] <= hours[2] < 60 and "days (" not in told.partition("finish")[2]
+    assert "5 min 00 s from a fault to new processes, and 2 min 00 s from these to the first step" in told
+    rate = re.search(r"Counted with ([\d.]+) faults in 1,000 device-days", told)
+    assert rate and float(rate[1]) == pytest.approx(1000 * faults_per_second(1024) * DAY / 1024, rel=5e-3)
     late = ["--devices", "1", "--days-of-steps", "4e6", "--checkpoint-seconds", "30", "--failures-per-1000-device-days", "0.001"]
     assert "after the year 9999" in CliRunner().invoke(command, late, catch_exceptions=False).stderr
     assert Job(DAY, Saving(1e-25), 0, 0, 1e-9).goodput == pytest.approx(1), "no save is too short"
     for wrong, message in ((["--devices", "8", "--days-of-steps", "1"], "give --checkpoint-seconds"),
                            (["--devices", "0", *arguments[2:]], "devices = 0"),
+                           (["--devices", "0", "--days-of-steps", "1"], "devices = 0"),
                            ([*arguments, "--days-of-steps", "inf"], "days of steps = inf"),
                            ([*arguments, "--days-of-steps", "1e-300"], "days of steps = 1e-300"),
                            ([*arguments[:4], "--params", "1e9", "--write-rate", "0"], "write rate = 0"),

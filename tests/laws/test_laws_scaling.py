@@ -181,3 +181,10 @@ def test_verb_scaling_compares_fits_and_refuses(tmp_path: Path) -> None:
                                (["--law", str(tmp_path / "none.toml"), "--pd", "1"], "is not a file of laws")):
         error = runner.invoke(command, arguments).exception
         assert isinstance(error, UserError) and message in str(error), arguments
+
+
+def test_a_size_that_no_law_was_fitted_to_is_told() -> None:
+    told = [" ".join(CliRunner().invoke(command, ["--params", size, "--tokens", tokens], catch_exceptions=False).stderr.split())
+            for size, tokens in (("13", "500"), ("13B", "500B"), ("13", "1e9"))]
+    assert "did you mean --params 13B --tokens 500B?" in told[0] and "None of these laws" not in told[1]
+    assert "did you mean --params 13B?" in told[2]

@@ -20,6 +20,7 @@ from athanor.models.decoder import Decoder
 from athanor.models.fused import rms_norm, rope_table, swiglu
 from athanor.models.huggingface import save_model
 from athanor.models.loss import chunk_rows, score
+from athanor.models.rehearsed import computing_like
 
 Build = Callable[..., Decoder]
 LENGTHS = [7, 7, 1, 20, 13]
@@ -110,6 +111,15 @@ def test_gradients_by_hand_are_those_of_autograd(dtype: torch.dtype) -> None:
         found = torch.autograd.grad(out, leaves, back)
         for a, b in zip(found, torch.autograd.grad(expected, exact, back.double()), strict=True):
             assert a.dtype == dtype and (a - b).norm() <= tolerance * b.norm()
+
+
+def test_a_rehearsed_norm_keeps_what_an_accelerators_kernel_keeps() -> None:
+    """torch's fused kernel saves its input, its weight and one fp32 number for each row (aten/native/layer_norm)."""
+    x, weight = (torch.ones(*size, dtype=torch.bfloat16, requires_grad=True) for size in ((40, 64), (64,)))
+    kept: list[Tensor] = []
+    with computing_like("cuda", [40]), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        rms_norm(x, weight, 1e-5)
+    assert sum(tensor.nbytes for tensor in kept) == 2 * (40 * 64 + 64) + 4 * 40
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -18,7 +18,8 @@ from athanor.cost.runs import NUMBERS, WORDS, Run
 from athanor.cost.score import predict
 from athanor.foundation.errors import LayoutError, UserError
 from athanor.models.shapes.find import find_shape
-from athanor.planner.estimate import estimate
+from athanor.planner.estimate import estimate, read_cluster_words
+from athanor.planner.search import Task
 
 LLAMA = "tp=8 pp=8 dp_shard=32 micro_batch_size=1 seq_len=8192 num_microbatches=16 stages_per_rank=4"
 
@@ -159,7 +160,7 @@ def test_fp32_is_priced_at_its_own_peak() -> None:
     half, single = (estimate(shape, "H100-80 devices=1", words + precision) for precision in ("bf16", "fp32"))
     assert 10 < single["step_seconds"] / half["step_seconds"] < 989 / 67
     assert single["accounts"]["useful"] / half["accounts"]["useful"] == pytest.approx(989 / 67, rel=1e-3)
-    with pytest.raises(UserError, match="'Gaudi2': its peak in fp32 is unknown"):
+    with pytest.raises(UserError, match="Gaudi2 is known to compute in bf16, fp16, fp8, not in fp32"):
         estimate(shape, "Gaudi2 devices=1", "precision=fp32")
 
 
@@ -174,3 +175,22 @@ def test_hybrid_sharding_gathers_inside_a_group_and_reduces_across() -> None:
     across = 2 * (8.03e9 * 2 / 8) * 7 / 8 / (25e9 / 8)  # seconds of a ring of 8 at the whole rate of the link
     c = coefficients("time").mapping()  # what of it is not hidden, and of the link's rate is reached
     assert hybrid - inside == pytest.approx(across * c["data_parallel"] * c["data_parallel.fsdp"] / c["network"], rel=0.02)
+
+
+@pytest.mark.parametrize(("accelerator", "precision", "known"), [
+    ("V100-32", "bf16", "fp16, fp32"), ("A100-80", "fp8", "bf16, fp16, fp32"), ("H100-80", "fp4", "bf16, fp16, fp32, fp8")])
+def test_a_precision_that_an_accelerator_lacks_is_refused(accelerator: str, precision: str, known: str) -> None:
+    shape, words = find_shape("llama-3-8b"), f"{accelerator} is known to compute in {known}, not in {precision}"
+    with pytest.raises(UserError, match=words):
+        estimate(shape, f"{accelerator} devices=8", f"dp_shard=8 precision={precision}")
+    task = Task(shape, read_cluster_words(accelerator), 8, 65536, 8192, precision=precision)
+    with pytest.raises(UserError, match=words):
+        task.check()
+    replace(task, precision="fp16").check()
+
+
+def test_whose_speed_and_memory_are_told_is_said() -> None:
+    words = ["--model", "llama-3-8b", "--cluster", "H100-80", "--layout", "dp_shard=8"]
+    for program in ("megatron-core", "fsdp"):
+        told = " ".join(CliRunner().invoke(command, [*words[:-1], f"{words[-1]} program={program}"]).stderr.split())
+        assert f"memory are those of {program}," in told and "cluster.accelerator=H100-80" in told and "program=fsdp is" in told

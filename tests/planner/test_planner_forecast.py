@@ -164,7 +164,9 @@ def test_memory_is_sharded_and_grows_with_rows() -> None:
     ((128, 352, 6), Layout(tp=2), {"rows": 16}, 143.1),
     ((128, 352, 6), Layout(pp=2), {"rows": 2, "num_microbatches": 8, "optimizer": "muon"}, 62.6),
     ((192, 512, 4), Layout(pp=2), {"rows": 4, "seq_len": 128, "num_microbatches": 8, "schedule": "GPipe"}, 217.2),
-    ((128, 352, 6), Layout(cp=2), {"rows": 16, "recompute": "full", "optimizer": "muon"}, 49.3)])
+    ((128, 352, 6), Layout(cp=2), {"rows": 16, "recompute": "full", "optimizer": "muon"}, 49.3),
+    ((128, 352, 6), Layout(dp_shard=2), {"rows": 8, "seq_len": 512, "dtype": "bf16", "device_type": "cuda"}, 255.2),
+    ((128, 352, 6), Layout(tp=2), {"rows": 16, "dtype": "bf16", "device_type": "cuda"}, 141.4)])
 def test_memory_is_what_a_rehearsal_finds(sizes: tuple[int, int, int], layout: Layout, options: dict[str, Any],
                                           megabytes: float) -> None:
     hidden, inner, layers = sizes

@@ -109,6 +109,9 @@ def test_fixed_sizes_and_degrees_are_kept(machine: ClusterSpec, toy: Toy) -> Non
     assert plan.values["parallel"]["tp"] == 2 and plan.values["parallel"]["dp_shard"] == 1
     assert stage_of(plan, "pretrain")["global_batch_tokens"] == 8192
     assert plan.reasons["model"] == "its sizes are given by the recipe" and not plan.runner_ups
+    assert plan.reasons["parallel"] == "tp=2 is given by the recipe"
+    assert plan.reasons["stage.pretrain.micro_batch_size"].startswith("the fastest of what fits memory")
+    assert "as measured" in plan.reasons["stage.pretrain.checkpoint_every"] and "down" not in plan.books["pretrain"].accounts
 
 
 def without(machine: ClusterSpec, name: str) -> dict[str, list[list[Any]]]:
