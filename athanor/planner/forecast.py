@@ -102,10 +102,8 @@ class Forecaster:
         saves, apart = math.ceil(stage.steps / stage.checkpoint_every), stage.checkpoint_every * step.seconds
         saving, save_seconds = self.saving(shape, layout, stage.save_async), self.save_seconds(shape, layout)
         once |= saving.seconds(saves, saves - 1, apart)
-        # The model's folder; and the last checkpoint, which is waited for, is written as fast as one that no steps go on beside.
-        once["checkpoint"] += save_seconds - max(0.0, saving.write_seconds - save_seconds)
-        checks = math.ceil(stage.steps / stage.evaluate_every)
-        once["evaluation"] = checks * self.validation_seconds(step, shape, layout, stage)
+        once["checkpoint"] += save_seconds - max(0.0, saving.write_seconds - save_seconds)  # the model; the last one, waited for
+        once["evaluation"] = math.ceil(stage.steps / stage.evaluate_every) * self.validation_seconds(step, shape, layout, stage)
         once["metering"] = constants["metering_seconds"] * slow * stage.steps * step.seconds / constants["metering_every_seconds"]
         book = Book("forecast", devices, self.cluster.accelerator, self.cluster.peak_flops[stage.precision], layout=str(layout))
         for name, value in step.accounts.items():
