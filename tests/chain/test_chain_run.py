@@ -104,6 +104,7 @@ def test_a_line_that_is_no_conversation_is_told_first(athanor: Any, recipe: Path
     assert not ran(read_jsonl(tmp_path / "runs" / "small" / "chain.jsonl"))
 
 
+@pytest.mark.slow
 def test_what_single_verbs_made_is_gone_on_with_and_its_forecast_stays(athanor: Any, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "small"
     for arguments in (("plan", recipe), ("data", "build", recipe), ("train", recipe, "--stage", "pretrain")):

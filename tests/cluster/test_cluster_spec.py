@@ -105,6 +105,7 @@ def test_more_devices_than_there_are_is_refused(tmp_path: Path) -> None:
         measure(tmp_path, devices=100_000)
 
 
+@pytest.mark.slow
 def test_check_measures_two_ranks_and_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from athanor.cli import check
     from athanor.cluster import operators, probe

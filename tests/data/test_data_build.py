@@ -196,8 +196,10 @@ def test_a_tokenizer_without_template_or_names_is_judged(tmp_path: Path, make_re
     source = {"name": "s", "kind": "folder", "path": write_stories(tmp_path / "s", [story(i) for i in range(5)])}
     recipe = make_recipe([source], vocab_size=None, tokenizer=str(tmp_path / "t"))
     assert build(recipe, tmp_path / "data")["template_hash"] is None
+    (talk := tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, '
+                                                 '{"role": "assistant", "content": "b"}]}\n')
     with pytest.raises(DataError, match="has no chat template"):
-        open_rows(tmp_path / "data", "pairs", 64, 0)
+        open_rows(tmp_path / "data", str(talk), 64, 0)
     shutil.rmtree(tmp_path / "data")
     wrong = make_recipe([source], vocab_size=None, tokenizer=str(tmp_path / "s"))
     check_refused(wrong, tmp_path, DataError, r"has no tokenizer\.json")

@@ -95,6 +95,7 @@ def reached(stage: StageFolder, step: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_device_that_fails_for_good_is_done_without_until_the_next_start(supervised: Any, stage: StageFolder, run_folder: Path,
                                                                            tmp_path: Path, wanted: str) -> None:
     """The rank on device 1 of four dies in step 5 and then at each start; two ranks go on, beside the device, and four again."""

@@ -312,7 +312,8 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
 
 
 def test_eight_bits_reach_them_too() -> None:
-    module = predicting(1, hidden_size=64, intermediate_size=96)
+    module = predicting(1, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, q_lora_rank=32, kv_lora_rank=48,
+                        qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
     fp8.convert(module)
     parts = [part for part in module.modules() if hasattr(part, "linear")]
     assert all(part.linear is fp8.linear for part in parts) and sum(part in module.further for part in parts) == 2

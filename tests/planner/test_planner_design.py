@@ -23,6 +23,7 @@ def designs(*options: str) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_shapes_of_one_size_are_ranked_for_loss_and_speed() -> None:
     found = designs("--cluster", "H100-80 devices=256 nic_gbps=400", "--pd", "2000")
     rows = found["designs"]
@@ -56,6 +57,7 @@ def test_the_best_is_written_as_search_reads_it(tmp_path: Path) -> None:
     assert best["step_seconds"] * 16 / 4194304 == pytest.approx(rows[0]["seconds_per_token"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_coefficients_of_ones_own_scale_search_and_design(tmp_path: Path) -> None:
     """A factor of 1.25 on every step makes the same layouts and shapes 1.25 times slower."""
     file = tmp_path / "own.toml"

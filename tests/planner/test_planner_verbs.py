@@ -40,6 +40,7 @@ def call(*arguments: object) -> str:
     return CliRunner().invoke(plan, [str(argument) for argument in arguments], catch_exceptions=False).stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_before_what_the_folder_holds(recipe: Path, tmp_path: Path) -> None:
     stage = tmp_path / "runs" / "toy" / "pretrain"
     stage.mkdir(parents=True)

@@ -89,6 +89,7 @@ def test_fewer_and_more_ranks_train_the_same_bits(train: Train, undisturbed: Any
     assert book["tokens"] == rows[1][STEPS]["tokens"]
 
 
+@pytest.mark.slow
 def test_fast_is_the_same_but_for_rounding(train: Train, undisturbed: Any, run_folder: Path) -> None:
     calm, wanted = undisturbed("adamw")
     found = disturbed(train, run_folder, f"{STAGE}optimizer=adamw")
