@@ -43,7 +43,7 @@ test-all: .venv/installed-harness
 	.venv/bin/python -m pytest -q -m "not drill" --durations=25
 
 # Long ones first; then five times what injects faults, whose moments are drawn anew each time.
-FAULTS = tests/jobs tests/slurm $(addprefix tests/train/test_train_,saver.py guards.py elastic.py resume.py watch.py)
+FAULTS = tests/jobs tests/slurm $(addprefix tests/train/test_train_,saver.py disks.py guards.py elastic.py resume.py watch.py)
 drills: setup-test
 	.venv/bin/python -m pytest -q -m drill --durations=25
 	@for round in 1 2 3 4 5; do echo "== faults, round $$round of 5"; \
