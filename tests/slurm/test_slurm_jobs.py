@@ -356,7 +356,7 @@ def test_slurms_refusals_are_told_in_its_own_words(cluster: Cluster, runner: Run
         "cluster.devices=3", "--slurm", "--nodes", 2, "--ranks-per-node", 2)
     assert "go with --slurm" in refused("--nodes", 2)
     assert runner.call("jobs", "list") == {"jobs": []}, "what was refused is not listed"
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(runner.runs))  # where no command lies, however Slurm was installed
     assert "Slurm's command scontrol is not on PATH" in refused("--slurm")
 
 
