@@ -6,11 +6,16 @@ weight[j] counts the prediction of tokens[j+1]; `starts` are the offsets at whic
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +25,9 @@ from athanor.data.order import locate
 from athanor.data.packing import pack
 from athanor.data.shards import Shard
 from athanor.data.text.chat import ChatTemplate, check_messages
-from athanor.foundation.errors import DataError
-from athanor.foundation.run_folder import hash_value, read_jsonl
+from athanor.data.text.tokenizer import tokenizer_hash
+from athanor.foundation.errors import AthanorError, DataError
+from athanor.foundation.run_folder import hash_value, read_jsonl, write_atomic
 
 Row = dict[str, NDArray[Any]]
 Split = Literal["train", "evaluation"]
@@ -104,14 +110,30 @@ class Windows:
         return {"source": self.name, "documents": [int(first), int(last)], "tokens": [begin, end]}
 
 
+@dataclass(frozen=True)
+class Coded:
+    """Conversations as tokens, one after another: `mask` is 1 where the assistant speaks, `starts` has an end as well."""
+
+    tokens: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    starts: NDArray[np.int64]
+
+    def conversation(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Ids and mask of one."""
+        place = slice(*self.starts[index:index + 2])
+        return self.tokens[place], self.mask[place]
+
+
 class Conversations:
     """Conversations packed into rows of S tokens; only what the assistant says has weight, and without that there is no row."""
 
-    def __init__(self, coded: list[tuple[list[int], list[int]]], seq_len: int, pad_id: int, name: str) -> None:
+    def __init__(self, coded: Coded, seq_len: int, pad_id: int, name: str) -> None:
         self.coded, self.seq_len, self.pad_id, self.name = coded, seq_len, pad_id, name
-        has_answer = [any(mask[1:]) for _, mask in coded]  # nothing predicts the first token
-        self.packed, too_long = pack([len(ids) if has else 0 for (ids, _), has in zip(coded, has_answer, strict=True)], seq_len)
-        self.dropped, self.silent = len(too_long), has_answer.count(False)
+        begins, ends = coded.starts[:-1], coded.starts[1:]
+        counted = np.append(0, np.cumsum(coded.mask, dtype=np.int64))  # of the tokens before each
+        answers = counted[ends] - counted[np.minimum(begins + 1, ends)]  # nothing predicts the first token
+        self.packed, too_long = pack(np.where(answers > 0, ends - begins, 0).tolist(), seq_len)
+        self.dropped, self.silent = len(too_long), int((answers == 0).sum())
         self.count = len(self.packed)
 
     def row(self, index: int) -> Row:
@@ -119,7 +141,7 @@ class Conversations:
         weight = np.zeros(self.seq_len, dtype=np.float32)
         starts, place = [], 0
         for conversation in self.packed[index]:
-            ids, mask = self.coded[conversation]
+            ids, mask = self.coded.conversation(conversation)
             starts.append(place)
             tokens[place:place + len(ids)] = ids
             weight[place:place + len(ids) - 1] = mask[1:]
@@ -178,24 +200,46 @@ def _document_rows(folder: Path, manifest: dict[str, Any], seq_len: int, seed: i
 
 def _conversation_rows(folder: Path, manifest: dict[str, Any], data: str, seq_len: int, seed: int, split: Split,
                        identity: dict[str, Any]) -> Rows:
-    if data == "pairs" and split == "evaluation":
-        conversations = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["body"]}]
-                         for row in read_jsonl(folder / "functions.jsonl")]
-    elif data == "pairs":
-        conversations = [row["messages"] for row in read_jsonl(folder / "pairs.jsonl")]
+    template = ChatTemplate.load(folder / "tokenizer")
+    texts = {"manifest": manifest["hash"], "data": data, "split": split}
+    if data == "pairs":
+        conversations: Iterable[list[dict[str, Any]]] = _pairs(folder, split)
     else:
-        file = Path(data)
+        file, share = Path(data), float(manifest["evaluation_share"])
         if not file.is_file():
             raise DataError(f"data '{data}' is not a file; allowed: documents, pairs, or the path of a JSONL of conversations")
-        share = float(manifest["evaluation_share"])
         conversations = [messages for messages in read_conversations(file)
                          if _is_held_out(messages, share) == (split == "evaluation")]
-        identity = identity | {"data": hash_value(conversations)}
-    template = ChatTemplate.load(folder / "tokenizer")
-    packed = Conversations([template.render_with_mask(messages) for messages in conversations], seq_len,
-                           template.tokenizer.pad_id, data)
+        texts["data"] = hash_value(conversations)
+        identity = identity | {"data": texts["data"]}
+    of = hash_value(texts | {"template": template.hash, "tokenizer": tokenizer_hash(folder / "tokenizer")})
+    coded = _encode(folder / "conversations" / f"{of[:16]}.npz", template, conversations)
+    packed = Conversations(coded, seq_len, template.tokenizer.pad_id, data)
     return Rows([packed], [1.0], seed, split == "train", hash_value(identity | {"template": template.hash}), packed.dropped,
                 packed.silent)
+
+
+def _pairs(folder: Path, split: Split) -> Iterator[list[dict[str, Any]]]:
+    if split == "train":
+        yield from (row["messages"] for row in read_jsonl(folder / "pairs.jsonl"))
+    else:
+        yield from ([{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["body"]}]
+                    for row in read_jsonl(folder / "functions.jsonl"))
+
+
+def _encode(file: Path, template: ChatTemplate, conversations: Iterable[list[dict[str, Any]]]) -> Coded:
+    """Conversations as tokens, from a file that the first process to make them leaves for the ranks and for later runs."""
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, BadZipFile), np.load(file) as held:  # its sums are checked
+        return Coded(held["tokens"], held["mask"], held["starts"])
+    both = [template.render_with_mask(messages) for messages in conversations]
+    made = Coded(np.fromiter(chain.from_iterable(ids for ids, _ in both), np.int32),
+                 np.fromiter(chain.from_iterable(mask for _, mask in both), np.uint8),
+                 np.cumsum([0, *(len(ids) for ids, _ in both)], dtype=np.int64))
+    content = BytesIO()
+    np.savez(content, tokens=made.tokens, mask=made.mask, starts=made.starts)
+    with contextlib.suppress(OSError, AthanorError):  # where nothing can be written, each makes them for itself
+        write_atomic(file, content.getvalue())
+    return made
 
 
 def read_conversations(file: Path) -> Iterator[list[dict[str, Any]]]:

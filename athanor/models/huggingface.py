@@ -208,8 +208,8 @@ def save_model(module: Decoder, folder: Path, whole: Callable[[str], Tensor | No
         shape = module.shape
         name = next(key for key, value in DTYPES.items() if value == dtype)
         write_json(folder / "config.json", {**shape.to_config(), "dtype": name, "torch_dtype": name})
-        write_json(folder / "generation_config.json", {"bos_token_id": shape.bos_token_id, "eos_token_id": shape.eos_token_id,
-                                                       "pad_token_id": shape.pad_token_id})
+        write_json(folder / "generation_config.json", {key: id_ for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+                                                       if (id_ := getattr(shape, key)) is not None})
 
 
 @contextlib.contextmanager

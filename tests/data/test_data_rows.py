@@ -182,6 +182,36 @@ def test_conversations_without_an_answer_are_left_out_and_counted(data_folder: P
     assert shown.count("<|user|>") == shown.count("<|assistant|>") == len(answered)
 
 
+def test_conversations_are_rendered_once(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks and later runs find their tokens; damaged ones, or those of another template, are made anew."""
+    folder, file, rendered = tmp_path / "data", tmp_path / "talk.jsonl", []
+    shutil.copytree(data_folder, folder, ignore=shutil.ignore_patterns("conversations"))
+    talk = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "d"}]})  # trained on
+    file.write_text(talk + "\n")
+    render = ChatTemplate.render_with_mask
+    monkeypatch.setattr(ChatTemplate, "render_with_mask", lambda *given: rendered.append(given) or render(*given))
+
+    def take(data: str) -> tuple[int, bytes]:
+        rendered.clear()
+        rows = open_rows(folder, data, 256, 0)
+        return len(rendered), b"".join(each.tobytes() for row in rows.take(0, 5) for each in row.values())
+
+    for data in ("pairs", str(file)):
+        count, wanted = take(data)
+        assert count > 0 and take(data) == (0, wanted)
+        for kept in (folder / "conversations").iterdir():
+            content = bytearray(kept.read_bytes())
+            content[len(content) // 2] ^= 1
+            kept.write_bytes(content)
+        assert take(data) == (count, wanted) and take(data) == (0, wanted)
+    template = folder / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert take(str(file))[0] == 1
+    shutil.rmtree(folder / "conversations")
+    (folder / "conversations").touch()  # nothing can be written there
+    assert take("pairs") == take("pairs") and len(rendered) > 0
+
+
 def test_reading_rows_loads_nothing_heavy(data_folder: Path) -> None:
     program = ("import sys; sys.modules.update({name: None for name in ('pyarrow', 'torch', 'starlette', 'pandas')})\n"
                "from pathlib import Path\nfrom athanor.data.rows import open_rows\n"

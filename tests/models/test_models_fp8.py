@@ -70,7 +70,6 @@ def train(module: Decoder, steps: int) -> list[float]:
     return losses
 
 
-@pytest.mark.slow
 def test_the_loss_falls_as_in_half_precision(small: Build) -> None:
     half, eight = (small(torch.bfloat16, initializer_range=0.05) for _ in range(2))
     convert(eight)

@@ -45,9 +45,9 @@ class DecoderShape(Counted):
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    bos_token_id: int = 0
-    eos_token_id: int = 1
-    pad_token_id: int = 2
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class DecoderShape(Counted):
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         self._require(1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                       "num_key_value_heads", "max_position_embeddings")
-        self._require(0, *(f.name for f in fields(self) if f.type == "int" and not f.name.endswith("_id")))
+        self._require(0, *(f.name for f in fields(self) if f.type == "int"))
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise ModelError(f"num_attention_heads = {self.num_attention_heads} does not divide "
@@ -209,4 +209,4 @@ def fits(value: object, kind: str) -> bool:
         return isinstance(value, bool if kind == "bool" else str)
     if kind.startswith("tuple"):
         return isinstance(value, tuple) and all(fits(entry, "int") for entry in value)
-    return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, int if kind.startswith("int") else (int, float)) and not isinstance(value, bool)

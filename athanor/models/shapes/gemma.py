@@ -21,8 +21,9 @@ class Shape(DecoderShape):
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
-    bos_token_id: int = 2
-    pad_token_id: int = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | None = 1
+    pad_token_id: int | None = 0
 
     def kept_beside(self, layer: int, tp: int) -> float:
         return self.intermediate_size / tp  # gelu(gate), which is multiplied with another projection
