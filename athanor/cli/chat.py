@@ -38,8 +38,8 @@ def command(model: str, once: str | None, system: str | None, temperature: float
             as_json: bool) -> None:
     """Talk to MODEL (a model or run folder, a recipe, or a name in the registry), in the terminal or from a pipe."""
     from athanor.data.text.chat import ChatTemplate
-    from athanor.inference.engine import open_engine
-    from athanor.serve.server import DEFAULT_CACHE_TOKENS, context_tokens
+    from athanor.inference.engine import context_tokens, open_engine
+    from athanor.serve.server import DEFAULT_CACHE_TOKENS
     from athanor.serve.target import find_target
 
     target = find_target(model)

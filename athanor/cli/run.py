@@ -225,7 +225,7 @@ def _register(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
 
 def smoke(channel: Callable[..., None], folder: str) -> dict[str, Any]:
     """Rank function: serve a model, let it answer once whole and once streamed, stop."""
-    from athanor.serve.server import context_tokens
+    from athanor.inference.engine import context_tokens
     from athanor.serve.server import smoke as first_answers
 
     room = context_tokens(Path(folder)) - QUESTION_TOKENS  # a short context leaves room for a short answer

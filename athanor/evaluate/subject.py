@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from athanor.data.text.chat import ChatTemplate
 from athanor.data.text.tokenizer import Tokenizer
-from athanor.foundation.errors import ModelError, UserError
-from athanor.foundation.run_folder import read_json
+from athanor.foundation.errors import UserError
 
 if TYPE_CHECKING:
     from athanor.inference.engine import Engine, Request
@@ -45,12 +44,10 @@ def open_subject(name: str, folder: Path, is_chat: bool, context_tokens: int | N
 
     Raises ModelError or DataError when a part of it is missing.
     """
+    from athanor.inference.engine import context_tokens as longest_of
     from athanor.inference.engine import open_engine
 
-    config = read_json(folder / "config.json")
-    longest = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    if not isinstance(longest, int):
-        raise ModelError(f"{folder / 'config.json'} has no 'max_position_embeddings'")
+    longest = longest_of(folder)
     context_tokens = min(longest, context_tokens or longest)
     if mesh is None:
         engine = open_engine(folder, cache_tokens=CONCURRENT * context_tokens)

@@ -67,7 +67,8 @@ class RankError(AthanorError):
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     """The allowed name that `name` most likely meant, the first of those equally close; None when nothing is."""
-    close = {option: difflib.SequenceMatcher(None, option, name).ratio() for option in sorted(allowed)}
+    close = {option: difflib.SequenceMatcher(None, option, name).ratio() + bool(name and option.startswith(name))
+             for option in sorted(allowed)}
     best = max(close, key=close.__getitem__, default=None)
     return best if best is not None and close[best] >= 0.5 else None
 

@@ -21,6 +21,7 @@ from athanor.inference.sampling import choose
 from athanor.inference.scheduler import Request, Sampling, Scheduler
 from athanor.models.context import Groups, Packed, Scored
 from athanor.models.decoder import Decoder
+from athanor.models.shapes.find import load_shape
 
 SCORE_TOKENS = 4096  # of one packed forward pass
 OnToken = Callable[[int, float], None]
@@ -187,6 +188,11 @@ def _check_sampling(sampling: Sampling) -> None:
             ("top_k", sampling.top_k >= 0, "0 or more")):
         if not is_right:
             raise UserError(f"{name} = {getattr(sampling, name)}; it must be {allowed}")
+
+
+def context_tokens(model_folder: Path) -> int:
+    """The longest prompt and answer together that the model of a Hugging Face folder was made for."""
+    return load_shape(Path(model_folder)).max_position_embeddings
 
 
 def open_engine(model_folder: Path, cache_tokens: int = 16384, threads: int | None = None, dtype: str = "float32") -> Engine:

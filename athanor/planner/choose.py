@@ -245,7 +245,7 @@ def rank_candidates(forecaster: Forecaster, recipe: Recipe, stage: Stage, templa
     """
     out: list[Candidate] = []
     forecaster.rates(template.precision, template.optimizer)  # or say that nobody knows them
-    smallest, refused = math.inf, None
+    smallest, refused, rows = math.inf, None, stage.micro_batch_size or 1
     options = layouts(recipe.parallel, forecaster.cluster)
     lengths = [(stage, template.seq_len), *((other, other.seq_len) for other in recipe.stage if other.seq_len)]
     for shape in shapes(recipe, text.vocab_size, max(length for _, length in lengths)):
@@ -258,11 +258,11 @@ def rank_candidates(forecaster: Forecaster, recipe: Recipe, stage: Stage, templa
         if candidate is not None:
             out.append(candidate)
         else:
-            smallest = min(smallest, fullest(forecaster.memory(shape, possible[-1], replace(template, micro_batch_size=1))))
+            smallest = min(smallest, fullest(forecaster.memory(shape, possible[-1], replace(template, micro_batch_size=rows))))
     if not out:
         if refused:
             raise refused
-        raise UserError(f"no shape fits: the smallest possible needs {format_bytes(smallest)}, of the "
-                        f"{format_bytes(forecaster.cluster.memory_bytes)} of a device 80 % can be used")
+        raise UserError(f"no shape fits: the smallest possible needs {format_bytes(smallest)} with micro_batch_size = {rows}, of "
+                        f"the {format_bytes(forecaster.cluster.memory_bytes)} of a device 80 % can be used")
     is_sized = part.kind in ("tokens", "steps")
     return sorted(out, key=lambda c: abs(math.log(c.tokens / c.shape.parameters() / 20)) if is_sized else c.loss)

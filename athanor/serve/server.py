@@ -15,9 +15,8 @@ from typing import Any
 
 import uvicorn
 
-from athanor.foundation.errors import AthanorError, ModelError
-from athanor.inference.engine import open_engine
-from athanor.registry.model_folder import read_config
+from athanor.foundation.errors import AthanorError
+from athanor.inference.engine import context_tokens, open_engine
 from athanor.serve.address import Address, listen, url_of
 from athanor.serve.api import Api, Limits
 from athanor.serve.target import Target, find_target
@@ -51,14 +50,6 @@ def make_server(target: Target, api_key: str | None = None, limits: Limits | Non
     config = uvicorn.Config(api.app(), log_level="warning", access_log=False, lifespan="on", ws="none", server_header=False,
                             timeout_graceful_shutdown=GRACE_SECONDS + 5)
     return Server(config, api.worker), api
-
-
-def context_tokens(folder: Path) -> int:
-    """The longest prompt and answer together that the model was made for."""
-    length = read_config(folder).get("max_position_embeddings")
-    if not isinstance(length, int):
-        raise ModelError(f"{folder / 'config.json'} has no max_position_embeddings")
-    return length
 
 
 @contextlib.contextmanager

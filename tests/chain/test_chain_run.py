@@ -29,6 +29,23 @@ def test_what_single_verbs_trained_stands_in_the_book_with_its_time(athanor: Any
     assert abs(book.derived()["unattributed_share"]) < 0.05, book.accounts
 
 
+LATENT = [f"model.sizes.{key}" for key in ("kv_lora_rank=16", "qk_nope_head_dim=16", "qk_rope_head_dim=16", "v_head_dim=16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "more"), [("gpt2", []), ("deepseek_v3", ["model.num_experts=4",
+                                                                               "model.num_experts_per_tok=2", *LATENT])])
+def test_other_architectures_go_the_whole_way(athanor: Any, recipe: Path, tmp_path: Path, architecture: str,
+                                              more: list[str]) -> None:
+    """Those whose config.json has other keys than most, or blocks that are not alike."""
+    done = athanor("run", recipe, f"model.architecture={architecture}", "stage.pretrain.steps=4", "stage.chat.steps=4", *more)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "small"
+    assert ran(read_jsonl(run / "chain.jsonl")) == STEPS
+    config = json.loads((run / "chat" / "model" / "config.json").read_text())
+    assert config["model_type"] == architecture and config.get("first_k_dense_replace", 1) == 1  # one of two blocks has experts
+
+
 def test_the_chain_is_walked_once_accounted_for_and_then_skipped(athanor: Any, recipe: Path, tmp_path: Path) -> None:
     first = athanor("run", recipe, "--json")
     assert first.returncode == 0, first.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -14,7 +15,7 @@ import torch
 
 from athanor.foundation.errors import UserError
 from athanor.inference.cache import PAGE_TOKENS
-from athanor.inference.engine import Engine, Sampling, generate, open_engine
+from athanor.inference.engine import Engine, Sampling, context_tokens, generate, open_engine
 from athanor.inference.sampling import choose
 from athanor.inference.scheduler import Request
 from athanor.models.context import Packed
@@ -22,6 +23,7 @@ from athanor.models.decoder import Decoder
 from athanor.models.huggingface import save_model
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.shapes.find import architectures, new_shape
 
 
 def model(dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
@@ -35,6 +37,15 @@ def model(dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
     draw = random.Random(seed)
     return [[draw.randrange(3, 120) for _ in range(draw.choice([1, 5, 15, 16, 17, 40]))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("architecture", architectures())
+def test_each_architecture_says_how_long_a_text_may_be(architecture: str, tmp_path: Path) -> None:
+    """Under whatever key its config.json has it."""
+    shape = new_shape(architecture, vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                      num_attention_heads=2, max_position_embeddings=77)
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_config()))
+    assert context_tokens(tmp_path) == 77
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 4}])

@@ -228,6 +228,12 @@ def test_keys_that_a_folder_leaves_out_are_those_of_transformers(name: str) -> N
             assert getattr(shape, own[key]) == (usual[key] or getattr(shape, own[key])), key
 
 
+def test_a_mixture_whose_blocks_are_all_dense_goes_through_a_folder(tmp_path: Path) -> None:
+    module = build("deepseek_v3", num_experts=256, first_k_dense_replace=3)
+    save_model(module, tmp_path)
+    assert torch.equal(logits(load_model(tmp_path), [1, 2, 3]), logits(module, [1, 2, 3]))
+
+
 def test_a_document_beyond_learned_positions_is_refused() -> None:
     for module in (build("gpt2"), build("llama", rope_scaling=RopeScaling("dynamic", 2.0))):
         with pytest.raises(ModelError, match="a document of up to 129 tokens is longer than max_position_embeddings = 128"):

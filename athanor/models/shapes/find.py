@@ -61,7 +61,8 @@ def new_shape(architecture: str, **sizes: Any) -> DecoderShape:
                              + (f"it is one of {', '.join(having)}" if having else did_you_mean(key, known)))
         if not fits(value, known[key]):
             raise ModelError(f"model.{key} = {value!r} is not of type {known[key]}")
-    made = shape(**{**{key: 0 for key in AS_USUAL if key in known}, **sizes})
+    usual = dict.fromkeys(AS_USUAL, 0) | {"first_k_dense_replace": min(3, max(0, sizes.get("num_hidden_layers", 0) - 1))}
+    made = shape(**{**{key: value for key, value in usual.items() if key in known}, **sizes})
     for key, value in sizes.items():
         if shape.KEYS.get(key, key) is None and value not in (0, getattr(made, key)):
             raise ModelError(f"model.{key} = {value}, but other sizes make it {getattr(made, key)}; leave it out")
