@@ -23,6 +23,7 @@ from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder, StageFolder, hash_folder, read_jsonl
 from athanor.jobs import agent as agent_module
 from athanor.jobs.agent import Agent, Held, Stopped
+from athanor.ledger.attempts import Attempt
 from athanor.ledger.book import read_book
 from athanor.ledger.interruptions import interruptions
 from athanor.train.settings import layout_of
@@ -156,6 +157,25 @@ def test_a_killed_rank_of_any_layout_is_named(supervised: Any, run_folder: Path,
 
 
 @pytest.mark.slow
+def test_killed_again_while_it_loads_and_when_it_has_loaded(supervised: Any, run_folder: Path, wanted: str,
+                                                            tmp_path: Path) -> None:
+    """Faults that follow each other before a step further is done; each is told, and each second."""
+    marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
+    marks.mkdir()
+    begin = time.monotonic()
+    supervised(run_folder, "jobs_ranks:train_and_fail_again", marks=str(marks), step=9)
+    seconds = time.monotonic() - begin
+    faults = events(stage, "fault")
+    assert [fault["rank"] for fault in faults] == [1, 0, 1] and all(fault["signal"] == 9 for fault in faults)
+    assert faults[0]["sentence"].startswith("after step 9, rank 1")
+    assert faults[1]["sentence"].startswith("before the first step, rank 0")
+    assert [fault["attempt"] for fault in faults] == [0, 1, 1], "the life that was killed before it began has no number"
+    assert hash_folder(stage.model) == wanted
+    assert_only_uncheckpointed_steps_are_lost(stage)
+    assert_every_second_is_told(stage, seconds)
+
+
+@pytest.mark.slow
 def test_an_exception_once_is_told_and_forgiven(supervised: Any, run_folder: Path, wanted: str, tmp_path: Path) -> None:
     marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
     marks.mkdir()
@@ -188,6 +208,19 @@ def test_a_clock_that_is_set_back_changes_nothing(supervised: Any, run_folder: P
     supervised(run_folder, "jobs_ranks:train_and_fail", marks=str(marks), times=1, step=9, rank=0, kind="clock")
     seconds = time.monotonic() - begin
     assert hash_folder(stage.model) == wanted and not events(stage, "fault") and not pids.exists()
+    assert_every_second_is_told(stage, seconds)
+
+
+def test_killed_after_the_clock_was_set_back_a_life_is_told_with_its_seconds(supervised: Any, run_folder: Path, wanted: str,
+                                                                             tmp_path: Path) -> None:
+    marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
+    marks.mkdir()
+    begin = time.monotonic()
+    supervised(run_folder, "jobs_ranks:train_and_fail", marks=str(marks), times=1, step=8, rank=0, kind="clock, killed")
+    seconds = time.monotonic() - begin
+    (fault,) = events(stage, "fault")
+    assert fault["sentence"].startswith("after step 11, rank 0 was killed by signal 9") and fault["attempt"] == 0
+    assert hash_folder(stage.model) == wanted
     assert_every_second_is_told(stage, seconds)
 
 
@@ -281,6 +314,20 @@ def test_a_second_ctrl_c_ends_at_once(supervised: Any, run_folder: Path, tmp_pat
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("has_nohup", [True, False])
+def test_nobody_listens_for_a_closed_terminal_under_nohup(tmp_path: Path, has_nohup: bool) -> None:
+    agent = Agent(StageFolder(tmp_path), 1)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if has_nohup else signal.SIG_DFL)
+    try:
+        with agent._listening():
+            if has_nohup or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:  # or we would end here
+                os.kill(os.getpid(), signal.SIGHUP)
+        assert agent.is_asked_to_stop is not has_nohup
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if has_nohup else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_ranks_refuse_is_not_tried_again(supervised: Any, run_folder: Path) -> None:
     stage = RunFolder(run_folder).stage("pretrain")
     stage.root.mkdir()
@@ -302,15 +349,24 @@ def test_what_a_stage_gives_up_on_is_held_and_its_seconds_are_told(supervised: A
 
 def test_an_attempt_that_never_began_is_startup() -> None:
     def attempt(events: list[Row], ledger: list[Row]) -> dict[str, float]:
-        return agent_module.Attempt(0, 100.0, 110.0, None, events, ledger).accounts()
+        found = Attempt(0, 10.0, 110.0, None, events, ledger).accounts()
+        assert sum(found.values()) == 10.0 - sum(line["wall_seconds"] for line in ledger if "devices" in line)
+        return found
 
     assert attempt([], []) == {"startup": 10.0, "checkpoint": 0, "lost": 0.0}
     start = {"kind": "start", "time": 103.0}
     saved = {"kind": "checkpoint", "time": 106.0, "seconds": 1.5}
     assert attempt([start], []) == {"startup": 3.0, "checkpoint": 0, "lost": 7.0}
-    assert attempt([start, saved], [{"time": 104.0}]) == {"startup": 0.0, "checkpoint": 1.5, "lost": 4.5}
+    line = {"time": 104.0, "wall_seconds": 4.0, "devices": 2}
+    assert attempt([start, saved], [line]) == {"startup": 0.0, "checkpoint": 1.5, "lost": 4.5}
     waited = {**saved, "until": 103.5}  # the loop had waited before that line, which has it
-    assert attempt([start, waited], [{"time": 104.0}]) == {"startup": 0.0, "checkpoint": 0, "lost": 6.0}
+    assert attempt([start, waited], [line]) == {"startup": 0.0, "checkpoint": 0, "lost": 6.0}
+    thrown_away = {"time": 50.0, "wall_seconds": 60.0, "accounts": {"lost": 120.0}}  # by --fresh, which wrote it anew
+    assert attempt([start], [thrown_away, {"resumed_step": 0}]) == {"startup": 3.0, "checkpoint": 0, "lost": 7.0}
+    for clock in (-3600.0, 3600.0):  # set while the life lasted
+        moved = {**line, "time": 104.0 + clock}
+        assert attempt([start], [moved]) == {"startup": 0.0, "checkpoint": 0, "lost": 6.0}
+        assert attempt([{**start, "time": 103.0 + clock}], [])["checkpoint"] == 0
     assert isinstance(Held("x"), AthanorError)
 
 

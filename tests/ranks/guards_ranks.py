@@ -29,13 +29,15 @@ def spoil(trainee: Any, kind: str) -> None:
 
 
 def train_spoiled(channel: Channel, spoiled: Sequence[Sequence[int]], kind: str, ranks: Sequence[int], once: str | None = None,
-                  die_at: int | None = None, stop_at: int | None = None, **arguments: Any) -> dict[str, Any]:
+                  die_at: int | None = None, stop_at: int | None = None, die_in: str = "", **arguments: Any) -> dict[str, Any]:
     """Train; on `ranks`, what steps leave whose first sample lies in one of the ranges `spoiled` is spoiled.
 
     Where the file `once` exists it no longer is: a fault of the machine, not of the data. `die_at`: rank 1 is killed before it
-    takes in this sample after something was spoiled; before it takes in sample `stop_at` it is asked to stop.
+    takes in this sample after something was spoiled; before it takes in sample `stop_at` it is asked to stop. `die_in`: when a
+    rollback has found or loaded its checkpoint, or noted in the ledger that it goes back, a rank that did so is killed.
     """
-    from athanor.train import loop, step
+    from athanor.train import checkpoint, guards, loop, step
+    from athanor.train.meter import Meter
 
     fetch, run_batches, rank = loop.fetch, step.run_batches, int(os.environ["RANK"])
     is_over = once is not None and Path(once).exists()
@@ -60,6 +62,18 @@ def train_spoiled(channel: Channel, spoiled: Sequence[Sequence[int]], kind: str,
             if rank in ranks:
                 spoil(trainee, kind)
 
+    def dying(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            found = inner(*given)
+            if seen:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        return run
+
+    for owner, name in ((guards, "find_good"), (checkpoint, "load"), (Meter, "roll_back")):
+        if name == die_in:
+            setattr(owner, name, dying(getattr(owner, name)))
     loop.fetch, step.run_batches = take, learn
     return loop.train_stage(channel, **arguments)
 

@@ -21,6 +21,7 @@ from athanor.ledger.book import read_book
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.zoo.llama import build
 from athanor.parallel.stages import Stages
+from athanor.report.faults import timeline
 from athanor.train import checkpoint
 from athanor.train.guards import find_good
 from athanor.train.optimizer import Optimizer
@@ -251,6 +252,25 @@ def test_killed_after_a_rollback_it_goes_on_with_the_same_bits(train: Train, run
     book = read_book(stage.actual)
     assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"] and book.accounts["lost"] > 0
     assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
+
+
+@pytest.mark.parametrize("die_in", ["load", pytest.param("find_good", marks=pytest.mark.slow),
+                                    pytest.param("roll_back", marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_a_rollback_it_goes_back_again(train: Train, run_folder: Path, passing_over: Any,
+                                                               die_in: str) -> None:
+    fault = {"target": SPOILED, "spoiled": BAD, "kind": "large gradient", "ranks": [0, 1]}
+    with pytest.raises(RankError, match="killed by signal 9"):
+        train(run_folder, *TWO, die_in=die_in, **fault)
+    stage = RunFolder(run_folder).stage("pretrain")
+    assert not rows_of(stage, "rollback")
+    found, wanted = train(run_folder, *TWO, **fault), passing_over(64, 112)
+    assert [row["kind"] for row in rows_of(stage, "rollback", "restart")] == ["restart", "rollback"]
+    assert found["loss"] == wanted["loss"] and hash_folder(stage.model) == wanted["model"]
+    book, faults = read_book(stage.actual), timeline(read_jsonl(stage.events), read_jsonl(stage.ledger))
+    assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
+    assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"]
+    assert [fault.cost.resumed_step for fault in faults] == [4] * (3 if die_in == "roll_back" else 2)
+    assert "passes over samples 64 to 111" in faults[-1].sentence and faults[-1].cost.steps_again == 3
 
 
 def test_stopped_in_the_step_that_rolls_back_it_goes_on_with_the_same_bits(train: Train, run_folder: Path, tmp_path: Path,
