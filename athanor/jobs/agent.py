@@ -112,9 +112,9 @@ class Agent:
     def run(self, target: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Rank 0's result of a rank function with the arguments of `train_stage`, restarted until it is done.
 
-        On SIGTERM, Ctrl-C and a closed terminal the ranks finish their step and save; "is_asked_to_stop" in the result says so. A
-        second Ctrl-C ends them at once (KeyboardInterrupt). Raises Stopped when they failed after that, Held with the traceback in
-        events.jsonl when trying again cannot help; what a rank refuses with an AthanorError is raised as it is, and not tried again.
+        On SIGTERM, Ctrl-C and a closed terminal the ranks finish their step and save; "is_asked_to_stop" in the result says so.
+        Raises KeyboardInterrupt at a second Ctrl-C, which ends them at once; Stopped when they failed after that, Held with the
+        traceback in events.jsonl when trying again cannot help, and what a rank refuses with an AthanorError as it is.
         """
         begun = arguments.get("launched", time.perf_counter())  # imports of ours are start-up, too
         hang_seconds = arguments["recipe"].get_stage(arguments["stage"]).hang_seconds

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from athanor.foundation.errors import AthanorError, DiskError, UserError
-from athanor.foundation.events import EXIT_HOLD, EXIT_REQUEUE
+from athanor.foundation.errors import AthanorError, DiskError, RankError, UserError
+from athanor.foundation.events import EXIT_HOLD, EXIT_REQUEUE, log_event
 from athanor.foundation.launch import start_server
 from athanor.foundation.recipe import load_recipe
-from athanor.foundation.run_folder import RunFolder, StageFolder, hash_folder, read_jsonl
+from athanor.foundation.run_folder import RunFolder, StageFolder, append_jsonl, hash_folder, read_jsonl
 from athanor.jobs import agent as agent_module
-from athanor.jobs.agent import Agent, Held, Stopped
+from athanor.jobs.agent import Agent, Devices, Held, Stopped
 from athanor.ledger.attempts import Attempt
 from athanor.ledger.book import read_book
 from athanor.ledger.interruptions import interruptions
@@ -211,6 +211,7 @@ def test_a_clock_that_is_set_back_changes_nothing(supervised: Any, run_folder: P
     assert_every_second_is_told(stage, seconds)
 
 
+@pytest.mark.slow
 def test_killed_after_the_clock_was_set_back_a_life_is_told_with_its_seconds(supervised: Any, run_folder: Path, wanted: str,
                                                                              tmp_path: Path) -> None:
     marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
@@ -368,6 +369,46 @@ def test_an_attempt_that_never_began_is_startup() -> None:
         assert attempt([start], [moved]) == {"startup": 0.0, "checkpoint": 0, "lost": 6.0}
         assert attempt([{**start, "time": 103.0 + clock}], [])["checkpoint"] == 0
     assert isinstance(Held("x"), AthanorError)
+
+
+class Scripted(Devices):
+    """Devices on which each life of the ranks does what the script says and is killed, and the one after the last is done."""
+
+    def __init__(self, *lives: Callable[[], None]) -> None:
+        super().__init__(2)
+        self.lives, self.given = list(lives), []  # type: ignore[var-annotated]
+
+    def launch(self, target: str, arguments: Row, world_size: int, **choices: Any) -> list[Any]:
+        self.given.append(arguments)
+        if not self.lives:
+            return [{"is_asked_to_stop": False}]
+        self.lives.pop(0)()
+        raise RankError(1, "was killed by signal 9 (SIGKILL)", number=9)
+
+
+def test_begun_anew_once_is_enough(tmp_path: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A life that was killed before it had emptied the folder, one that had, one that had begun, and one that had not even
+    that; what stood there before is none of theirs, whatever the clock said."""
+    stage = StageFolder(tmp_path)
+
+    def start(when: float, step: int) -> None:
+        append_jsonl(stage.events, {"time": when, "kind": "start", "step": step, "attempt": 0})
+
+    def empty() -> None:
+        stage.events.unlink()
+        log_event(stage.events, "fresh", "begins anew")
+
+    def begin() -> None:
+        empty()
+        start(time.time() - 3600.0, 0)
+
+    monkeypatch.setattr(agent_module, "FIRST_WAIT_SECONDS", 0.0)
+    start(time.time() + 3600.0, 5)
+    agent = Agent(stage, 2)
+    agent.devices = devices = Scripted(lambda: None, empty, begin, lambda: None)
+    agent.run("nothing:at all", {"recipe": load_recipe(recipe_file), "stage": "pretrain", "is_fresh": True})
+    assert [given["is_fresh"] for given in devices.given] == [True, True, True, False, False]
+    assert [row["attempt"] for row in events(stage, "fault")] == [0, 1] and stage.ledger.exists()
 
 
 @pytest.mark.parametrize("kills", [pytest.param(15, marks=pytest.mark.slow),

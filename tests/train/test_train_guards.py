@@ -319,12 +319,14 @@ def test_resumed_its_guard_has_seen_the_same(train: Train, tmp_path: Path, data_
     kept = []
     for name, die_at in (("whole", None), ("killed", 7 * ROWS)):
         folder = folder_in(tmp_path, name, data_folder)
-        fault = {"target": SPOILED, "spoiled": [[3 * ROWS, 4 * ROWS]], "kind": "gradient", "ranks": [1]}
+        bad = [[ROWS, 2 * ROWS], [3 * ROWS, 4 * ROWS]]  # two, but not in a row
+        fault = {"target": SPOILED, "spoiled": bad, "kind": "gradient", "ranks": [1]}
         if die_at is not None:
             with pytest.raises(RankError, match="rank 1 was killed by signal 9"):
                 train(folder, *TWO, die_at=die_at, **fault)
         train(folder, *TWO, **fault)
         stage = RunFolder(folder).stage("pretrain")
+        assert {row["step"] for row in rows_of(stage, "skip")} == {2, 4} and not rows_of(stage, "rollback")
         kept.append((read_json(stage.checkpoints / f"step-{STEPS:08d}" / "meta.json")["guards"], hash_folder(stage.model)))
     assert kept[0] == kept[1] and len(kept[0][0]["losses"]) == 3
 
