@@ -411,6 +411,24 @@ def test_begun_anew_once_is_enough(tmp_path: Path, recipe_file: Path, monkeypatc
     assert [row["attempt"] for row in events(stage, "fault")] == [0, 1] and stage.ledger.exists()
 
 
+def test_a_wish_to_stop_that_starting_ranks_ignore_is_passed_on_after_a_step(tmp_path: Path, recipe_file: Path) -> None:
+    asked: list[int] = []
+
+    def live() -> None:
+        for step in (0, 1):
+            agent._hear({"step": step})
+            if step == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            asked.append(step)
+
+    agent = Agent(StageFolder(tmp_path), 2)
+    agent.devices = devices = Scripted(live)
+    devices.ask = lambda: asked.append(-1)  # type: ignore[method-assign]
+    with pytest.raises(Stopped, match="asked to stop"):
+        agent.run("nothing:at all", {"recipe": load_recipe(recipe_file), "stage": "pretrain"})
+    assert asked == [-1, 0, -1, 1]
+
+
 @pytest.mark.parametrize("kills", [pytest.param(15, marks=pytest.mark.slow),
                                    pytest.param(200, marks=[pytest.mark.drill, pytest.mark.timeout(3600)])])
 def test_many_kills_at_random_moments(supervised: Any, run_folder: Path, data_folder: Path, tmp_path: Path, kills: int,
