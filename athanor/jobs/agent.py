@@ -142,6 +142,7 @@ class Agent:
     def _settle(self, attempt: Attempt, error: AthanorError) -> None:
         """Tell a fault and what it cost. Raises what ends the stage, if it is not to be tried again."""
         self._note(attempt, attempt.accounts(), attempt.failed)
+        self.folder.actual.unlink(missing_ok=True)  # what ends after its book was written is in the next one
         when = "before the first step" if not attempt.step else f"after step {attempt.step}"
         details: dict[str, Any] = {"attempt": attempt.number, "step": attempt.step}
         if not isinstance(error, RankError):

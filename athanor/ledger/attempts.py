@@ -54,8 +54,7 @@ class Tail:
 class Attempt:
     """One life of the ranks: its number, the seconds that it took, when it failed (since 1970), the step it reached.
 
-    `step` is None when the ranks had not even begun; the lines of events and ledger are those of this life, `has_stepped` whether
-    it did a step.
+    `step` is None when the ranks had not even begun; `events` and `ledger` are its lines; `has_stepped`: whether it did a step.
     """
 
     number: int

@@ -157,8 +157,8 @@ def test_a_killed_rank_of_any_layout_is_named(supervised: Any, run_folder: Path,
 
 
 @pytest.mark.slow
-def test_killed_again_while_it_loads_and_when_it_has_loaded(supervised: Any, run_folder: Path, wanted: str,
-                                                            tmp_path: Path) -> None:
+def test_killed_again_while_it_loads_when_it_has_loaded_and_at_the_end(supervised: Any, run_folder: Path, wanted: str,
+                                                                       tmp_path: Path) -> None:
     """Faults that follow each other before a step further is done; each is told, and each second."""
     marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
     marks.mkdir()
@@ -166,10 +166,10 @@ def test_killed_again_while_it_loads_and_when_it_has_loaded(supervised: Any, run
     supervised(run_folder, "jobs_ranks:train_and_fail_again", marks=str(marks), step=9)
     seconds = time.monotonic() - begin
     faults = events(stage, "fault")
-    assert [fault["rank"] for fault in faults] == [1, 0, 1] and all(fault["signal"] == 9 for fault in faults)
+    assert [fault["rank"] for fault in faults] == [1, 0, 1, 0] and all(fault["signal"] == 9 for fault in faults)
     assert faults[0]["sentence"].startswith("after step 9, rank 1")
     assert faults[1]["sentence"].startswith("before the first step, rank 0")
-    assert [fault["attempt"] for fault in faults] == [0, 1, 1], "the life that was killed before it began has no number"
+    assert [fault["attempt"] for fault in faults][:3] == [0, 1, 1], "the life that was killed before it began has no number"
     assert hash_folder(stage.model) == wanted
     assert_only_uncheckpointed_steps_are_lost(stage)
     assert_every_second_is_told(stage, seconds)

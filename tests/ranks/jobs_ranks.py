@@ -76,10 +76,11 @@ def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: i
 
 
 def train_and_fail_again(channel: Callable[..., None], marks: str, step: int, **arguments: Any) -> dict[str, Any]:
-    """Train; rank 1 is killed in the step after `step`, then rank 0 before it loads, then rank 1 when it has loaded."""
+    """Train; rank 1 is killed in the step after `step`, then rank 0 before it loads, rank 1 when it has loaded, and rank 0
+    when its book is written."""
     from athanor.train import checkpoint, loop
 
-    load, rank, done = checkpoint.load, int(os.environ["RANK"]), 0
+    load, summarise, rank, done = checkpoint.load, loop.summarise, int(os.environ["RANK"]), 0
     lives = len(list(Path(marks).iterdir()))
 
     def die(life: int) -> None:
@@ -101,7 +102,12 @@ def train_and_fail_again(channel: Callable[..., None], marks: str, step: int, **
         if rank == 1 and done == step + 1:
             die(0)
 
-    checkpoint.load = loading
+    def summarising(*given: Any) -> Any:
+        if rank == 0:
+            die(3)
+        return summarise(*given)
+
+    checkpoint.load, loop.summarise = loading, summarising
     _before_step(loop, work)
     return loop.train_stage(channel, **arguments)
 
