@@ -273,6 +273,15 @@ def test_killed_in_the_middle_of_a_rollback_it_goes_back_again(train: Train, run
     assert "passes over samples 64 to 111" in faults[-1].sentence and faults[-1].cost.steps_again == 3
 
 
+@pytest.mark.slow
+def test_a_checkpoint_that_is_still_being_written_can_be_gone_back_to(train: Train, run_folder: Path) -> None:
+    train(run_folder, *TWO, target=SPOILED, spoiled=BAD, kind="gradient", ranks=[1], flush_seconds=0.2)
+    stage = RunFolder(run_folder).stage("pretrain")
+    saved, back = next(row for row in rows_of(stage, "checkpoint") if row["step"] == 4), rows_of(stage, "rollback")
+    assert [row["passed"] for row in back] == [[64, 112]] and not rows_of(stage, "unsaved", "damaged")
+    assert saved["time"] > [row["time"] for row in rows_of(stage, "skip")][1], "or there was nothing to wait for"
+
+
 def test_stopped_in_the_step_that_rolls_back_it_goes_on_with_the_same_bits(train: Train, run_folder: Path, tmp_path: Path,
                                                                            passing_over: Any) -> None:
     fault = {"target": SPOILED, "spoiled": BAD, "kind": "gradient", "ranks": [1], "once": str(tmp_path / "once")}
