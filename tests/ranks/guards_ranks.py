@@ -36,8 +36,8 @@ def train_spoiled(channel: Channel, spoiled: Sequence[Sequence[int]], kind: str,
 
     Where the file `once` exists it no longer is: a fault of the machine, not of the data. `die_at`: rank 1 is killed before it
     takes in this sample after something was spoiled; before it takes in sample `stop_at` it is asked to stop. `die_in`: when a
-    rollback has found or loaded its checkpoint, or noted in the ledger that it goes back, a rank that did so is killed. Each flush
-    to the disk takes `flush_seconds` longer.
+    rollback has found or loaded its checkpoint, or noted in the ledger that it goes back, a rank that did so is killed. Each
+    flush to the disk takes `flush_seconds` longer.
     """
     from athanor.train import checkpoint, guards, loop, step
     from athanor.train.meter import Meter
