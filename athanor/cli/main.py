@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 
 import click
 
 from athanor.foundation.errors import AthanorError, did_you_mean
+from athanor.foundation.events import EXIT_REQUEUE
 
 # verb -> one line for the help page; `athanor/cli/<verb>.py` holds a click command called `command`
 VERBS = {
@@ -64,9 +66,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
-        _fail("stopped", 130)
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):
         _fail("stopped", 130)
     except BrokenPipeError:
         os._exit(141)
@@ -75,5 +75,7 @@ def main() -> None:
 
 
 def _fail(sentence: str, code: int) -> None:
+    if code == EXIT_REQUEUE:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who asks twice to stop gets the same code
     print(f"athanor: {sentence}", file=sys.stderr)
     sys.exit(code)

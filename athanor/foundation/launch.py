@@ -62,13 +62,13 @@ def launched_from_outside() -> bool:
 def start_server(*modules: str) -> None:
     """Begin importing torch (and `modules`) in the fork server, so that the first ranks find it ready; returns at once.
 
-    It ignores SIGTERM and Ctrl-C, which go to whole process groups: ranks must outlive them to save, and it ends with us.
+    It ignores SIGTERM, SIGHUP and Ctrl-C, which go to whole process groups: ranks must outlive them to save; it ends with us.
     Ranks ignore SIGTERM too, until they can do something about it.
     """
     PRELOAD.extend(module for module in modules if module not in PRELOAD)
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     is_main = threading.current_thread() is threading.main_thread()  # no other may say what signals do
-    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if is_main else ()
     previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         forkserver.ensure_running()

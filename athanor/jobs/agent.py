@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.run_folder import StageFolder, read_jsonl
 from athanor.jobs.watch import Watch
-from athanor.ledger.attempts import note
+from athanor.ledger.attempts import Attempt, note
 
 MOST_FAULTS = 5  # in a row, without a step further than the ranks had come before
 MOST_STARTS = 3  # of a rank in a row that end before a step is done; then its device is given up, if the stage can do without
@@ -44,32 +46,6 @@ class Held(AthanorError):
     """Trying again unchanged cannot help; somebody must look."""
 
     exit_code = EXIT_HOLD
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One life of the ranks: its number, when it was launched and when it failed (seconds since 1970), the step it reached.
-
-    `step` is None when the ranks had not even begun; the lines of events and ledger are those of this life, `has_stepped` whether
-    it did a step.
-    """
-
-    number: int
-    launched: float
-    failed: float
-    step: int | None
-    events: list[dict[str, Any]]
-    ledger: list[dict[str, Any]]
-    has_stepped: bool = False
-
-    def accounts(self) -> dict[str, float]:
-        """Seconds since the last line of the ledger, by account: work that nobody kept, and starting and saving in between."""
-        since = max([line["time"] for line in self.ledger if "time" in line], default=self.launched)
-        begun = next((row["time"] for row in self.events if row.get("kind") == "start"), self.failed)
-        startup = max(0.0, min(begun, self.failed) - since)
-        saving = sum(row.get("seconds", 0.0) for row in self.events if row.get("kind") == "checkpoint" and
-                     row.get("until", row["time"]) > since)
-        return {"startup": startup, "checkpoint": saving, "lost": max(0.0, self.failed - since - startup - saving)}
 
 
 class Devices:
@@ -136,37 +112,37 @@ class Agent:
     def run(self, target: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Rank 0's result of a rank function with the arguments of `train_stage`, restarted until it is done.
 
-        On SIGTERM and Ctrl-C the ranks finish their step and save; "is_asked_to_stop" in the result says so. A second Ctrl-C ends
-        them at once (KeyboardInterrupt). Raises Stopped when they failed after that, Held with the traceback in events.jsonl when
-        trying again cannot help; what a rank refuses with an AthanorError is raised as it is, for that is never tried again.
+        On SIGTERM, Ctrl-C and a closed terminal the ranks finish their step and save; "is_asked_to_stop" in the result says so.
+        Raises KeyboardInterrupt at a second Ctrl-C, which ends them at once; Stopped when they failed after that, Held with the
+        traceback in events.jsonl when trying again cannot help, and what a rank refuses with an AthanorError as it is.
         """
         begun = arguments.get("launched", time.perf_counter())  # imports of ours are start-up, too
         hang_seconds = arguments["recipe"].get_stage(arguments["stage"]).hang_seconds
         with self._listening():
             while True:
                 arguments = self._fit(arguments)
-                launched, self.idle = time.time() - (time.perf_counter() - begun), self.devices.idle(self.world_size)
+                known, self.idle = [(len(rows), rows[-1:]) for rows in self._records()], self.devices.idle(self.world_size)
                 try:
                     results = self.devices.launch(
                         target, {**arguments, "launched": begun, "idle": self.idle}, self.world_size,
                         log_folder=self.folder.logs, on_message=self._hear, threads=self.threads,
                         patrol=Watch(self.folder, self.world_size, hang_seconds).check)
-                    is_asked = self.is_asked_to_stop or results[0]["is_asked_to_stop"]
-                    return {**results[0], "is_asked_to_stop": is_asked}
+                    return {**results[0], "is_asked_to_stop": self.is_asked_to_stop or results[0]["is_asked_to_stop"]}
                 except (UserError, Stopped):
                     raise  # about a folder that may be another's; no ranks were started
                 except AthanorError as error:
-                    attempt = self._attempt(launched)
+                    attempt = self._attempt(time.perf_counter() - begun, known)
                     self._settle(attempt, error)
                 if attempt.step is not None:
                     arguments = {**arguments, "is_fresh": False}  # begun anew once is enough
                 self._wait()
-                begun = time.perf_counter()
-                self._note(attempt, {"down": max(0.0, time.time() - attempt.failed)}, time.time())
+                failed, begun = begun + attempt.seconds, time.perf_counter()
+                self._note(attempt, {"down": begun - failed}, time.time())
 
     def _settle(self, attempt: Attempt, error: AthanorError) -> None:
         """Tell a fault and what it cost. Raises what ends the stage, if it is not to be tried again."""
         self._note(attempt, attempt.accounts(), attempt.failed)
+        self.folder.actual.unlink(missing_ok=True)  # what ends after its book was written is in the next one
         when = "before the first step" if not attempt.step else f"after step {attempt.step}"
         details: dict[str, Any] = {"attempt": attempt.number, "step": attempt.step}
         if not isinstance(error, RankError):
@@ -235,15 +211,18 @@ class Agent:
         if self.is_asked_to_stop:
             raise Stopped("stopped between two tries, as asked; it goes on from the newest checkpoint when started again")
 
-    def _attempt(self, launched: float) -> Attempt:
-        """What the life of the ranks that has just ended left in the stage's folder."""
-        failed = time.time()
-        before = [row for row in read_jsonl(self.folder.events) if row["time"] < launched]
-        events, ledger, metrics = ([row for row in read_jsonl(file) if row.get("time", 0.0) >= launched] for file in
-                                   (self.folder.events, self.folder.root / "ledger.jsonl", self.folder.metrics))
-        number = sum(row["kind"] == "start" for row in before)
+    def _records(self) -> list[list[dict[str, Any]]]:
+        return [read_jsonl(file) for file in (self.folder.events, self.folder.ledger, self.folder.metrics)]
+
+    def _attempt(self, seconds: float, known: list[tuple[int, list[dict[str, Any]]]]) -> Attempt:
+        """What the life of the ranks that has just ended left in the stage's folder, beside the `known` numbers of rows and last
+        ones of them; a file without these was begun anew."""
+        failed, records = time.time(), self._records()
+        events, ledger, metrics = (rows[count if rows[count - 1:count] == last else 0:]
+                                   for rows, (count, last) in zip(records, known, strict=True))
+        number = sum(row["kind"] == "start" for row in records[0][:len(records[0]) - len(events)])
         steps = [row["step"] for row in [*events, *metrics] if isinstance(row.get("step"), int)]
-        return Attempt(number, launched, failed, max(steps, default=None), events, ledger, bool(metrics))
+        return Attempt(number, seconds, failed, max(steps, default=None), events, ledger, bool(metrics))
 
     def _note(self, attempt: Attempt, accounts: dict[str, float], until: float) -> None:
         note(self.folder.root / "ledger.jsonl", accounts, until=until, attempt=attempt.number, step=attempt.step or 0,
@@ -259,6 +238,14 @@ class Agent:
         self.is_asked_to_stop = True
         self.devices.ask()
 
+    def _hang_up(self, *_: object) -> None:
+        """The terminal is closed: what would be shown there has nowhere to go, which is no reason to fail."""
+        with open(os.devnull, "w") as nowhere:
+            for stream in (1, 2):
+                if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                    os.dup2(nowhere.fileno(), stream)
+        self._ask()
+
     def _interrupt(self, *_: object) -> None:
         if self.is_asked_to_stop:
             raise KeyboardInterrupt
@@ -267,8 +254,10 @@ class Agent:
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, act) for number, act in ((signal.SIGTERM, self._ask),
-                                                                           (signal.SIGINT, self._interrupt))}
+        acts = {signal.SIGTERM: self._ask, signal.SIGINT: self._interrupt, signal.SIGHUP: self._hang_up}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup has it
+            del acts[signal.SIGHUP]
+        previous = {number: signal.signal(number, act) for number, act in acts.items()}
         try:
             yield
         finally:

@@ -51,6 +51,10 @@ class Signs:
         except OSError:
             return None
 
+    def is_at_work(self) -> bool:
+        """Whether it is not done, or was stopped before its process could end."""
+        return self.line["phase"] != "done" or self.state() in STOPPED
+
     def limit(self, hang_seconds: float) -> float:
         """Seconds that it may do without progress. What a stopped process last said of its phase may be long past."""
         limit = max(hang_seconds, STEPS_WITHOUT_PROGRESS * (self.line.get("step_seconds") or 0.0))
@@ -80,7 +84,7 @@ class Watch:
         for rank, signs in self.signs.items():
             if (line := read(self.folder.beats / f"rank-{rank}.json")) is not None:
                 signs.take(line, now)
-        working = [signs for signs in self.signs.values() if signs.line["phase"] != "done"]
+        working = [signs for signs in self.signs.values() if signs.is_at_work()]
         over = [now - signs.since - signs.limit(self.hang_seconds) for signs in working]
         is_stopped = any(late > 0 and signs.state() in STOPPED for late, signs in zip(over, working, strict=True))
         if working and (min(over) > 0 or is_stopped):  # while others save or validate, which may take longer, too
@@ -93,7 +97,7 @@ class Watch:
     def verdict(self, seconds: float, over: float) -> RankError:
         """Ask the ranks where they stand, and say which of them holds up the others; what they said is kept in the logs."""
         dumps = self.ask()
-        working = [rank for rank, signs in self.signs.items() if signs.line["phase"] != "done"]
+        working = [rank for rank, signs in self.signs.items() if signs.is_at_work()]
         ranks, reason = judge(dumps, {rank: self.signs[rank].state() for rank in working if rank not in dumps}, self.host)
         log = self.folder.logs / f"hang-{int(time.time())}.json"
         with contextlib.suppress(OSError, AthanorError):
@@ -113,7 +117,7 @@ class Watch:
                 told = read(self.folder.beats / f"dump-{rank}.json")
                 if told is not None and told["word"] == word and told["pid"] == signs.line.get("pid"):
                     answers[rank] = told
-            silent = [rank for rank, signs in self.signs.items() if rank not in answers and signs.line["phase"] != "done"]
+            silent = [rank for rank, signs in self.signs.items() if rank not in answers and signs.is_at_work()]
             if all(self.signs[rank].state() in STOPPED for rank in silent):
                 break
             time.sleep(0.05)

@@ -50,6 +50,35 @@ class Tail:
     step: int
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One life of the ranks: its number, the seconds that it took, when it failed (since 1970), the step it reached.
+
+    `step` is None when the ranks had not even begun; `events` and `ledger` are its lines; `has_stepped`: whether it did a step.
+    """
+
+    number: int
+    seconds: float
+    failed: float
+    step: int | None
+    events: list[dict[str, Any]]
+    ledger: list[dict[str, Any]]
+    has_stepped: bool = False
+
+    def accounts(self) -> dict[str, float]:
+        """Seconds of which the ledger has no line, by account: work that nobody kept, and starting and saving in between.
+
+        They add up to what this life took, even where the clock that lines have their time from was set meanwhile.
+        """
+        lines = [line for line in self.ledger if "devices" in line]  # of ranks; what --fresh threw away was told before
+        left = max(0.0, self.seconds - sum(line["wall_seconds"] for line in lines))
+        begun = next((row["time"] for row in self.events if row.get("kind") == "start"), self.failed)
+        startup = 0.0 if lines else min(left, max(0.0, left - self.failed + begun))
+        saving = min(left - startup, sum(row.get("seconds", 0.0) for row in self.events if row.get("kind") == "checkpoint" and
+                                         row.get("until", row["time"]) > max([line["time"] for line in lines], default=0.0)))
+        return {"startup": startup, "checkpoint": saving, "lost": left - startup - saving}
+
+
 def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail: Tail | None = None) -> None:
     """Note in `ledger.jsonl` that an attempt goes on from `resumed_step`: later steps of the lines before are lost.
 

@@ -14,13 +14,14 @@ COSTS = ("lost", "down", "startup")  # accounts
 
 @dataclass
 class Interruption:
-    """The stage had come to `step` and went on from `resumed_step` (None: not yet); `accounts`: device-seconds of COSTS.
+    """The stage had come to `step`, `attempt` went on from `resumed_step` (None: not yet); `accounts`: device-seconds of COSTS.
 
     `startup` is that of the starts after it, failed ones too.
     """
 
     step: int
     resumed_step: int | None = None
+    attempt: int = 0
     accounts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COSTS, 0.0))
 
     @property
@@ -54,7 +55,8 @@ def interruptions(lines: Sequence[dict[str, Any]]) -> list[Interruption]:
         for name in ("lost", "down"):
             current.accounts[name] += accounts.get(name, 0.0)
         if "resumed_step" in line:
-            current.resumed_step = step = line["resumed_step"]
+            step = current.resumed_step = line["resumed_step"]
+            current.attempt = line.get("attempt", 0)
             current.accounts["lost"] += line.get("device_seconds", 0.0)
             for before in range(index):
                 until = max(step, lines[before].get("first_step", 0))

@@ -29,16 +29,17 @@ class Fault:
 
 
 def timeline(events: Sequence[dict[str, Any]], ledger: Sequence[dict[str, Any]]) -> list[Fault]:
-    """What interrupted a stage. Events and lines of the ledger are in the same order: each going on is told in both."""
-    told: list[list[dict[str, Any]]] = [[]]
-    for event in events:
-        if event.get("kind") in TOLD:
-            told[-1].append(event)
-        if event.get("kind") in RESUMED:
-            told.append([])
+    """What interrupted a stage. Events and lines of the ledger are in the same order: each going on is told in both, but where
+    a kill came between the two."""
+    found, left = [], list(events)
     first = next((event["time"] for event in events if "time" in event), 0.0)
-    found = interruptions(ledger)
-    return [_fault(group, cost, first) for group, cost in zip(told + [[]] * len(found), found, strict=False)]
+    for cost in interruptions(ledger):
+        ends = [number for number, event in enumerate(left, 1) if event.get("kind") in RESUMED and
+                (event.get("attempt", 0), event.get("step", 0)) == (cost.attempt, cost.resumed_step)]
+        until = len(left) if cost.resumed_step is None else min(ends, default=0)
+        found.append(_fault([event for event in left[:until] if event.get("kind") in TOLD], cost, first))
+        left = left[until:]
+    return found
 
 
 def _fault(told: Sequence[dict[str, Any]], cost: Interruption, first: float) -> Fault:

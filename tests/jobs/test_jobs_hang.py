@@ -304,3 +304,21 @@ def test_a_stopped_process_finds_no_patience_for_what_it_once_did(clock: Clock, 
             pass
         with pytest.raises(RankError, match=rf"^rank 0 \(node {HOST}\) is stopped \(SIGSTOP\)"):
             clock.wait(guard, 1.0)
+
+
+def test_a_rank_that_is_stopped_when_it_is_done_is_noticed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has said so, but its process cannot end, and the agent waits for that."""
+    with subprocess.Popen(["sleep", "60"]) as child, contextlib.ExitStack() as ends:
+        ends.callback(child.kill)
+        monkeypatch.setattr(os, "getpid", lambda: child.pid)
+        guard = watch.Watch(clock.stage, 2, 10.0)
+        line = clock.stage.beats / "rank-1.json"
+        for rank in (0, 1):
+            clock.say(rank, 4, "done")
+        line.write_text(line.read_text().replace("elsewhere", HOST))
+        clock.wait(guard, 1000.0)
+        child.send_signal(19)
+        while WATCHED(read_json(line)).state() != "T":
+            pass
+        with pytest.raises(RankError, match=rf"^rank 1 \(node {HOST}\) is stopped \(SIGSTOP\)"):
+            clock.wait(guard, 11.0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -39,6 +41,13 @@ def until(condition: Callable[[], Any], seconds: float = 90) -> Any:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return found
+
+
+IN_A_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "athanor", "train", *sys.argv[1:]])
+"""
 
 
 @pytest.fixture
@@ -119,3 +128,25 @@ def test_a_job_outlives_its_ranks_its_agent_and_a_change_of_mind(athanor: Any, r
 
     athanor("train", recipe_file, "--stage", "pretrain", *OVERRIDES[:-1], "name=calm")
     assert hash_folder(stage.model) == hash_folder(RunFolder(tmp_path / "calm").stage("pretrain").model)
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_asks_to_stop(recipe_file: Path, data_folder: Path, tmp_path: Path) -> None:
+    """Nobody reads any more what would be shown there; it saves all the same, and leaves nothing behind."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data").symlink_to(data_folder)
+    stage, (ours, theirs) = RunFolder(tmp_path / "run").stage("pretrain"), pty.openpty()
+    command = [sys.executable, "-c", IN_A_TERMINAL, str(recipe_file), "--stage", "pretrain", *OVERRIDES,
+               "stage.pretrain.checkpoint_every=100"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                          env={**os.environ, "ATHANOR_RUNS": str(tmp_path), "TERM": "xterm"}) as agent:
+        os.close(theirs)
+        deadline = time.monotonic() + 90
+        while max((row["step"] for row in read_jsonl(stage.metrics)), default=0) < 5 and time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.05)[0]:
+                os.read(ours, 4096)
+        ranks = ranks_of(agent.pid)
+        os.close(ours)
+        assert agent.wait(90) == 85 and len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    (stop,) = [row for row in read_jsonl(stage.events) if row["kind"] == "stop"]
+    assert 5 <= stop["step"] < 100 and (stage.checkpoints / f"step-{stop['step']:08d}" / "COMPLETE").is_file()

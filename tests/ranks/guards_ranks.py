@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,17 @@ def spoil(trainee: Any, kind: str) -> None:
 
 
 def train_spoiled(channel: Channel, spoiled: Sequence[Sequence[int]], kind: str, ranks: Sequence[int], once: str | None = None,
-                  die_at: int | None = None, stop_at: int | None = None, **arguments: Any) -> dict[str, Any]:
+                  die_at: int | None = None, stop_at: int | None = None, die_in: str = "", flush_seconds: float = 0.0,
+                  **arguments: Any) -> dict[str, Any]:
     """Train; on `ranks`, what steps leave whose first sample lies in one of the ranges `spoiled` is spoiled.
 
     Where the file `once` exists it no longer is: a fault of the machine, not of the data. `die_at`: rank 1 is killed before it
-    takes in this sample after something was spoiled; before it takes in sample `stop_at` it is asked to stop.
+    takes in this sample after something was spoiled; before it takes in sample `stop_at` it is asked to stop. `die_in`: when a
+    rollback has found or loaded its checkpoint, or noted in the ledger that it goes back, a rank that did so is killed. Each
+    flush to the disk takes `flush_seconds` longer.
     """
-    from athanor.train import loop, step
+    from athanor.train import checkpoint, guards, loop, step
+    from athanor.train.meter import Meter
 
     fetch, run_batches, rank = loop.fetch, step.run_batches, int(os.environ["RANK"])
     is_over = once is not None and Path(once).exists()
@@ -60,6 +65,25 @@ def train_spoiled(channel: Channel, spoiled: Sequence[Sequence[int]], kind: str,
             if rank in ranks:
                 spoil(trainee, kind)
 
+    def dying(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            found = inner(*given)
+            if seen:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        return run
+
+    for owner, name in ((guards, "find_good"), (checkpoint, "load"), (Meter, "roll_back")):
+        if name == die_in:
+            setattr(owner, name, dying(getattr(owner, name)))
+    fsync = os.fsync
+
+    def flush(descriptor: int) -> None:
+        time.sleep(flush_seconds)
+        fsync(descriptor)
+
+    os.fsync = flush
     loop.fetch, step.run_batches = take, learn
     return loop.train_stage(channel, **arguments)
 

@@ -61,14 +61,54 @@ def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: i
             if kind == "cut":
                 _cut_connections()
                 return
-            if kind == "clock":
+            if kind.startswith("clock"):
                 time.time = lambda then=time.time: then() - 3600.0  # type: ignore[assignment, misc]
+                left = iter(range(2))
+                if kind == "clock, killed":  # some steps later
+                    _before_step(loop, lambda: None if next(left, None) is not None else os.kill(os.getpid(), signal.SIGKILL))
                 return
             if kind == "full disk":
                 raise DiskError("rank 1 could not save: the disk is full")
             raise ZeroDivisionError(f"the {before + 1}th of its kind, at {id(object()):x}")
 
     _before_step(loop, fail)
+    return loop.train_stage(channel, **arguments)
+
+
+def train_and_fail_again(channel: Callable[..., None], marks: str, step: int, **arguments: Any) -> dict[str, Any]:
+    """Train; rank 1 is killed in the step after `step`, then rank 0 before it loads, rank 1 when it has loaded, and rank 0
+    when its book is written."""
+    from athanor.train import checkpoint, loop
+
+    load, summarise, rank, done = checkpoint.load, loop.summarise, int(os.environ["RANK"]), 0
+    lives = len(list(Path(marks).iterdir()))
+
+    def die(life: int) -> None:
+        if life == lives:
+            Path(marks, str(life)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def loading(*given: Any) -> Any:
+        if rank == 0:
+            die(1)
+        meta = load(*given)
+        if rank == 1:
+            die(2)
+        return meta
+
+    def work() -> None:
+        nonlocal done
+        done += 1
+        if rank == 1 and done == step + 1:
+            die(0)
+
+    def summarising(*given: Any) -> Any:
+        if rank == 0:
+            die(3)
+        return summarise(*given)
+
+    checkpoint.load, loop.summarise = loading, summarising
+    _before_step(loop, work)
     return loop.train_stage(channel, **arguments)
 
 

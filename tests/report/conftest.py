@@ -85,8 +85,8 @@ def write_stage(run: RunFolder, name: str, *, fault: bool) -> tuple[Book, Book]:
                for step in range(50, STEPS[name], 50)]
     events.append(("done", STEPS[name], 0.43 * STEPS[name], "the model is complete"))
     for kind, step, at, sentence in sorted(events, key=lambda event: event[2]):
-        append_jsonl(stage.events, {"time": 1.79e9 + at, "rank": 0, "host": "node", "attempt": 0, "kind": kind, "step": step,
-                                    "sentence": sentence})
+        append_jsonl(stage.events, {"time": 1.79e9 + at, "rank": 0, "host": "node", "attempt": int(kind == "restart"),
+                                    "kind": kind, "step": step, "sentence": sentence})
     for step in range(0, STEPS[name] + 1, 30):
         append_jsonl(stage.samples, {"step": step, "prompt": 'def read_lines(path):\n    """Return the lines of a file."""\n',
                                      "text": "    with open(path) as file:\n        return file.readlines()\n"})

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -103,12 +104,36 @@ def test_what_was_thrown_away_on_purpose_is_no_interruption(tmp_path: Path) -> N
     roll_back(folder.ledger, 6, 1)
     trained(6, 10)
     events = [{"kind": "fresh", "time": 5.0, "sentence": "thrown away"}, {"kind": "start", "time": 6.0},
-              {"kind": "fault", "time": 9.0, "sentence": "killed"}, {"kind": "restart", "time": 10.0}]
+              {"kind": "fault", "time": 9.0, "sentence": "killed"}, {"kind": "restart", "time": 10.0, "attempt": 1, "step": 6}]
     found = timeline(events, read_jsonl(folder.ledger))
     assert [(fault.sentence, fault.is_asked) for fault in found] == [("thrown away", True), ("killed", False)]
     assert summary(found[:1], 0.0) == "begun anew once, 60 steps thrown away as asked: 120.0 device-seconds"
     assert summary(found, 1240.0) == ("interrupted once, 2 steps done again and begun anew once, 60 steps thrown away as asked: "
                                       "124.0 device-seconds, 10.0 % of what was paid")
+
+
+@pytest.mark.parametrize("lost", ["event", "line", None])
+def test_a_kill_between_a_line_of_the_ledger_and_its_event_mixes_nothing_up(tmp_path: Path, lost: str | None) -> None:
+    """A rollback whose rank was killed when it had told one of both, then two further faults."""
+    file = tmp_path / "ledger.jsonl"
+    events: list[dict[str, Any]] = [{"kind": "start", "time": 0.0}]
+    for attempt, resumed in ((0, 6), (1, 6), (2, 9)):
+        if (attempt, lost) != (0, "line"):
+            roll_back(file, resumed, attempt)
+        append_jsonl(file, {"attempt": attempt, "time": 1.0, "first_step": 9, "last_step": 9, "wall_seconds": 1.0,
+                            "device_seconds": 2.0, "accounts": {"lost": 2.0 + attempt}})
+        if (attempt, lost) != (0, "event"):
+            kind = "restart" if attempt else "rollback"
+            events.append({"kind": kind, "time": 1.0, "sentence": "gone back", "attempt": attempt, "step": resumed})
+        events.append({"kind": "fault", "time": 2.0, "sentence": f"fault {attempt}", "attempt": attempt})
+    found = [(fault.sentence, fault.cost.resumed_step, fault.cost.accounts["lost"]) for fault in
+             timeline(events, read_jsonl(file))]
+    wanted = [("gone back", 6, 0.0), ("fault 0", 6, 2.0), ("fault 1", 9, 3.0), ("fault 2", None, 4.0)]
+    if lost == "line":
+        wanted[:2] = [("gone back; fault 0", 6, 2.0)]
+    if lost == "event":
+        wanted[0] = ("it ended, and nobody was left to say why", 6, 0.0)
+    assert found == wanted
 
 
 def test_a_recipe_leads_to_its_run_folder(finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

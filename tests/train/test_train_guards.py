@@ -21,6 +21,7 @@ from athanor.ledger.book import read_book
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.zoo.llama import build
 from athanor.parallel.stages import Stages
+from athanor.report.faults import timeline
 from athanor.train import checkpoint
 from athanor.train.guards import find_good
 from athanor.train.optimizer import Optimizer
@@ -253,6 +254,34 @@ def test_killed_after_a_rollback_it_goes_on_with_the_same_bits(train: Train, run
     assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
 
 
+@pytest.mark.parametrize("die_in", ["load", pytest.param("find_good", marks=pytest.mark.slow),
+                                    pytest.param("roll_back", marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_a_rollback_it_goes_back_again(train: Train, run_folder: Path, passing_over: Any,
+                                                               die_in: str) -> None:
+    fault = {"target": SPOILED, "spoiled": BAD, "kind": "large gradient", "ranks": [0, 1]}
+    with pytest.raises(RankError, match="killed by signal 9"):
+        train(run_folder, *TWO, die_in=die_in, **fault)
+    stage = RunFolder(run_folder).stage("pretrain")
+    assert not rows_of(stage, "rollback")
+    found, wanted = train(run_folder, *TWO, **fault), passing_over(64, 112)
+    assert [row["kind"] for row in rows_of(stage, "rollback", "restart")] == ["restart", "rollback"]
+    assert found["loss"] == wanted["loss"] and hash_folder(stage.model) == wanted["model"]
+    book, faults = read_book(stage.actual), timeline(read_jsonl(stage.events), read_jsonl(stage.ledger))
+    assert sum(book.accounts.values()) == pytest.approx(book.device_seconds)
+    assert book.tokens == read_jsonl(stage.metrics)[-1]["tokens"]
+    assert [fault.cost.resumed_step for fault in faults] == [4] * (3 if die_in == "roll_back" else 2)
+    assert "passes over samples 64 to 111" in faults[-1].sentence and faults[-1].cost.steps_again == 3
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_still_being_written_can_be_gone_back_to(train: Train, run_folder: Path) -> None:
+    train(run_folder, *TWO, target=SPOILED, spoiled=BAD, kind="gradient", ranks=[1], flush_seconds=0.2)
+    stage = RunFolder(run_folder).stage("pretrain")
+    saved, back = next(row for row in rows_of(stage, "checkpoint") if row["step"] == 4), rows_of(stage, "rollback")
+    assert [row["passed"] for row in back] == [[64, 112]] and not rows_of(stage, "unsaved", "damaged")
+    assert saved["time"] > [row["time"] for row in rows_of(stage, "skip")][1], "or there was nothing to wait for"
+
+
 def test_stopped_in_the_step_that_rolls_back_it_goes_on_with_the_same_bits(train: Train, run_folder: Path, tmp_path: Path,
                                                                            passing_over: Any) -> None:
     fault = {"target": SPOILED, "spoiled": BAD, "kind": "gradient", "ranks": [1], "once": str(tmp_path / "once")}
@@ -299,12 +328,14 @@ def test_resumed_its_guard_has_seen_the_same(train: Train, tmp_path: Path, data_
     kept = []
     for name, die_at in (("whole", None), ("killed", 7 * ROWS)):
         folder = folder_in(tmp_path, name, data_folder)
-        fault = {"target": SPOILED, "spoiled": [[3 * ROWS, 4 * ROWS]], "kind": "gradient", "ranks": [1]}
+        bad = [[ROWS, 2 * ROWS], [3 * ROWS, 4 * ROWS]]  # two, but not in a row
+        fault = {"target": SPOILED, "spoiled": bad, "kind": "gradient", "ranks": [1]}
         if die_at is not None:
             with pytest.raises(RankError, match="rank 1 was killed by signal 9"):
                 train(folder, *TWO, die_at=die_at, **fault)
         train(folder, *TWO, **fault)
         stage = RunFolder(folder).stage("pretrain")
+        assert {row["step"] for row in rows_of(stage, "skip")} == {2, 4} and not rows_of(stage, "rollback")
         kept.append((read_json(stage.checkpoints / f"step-{STEPS:08d}" / "meta.json")["guards"], hash_folder(stage.model)))
     assert kept[0] == kept[1] and len(kept[0][0]["losses"]) == 3
 
