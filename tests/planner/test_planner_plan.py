@@ -175,7 +175,7 @@ def test_what_cannot_be_laid_out_is_refused(machine: ClusterSpec, toy: Toy) -> N
         make_plan(toy("parallel.tp=3"), machine, SCAN)
     with pytest.raises(LayoutError, match="num_attention_heads"):
         make_plan(toy("parallel.tp=2", "model.hidden_size=96", "model.num_attention_heads=3"), machine, SCAN)
-    with pytest.raises(UserError, match="no shape fits.* with micro_batch_size = 1, of the 100 kB of a device"):
+    with pytest.raises(UserError, match=r"no shape fits.* with micro_batch_size = 1, of the 100 kB of a device"):
         make_plan(toy(), replace(machine, memory_bytes=1e5), SCAN)
     with pytest.raises(UserError, match=r"smallest possible needs [\d.]+ [TP]B with micro_batch_size = 1000000, of the "):
         make_plan(toy("stage.pretrain.micro_batch_size=1000000"), machine, SCAN)
