@@ -11,7 +11,7 @@ from typing import Any
 
 from athanor.foundation.errors import ModelError, UserError
 from athanor.foundation.recipe import Recipe, load_recipe
-from athanor.foundation.run_folder import RunFolder, hash_file, hash_value, read_json, read_jsonl, write_json
+from athanor.foundation.run_folder import RunFolder, hash_file, hash_value, read_json, read_jsonl
 from athanor.ledger.book import read_book
 from athanor.registry.model_folder import check_model_folder, hashes_by_part, model_files
 
@@ -50,11 +50,6 @@ class Manifest:
     @property
     def reference(self) -> str:
         return f"{self.model}@{self.version}"
-
-    def write(self, path: Path) -> None:
-        """Seal and write, whole or not at all."""
-        self.seal = seal(asdict(self))
-        write_json(path, asdict(self))
 
 
 def seal(content: dict[str, Any]) -> str:
