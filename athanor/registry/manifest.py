@@ -51,10 +51,19 @@ class Manifest:
     def reference(self) -> str:
         return f"{self.model}@{self.version}"
 
+    @property
+    def right_seal(self) -> str:
+        return hash_value({key: value for key, value in asdict(self).items() if key != "seal"})
 
-def seal(content: dict[str, Any]) -> str:
-    """The sha256 over a manifest's content without its own `seal`."""
-    return hash_value({key: value for key, value in content.items() if key != "seal"})
+    def refreshed(self, new: Manifest) -> Manifest:
+        """The card of the same content: newer facts win, unknown ones erase nothing, the first date and code stay."""
+        merged = asdict(self)
+        for key, value in asdict(new).items():
+            if key not in ("created", "code", "seal") and value not in (None, [], {}):
+                merged[key] = value
+        if new.origin.startswith("import"):
+            merged["origin"] = self.origin
+        return Manifest(**merged)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -131,17 +140,6 @@ def describe_stage(run: RunFolder, stage_name: str) -> Manifest:
     if run.scores.exists():
         card.scores = read_json(run.scores).get("models", {}).get(stage_name)
     return card
-
-
-def refreshed(old: Manifest, new: Manifest) -> Manifest:
-    """The card of content registered before: newer facts win, unknown ones erase nothing, the first date and code stay."""
-    merged = asdict(old)
-    for key, value in asdict(new).items():
-        if key not in ("created", "code", "seal") and value not in (None, [], {}):
-            merged[key] = value
-    if new.origin.startswith("import"):
-        merged["origin"] = old.origin
-    return Manifest(**merged)
 
 
 def _parent(run: RunFolder, recipe: Recipe, start_from: str) -> dict[str, str | None]:

@@ -30,16 +30,7 @@ from athanor.foundation.run_folder import (
     sweep,
     write_json,
 )
-from athanor.registry.manifest import (
-    Manifest,
-    content_version,
-    describe_folder,
-    describe_stage,
-    hash_files,
-    read_manifest,
-    refreshed,
-    seal,
-)
+from athanor.registry.manifest import Manifest, content_version, describe_folder, describe_stage, hash_files, read_manifest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 VERSION = re.compile(r"[0-9a-f]{4,}")
@@ -79,9 +70,9 @@ class Registry:
             sweep(self.root)
             target = self.root / card.reference
             old = read_manifest(target / "manifest.json") if target.exists() else None
-            new = card if old is None else refreshed(old, card)
+            new = card if old is None else old.refreshed(card)
             if new != old:
-                new.seal = seal(asdict(new))
+                new.seal = new.right_seal
             if hash_files(self.folder(card)) != card.files:  # new here, or damaged since
                 with folder_renamed_last(target) as building:
                     copy_files(source, building / "model", card.files)
@@ -154,7 +145,7 @@ class Registry:
         """What differs from the card, a sentence each; none when every byte is as it was registered."""
         card = self.get(reference)
         problems = []
-        if card.seal != seal(asdict(card)):
+        if card.seal != card.right_seal:
             problems.append("manifest.json was changed after it was written")
         if content_version(card.files) != card.version:
             problems.append(f"manifest.json's list of files does not belong to version {card.version}")
