@@ -87,7 +87,9 @@ def verify(reference: str, registry: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"reference": card.reference, "problems": problems}))
     if problems:
-        raise ModelError(f"{card.reference} is damaged: {'; '.join(problems)}")
+        mend = "" if all(problem.startswith("manifest.json") for problem in problems) else (
+            f"; `athanor models import FOLDER --name {card.model}`, of an intact copy, puts its files back")
+        raise ModelError(f"{card.reference} is damaged: {'; '.join(problems)}{mend}")
     say(f"{card.reference}: all {len(card.files)} files are as they were registered")
 
 
@@ -158,7 +160,8 @@ def export(model: str, target: Path, form: str | None, kind: str, registry: Path
         notes, result = [], {"reference": card.reference, "folder": str(target), "files": card.files}
     if as_json:
         click.echo(json.dumps(result))
-    for line in [f"{card.reference} is in {target}", *notes]:
+    known = card.reference if found.folder.parent.name == card.reference else found.folder  # by which it is found again
+    for line in [f"{known} is in {target}", *notes]:
         say(line)
 
 

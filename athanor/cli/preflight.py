@@ -44,10 +44,8 @@ def refuse_early(recipe: Recipe) -> None:
                 raise RecipeError(f"model.architecture is '{recipe.model.architecture}', but the model in {stage.start_from} "
                                   f"is a '{shape.MODEL_TYPE}'; set model.architecture = \"{shape.MODEL_TYPE}\"")
         if stage.data not in ("documents", "pairs"):
-            if not Path(stage.data).is_file():
-                raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' is neither 'documents', 'pairs' nor a JSONL file")
-            said = [message["role"] for talk in read_conversations(Path(stage.data)) for message in talk]  # every line is read
-            if "assistant" not in said:
+            said = [turn["role"] for _, talk in read_conversations(Path(stage.data), f"stage.{stage.name}.data") for turn in talk]
+            if "assistant" not in said:  # and every line was read
                 raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' has no message of the role 'assistant', so there is "
                                   "nothing to learn from it")
     if recipe.cluster.file != "auto":

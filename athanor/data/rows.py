@@ -31,6 +31,7 @@ from athanor.foundation.run_folder import hash_value, read_jsonl, write_atomic
 
 Row = dict[str, NDArray[Any]]
 Split = Literal["train", "evaluation"]
+Placed = tuple[str, list[dict[str, Any]]]  # "<file> line <number>", and the conversation there
 
 
 class RowSource(Protocol):
@@ -203,14 +204,12 @@ def _conversation_rows(folder: Path, manifest: dict[str, Any], data: str, seq_le
     template = ChatTemplate.load(folder / "tokenizer")
     texts = {"manifest": manifest["hash"], "data": data, "split": split}
     if data == "pairs":
-        conversations: Iterable[list[dict[str, Any]]] = _pairs(folder, split)
+        conversations: Iterable[Placed] = _pairs(folder, split)
     else:
-        file, share = Path(data), float(manifest["evaluation_share"])
-        if not file.is_file():
-            raise DataError(f"data '{data}' is not a file; allowed: documents, pairs, or the path of a JSONL of conversations")
-        conversations = [messages for messages in read_conversations(file)
+        share = float(manifest["evaluation_share"])
+        conversations = [(where, messages) for where, messages in read_conversations(Path(data))
                          if _is_held_out(messages, share) == (split == "evaluation")]
-        texts["data"] = hash_value(conversations)
+        texts["data"] = hash_value([messages for _, messages in conversations])
         identity = identity | {"data": texts["data"]}
     of = hash_value(texts | {"template": template.hash, "tokenizer": tokenizer_hash(folder / "tokenizer")})
     coded = _encode(folder / "conversations" / f"{of[:16]}.npz", template, conversations)
@@ -219,19 +218,23 @@ def _conversation_rows(folder: Path, manifest: dict[str, Any], data: str, seq_le
                 packed.silent)
 
 
-def _pairs(folder: Path, split: Split) -> Iterator[list[dict[str, Any]]]:
-    if split == "train":
-        yield from (row["messages"] for row in read_jsonl(folder / "pairs.jsonl"))
-    else:
-        yield from ([{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["body"]}]
-                    for row in read_jsonl(folder / "functions.jsonl"))
+def _pairs(folder: Path, split: Split) -> Iterator[Placed]:
+    file = folder / ("pairs.jsonl" if split == "train" else "functions.jsonl")
+    for number, row in enumerate(read_jsonl(file), 1):
+        yield f"{file} line {number}", row["messages"] if split == "train" else [
+            {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["body"]}]
 
 
-def _encode(file: Path, template: ChatTemplate, conversations: Iterable[list[dict[str, Any]]]) -> Coded:
+def _encode(file: Path, template: ChatTemplate, conversations: Iterable[Placed]) -> Coded:
     """Conversations as tokens, from a file that the first process to make them leaves for the ranks and for later runs."""
     with contextlib.suppress(OSError, EOFError, ValueError, KeyError, BadZipFile), np.load(file) as held:  # its sums are checked
         return Coded(held["tokens"], held["mask"], held["starts"])
-    both = [template.render_with_mask(messages) for messages in conversations]
+    both = []
+    for where, messages in conversations:
+        try:
+            both.append(template.render_with_mask(messages))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
     made = Coded(np.fromiter(chain.from_iterable(ids for ids, _ in both), np.int32),
                  np.fromiter(chain.from_iterable(mask for _, mask in both), np.uint8),
                  np.cumsum([0, *(len(ids) for ids, _ in both)], dtype=np.int64))
@@ -242,8 +245,11 @@ def _encode(file: Path, template: ChatTemplate, conversations: Iterable[list[dic
     return made
 
 
-def read_conversations(file: Path) -> Iterator[list[dict[str, Any]]]:
-    """The `messages` of each line of a JSONL file; DataError names the line that is not a conversation."""
+def read_conversations(file: Path, key: str = "data") -> Iterator[Placed]:
+    """The place and `messages` of each line of the JSONL that `key` names; DataError names what is no file or conversation."""
+    if not file.is_file():
+        what = "does not exist" if not file.exists() and (file.suffix == ".jsonl" or "/" in str(file)) else "is not a file"
+        raise DataError(f"{key} = '{file}' {what}; allowed: documents, pairs, or the path of a JSONL of conversations")
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -256,7 +262,7 @@ def read_conversations(file: Path) -> Iterator[list[dict[str, Any]]]:
             if not isinstance(row, dict) or "messages" not in row:
                 raise DataError(f'{where} must be an object with "messages"')
             check_messages(row["messages"], where)
-            yield row["messages"]
+            yield where, row["messages"]
 
 
 def _is_held_out(messages: list[dict[str, Any]], share: float) -> bool:

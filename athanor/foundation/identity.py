@@ -10,6 +10,7 @@ from athanor.foundation.run_folder import StageFolder
 from athanor.foundation.toml import toml_value
 
 MOST_TOLD = 4
+ROWS_FOLLOW = {"data", "hash.data", "hash.template", "seq_len", "seed"}  # and a file of conversations
 
 
 def read_identity(folder: StageFolder) -> dict[str, Any]:
@@ -33,8 +34,10 @@ def check_same(folder: StageFolder, now: dict[str, Any]) -> None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """`learning_rate was 0.001 and is 0.002`, for the first few keys that differ; empty when none does."""
-    told = [f"{key} was {old.get(key, 'unset')} and is {new.get(key, 'unset')}" for key in sorted({*old, *new})
-            if old.get(key) != _as_toml(new.get(key))]
+    differing = [key for key in sorted({*old, *new}) if old.get(key) != _as_toml(new.get(key))]
+    has_other_file = ROWS_FOLLOW.isdisjoint(differing) and new.get("data") not in ("documents", "pairs")
+    told = [f"the conversations of {new.get('data')} are others than it was trained on" if key == "hash.rows" and has_other_file
+            else f"{key} was {old.get(key, 'unset')} and is {new.get(key, 'unset')}" for key in differing]
     more = f"; and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
     return "; ".join(told[:MOST_TOLD]) + more
 

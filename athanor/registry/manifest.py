@@ -11,7 +11,7 @@ from typing import Any
 
 from athanor.foundation.errors import ModelError, UserError
 from athanor.foundation.recipe import Recipe, load_recipe
-from athanor.foundation.run_folder import RunFolder, hash_file, hash_value, read_json, read_jsonl, write_json
+from athanor.foundation.run_folder import RunFolder, hash_file, hash_value, read_json, read_jsonl
 from athanor.ledger.book import read_book
 from athanor.registry.model_folder import check_model_folder, hashes_by_part, model_files
 
@@ -51,15 +51,19 @@ class Manifest:
     def reference(self) -> str:
         return f"{self.model}@{self.version}"
 
-    def write(self, path: Path) -> None:
-        """Seal and write, whole or not at all."""
-        self.seal = seal(asdict(self))
-        write_json(path, asdict(self))
+    @property
+    def right_seal(self) -> str:
+        return hash_value({key: value for key, value in asdict(self).items() if key != "seal"})
 
-
-def seal(content: dict[str, Any]) -> str:
-    """The sha256 over a manifest's content without its own `seal`."""
-    return hash_value({key: value for key, value in content.items() if key != "seal"})
+    def refreshed(self, new: Manifest) -> Manifest:
+        """The card of the same content: newer facts win, unknown ones erase nothing, the first date and code stay."""
+        merged = asdict(self)
+        for key, value in asdict(new).items():
+            if key not in ("created", "code", "seal") and value not in (None, [], {}):
+                merged[key] = value
+        if new.origin.startswith("import"):
+            merged["origin"] = self.origin
+        return Manifest(**merged)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -136,17 +140,6 @@ def describe_stage(run: RunFolder, stage_name: str) -> Manifest:
     if run.scores.exists():
         card.scores = read_json(run.scores).get("models", {}).get(stage_name)
     return card
-
-
-def refreshed(old: Manifest, new: Manifest) -> Manifest:
-    """The card of content registered before: newer facts win, unknown ones erase nothing, the first date and code stay."""
-    merged = asdict(old)
-    for key, value in asdict(new).items():
-        if key not in ("created", "code", "seal") and value not in (None, [], {}):
-            merged[key] = value
-    if new.origin.startswith("import"):
-        merged["origin"] = old.origin
-    return Manifest(**merged)
 
 
 def _parent(run: RunFolder, recipe: Recipe, start_from: str) -> dict[str, str | None]:

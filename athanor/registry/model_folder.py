@@ -66,6 +66,9 @@ def check_model_folder(folder: Path) -> Facts:
     if embedding is not None and None not in expected and embedding.shape != expected:
         raise ModelError(f"{folder}: model.embed_tokens.weight has shape {embedding.shape}, but config.json says "
                          f"vocab_size, hidden_size = {expected}")
+    blocks, layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}, config.get("num_hidden_layers")
+    if blocks and isinstance(layers, int) and len(blocks) < layers:
+        raise ModelError(f"{folder}: its weights are of {len(blocks)} layers, but config.json says num_hidden_layers = {layers}")
     largest = max(token_ids(folder).values(), default=-1)
     rows = embedding.shape[0] if embedding else config.get("vocab_size")
     if isinstance(rows, int) and largest >= rows:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor.foundation.errors import DiskError, ModelError, UserError, did_you_mean
+from athanor.foundation.progress import say
 from athanor.foundation.run_folder import (
     RunFolder,
     disk_errors,
@@ -29,16 +30,7 @@ from athanor.foundation.run_folder import (
     sweep,
     write_json,
 )
-from athanor.registry.manifest import (
-    Manifest,
-    content_version,
-    describe_folder,
-    describe_stage,
-    hash_files,
-    read_manifest,
-    refreshed,
-    seal,
-)
+from athanor.registry.manifest import Manifest, content_version, describe_folder, describe_stage, hash_files, read_manifest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 VERSION = re.compile(r"[0-9a-f]{4,}")
@@ -72,21 +64,23 @@ class Registry:
         return self.root / card.reference / "model"
 
     def add(self, source: Path, card: Manifest) -> Manifest:
-        """Copy a described folder in, or bring the card of the same content up to date. Returns the card as it stands."""
+        """Copy a described folder in; of content that is here, mend damaged files and refresh the card. Returns the card."""
         _check_name(card.model)
         with self._lock():
             sweep(self.root)
             target = self.root / card.reference
-            if target.exists():
-                old = read_manifest(target / "manifest.json")
-                new = refreshed(old, card)
-                if asdict(new) | {"seal": old.seal} != asdict(old):
-                    new.write(target / "manifest.json")
-            else:
-                new = card
+            old = read_manifest(target / "manifest.json") if target.exists() else None
+            new = card if old is None else old.refreshed(card)
+            if new != old:
+                new.seal = new.right_seal
+            if hash_files(self.folder(card)) != card.files:  # new here, or damaged since
                 with folder_renamed_last(target) as building:
                     copy_files(source, building / "model", card.files)
-                    card.write(building / "manifest.json")
+                    write_json(building / "manifest.json", asdict(new))
+                if old is not None:
+                    say(f"{card.reference} was damaged; its files are again as they were registered")
+            elif new != old:
+                write_json(target / "manifest.json", asdict(new))
             self._put(new)
         return new
 
@@ -151,7 +145,7 @@ class Registry:
         """What differs from the card, a sentence each; none when every byte is as it was registered."""
         card = self.get(reference)
         problems = []
-        if card.seal != seal(asdict(card)):
+        if card.seal != card.right_seal:
             problems.append("manifest.json was changed after it was written")
         if content_version(card.files) != card.version:
             problems.append(f"manifest.json's list of files does not belong to version {card.version}")

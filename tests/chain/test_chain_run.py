@@ -86,7 +86,8 @@ def test_the_chain_is_walked_once_accounted_for_and_then_skipped(athanor: Any, r
     ("model.hiden_size=3", "did you mean 'hidden_size'"), ("data.source.json.path=/nowhere", "/nowhere"),
     ("cluster.file=/none.toml", "/none.toml"), ("plan.file=/none.toml", "/none.toml"),
     ("stage.chat.objective=sfd", "did you mean 'sft'"), ("model.architecture=lama", "did you mean 'llama'"),
-    ("evaluate.tasks=[\"bits_per_bite\"]", "did you mean 'bits_per_byte'"), ("stage.chat.data=/none.jsonl", "/none.jsonl"),
+    ("evaluate.tasks=[\"bits_per_bite\"]", "did you mean 'bits_per_byte'"),
+    ("stage.chat.data=/none.jsonl", "stage.chat.data = '/none.jsonl' does not exist"),
     ("stage.chat.start_from=pretran", "did you mean 'pretrain'"),
     ("stage.chat.start_from=/none", "/none"), ("parallel.tp=3", "2 devices"),
 ])

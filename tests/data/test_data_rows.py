@@ -144,13 +144,15 @@ def test_conversation_file_is_read_and_split(data_folder: Path, tmp_path: Path) 
     ("talk.jsonl", "[" * 100_000, "line 1 is not JSON"),
     ("talk.jsonl", '{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 1: 'content' of message 0 has half a"),
     ("talk.jsonl", "[]", 'line 1 must be an object with "messages"'),
-    ("documentz", "", "is not a file; allowed: documents, pairs")])
+    ("talk.jsonl", '\n{"messages": [{"role": "human", "content": "a"}]}',
+     r"talk.jsonl line 2: .*chat_template.jinja refuses these messages: .*allowed: system, user, assistant"),
+    ("documentz", "", "is not a file; allowed: documents, pairs"), ("lost/talk", "", "'lost/talk' does not exist; allowed: doc")])
 def test_bad_conversations_are_refused(data_folder: Path, tmp_path: Path, data: str, content: str, words: str) -> None:
     if data.endswith(".jsonl"):
         (tmp_path / data).write_text(content)
         data = str(tmp_path / data)
     with pytest.raises(DataError, match=words):
-        open_rows(data_folder, data, 64, 0)
+        _ = [open_rows(data_folder, data, 64, 0, split) for split in ("evaluation", "train")]  # type: ignore[arg-type]
 
 
 def test_too_long_rows_are_refused(data_folder: Path) -> None:

@@ -257,6 +257,8 @@ def test_a_shape_that_cannot_be_is_refused() -> None:
     assert shape_class("qwen2").from_config({**windowed, "layer_types": kinds}).window(2) == 5
     with pytest.raises(ModelError, match="are not the blocks that its other keys give a window to"):
         shape_class("qwen2").from_config({**windowed, "layer_types": kinds[::-1]})
+    with pytest.raises(ModelError, match="layer_types has 3 entries, but num_hidden_layers is 4"):
+        shape_class("qwen2").from_config({**windowed, "num_hidden_layers": 4, "layer_types": kinds})
     with pytest.raises(ModelError, match="num_key_value_heads = 2, head_dim = 16"):
         build("gpt2", **GROUPED)
     config = build("gpt2").shape.to_config()

@@ -140,6 +140,8 @@ def _as_a_run(folder: Path) -> None:
                      (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')), "no 'weight_map'"),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "x", "vocab_size": 41, "hidden_size": 8}'),
      r"has shape \[40, 8\], but config.json says"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "x", "num_hidden_layers": 4}'),
+     "its weights are of 1 layers, but config.json says num_hidden_layers = 4"),
 ])
 def test_bad_folders_are_refused_in_one_sentence(registry: Registry, model: Callable[..., Path],
                                                  damage: Callable[[Path], object], sentence: str) -> None:

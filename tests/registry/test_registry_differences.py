@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from athanor.cli.differences import MOST_KEYS, rows
 from athanor.cli.models import SCREEN, command
+from athanor.foundation.errors import ModelError
 from athanor.foundation.run_folder import RunFolder
 from athanor.registry.store import Registry, register
 
@@ -32,6 +34,30 @@ def test_each_difference_is_told_once_and_the_telling_ones_first() -> None:
                   "book.accounts.kernel": (1.0, 2.0), "steps": (1, 2), **identity(steps=(1, 2))})
     assert found == [("learning_rate", "0.1", "0.2"), ("steps", "1", "2"), ("scores.bits_per_byte", "1.23457", "1.5"),
                      ("code.commit", "a" * 12, "b" * 12)]
+
+
+def test_weights_come_first_and_changed_conversations_are_told() -> None:
+    hashes, changed = ("a" * 64, "b" * 64), {"hash.rows": ("c" * 64, "d" * 64)}
+    told = rows({"hashes.weights": hashes, "architecture": ("x", "y"), "tokens": (1, 2), **identity(**changed)})
+    assert told == [("weights", "a" * 12, "b" * 12), ("architecture", "x", "y"), ("conversations", "c" * 12, "d" * 12),
+                    ("tokens", "1", "2")]
+    for key in ("data", "seq_len", "seed"):  # other rows of the same conversations, perhaps
+        assert rows(identity(**changed, **{key: (1, 2)})) == [(key, "1", "2")]
+
+
+def test_what_verify_and_export_say_can_be_followed(registry: Registry, model: Callable[..., Path], tmp_path: Path) -> None:
+    source = model("hf/mx")
+    assert f"{source} is in {tmp_path / 'out'}" in call(registry, "export", str(source), str(tmp_path / "out")).stderr
+    card = registry.import_folder(source, "m")
+    assert f"{card.reference} is in {tmp_path / 'b'}" in call(registry, "export", "m", str(tmp_path / "b")).stderr
+    (registry.folder(card) / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"config.json has other bytes .*; `athanor models import FOLDER --name m`, of"):
+        call(registry, "verify", "m")
+    assert call(registry, "import", str(source), "--name", "m").exit_code == call(registry, "verify", "m").exit_code == 0
+    manifest = registry.root / card.reference / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tokens": 1e12}))
+    with pytest.raises(ModelError, match=r"changed after it was written$"):  # which an import does not mend
+        call(registry, "verify", "m")
 
 
 def test_a_table_that_one_side_lacks_is_a_row() -> None:

@@ -55,6 +55,28 @@ def test_one_flipped_byte_anywhere_is_found(registry: Registry, model: MakeModel
     assert registry.verify("m") == ["config.json is missing"]
 
 
+def test_an_intact_copy_mends_a_damaged_version(registry: Registry, model: MakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """The files are put back; a card that was changed is not sealed anew by that, and an intact version is left alone."""
+    source = model()
+    card = registry.import_folder(source, "m")
+    weights, manifest = registry.folder(card) / "model.safetensors", registry.root / card.reference / "manifest.json"
+    whole, before = weights.read_bytes(), weights.stat().st_ino
+    registry.import_folder(source, "m")
+    assert weights.stat().st_ino == before and "damaged" not in capsys.readouterr().err
+    for damaged in (whole[:-2] + b"xy", None):
+        weights.unlink()
+        if damaged is not None:
+            weights.write_bytes(damaged)
+        assert len(registry.verify("m")) == 1
+        registry.import_folder(source, "m")
+        assert registry.verify("m") == [] and weights.read_bytes() == whole
+        assert f"{card.reference} was damaged" in capsys.readouterr().err
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tokens": 1e12}))
+    weights.unlink()
+    registry.import_folder(source, "m")
+    assert weights.read_bytes() == whole and registry.verify("m") == ["manifest.json was changed after it was written"]
+
+
 def test_a_changed_card_is_found(registry: Registry, model: MakeModel) -> None:
     card = registry.import_folder(model(), "m")
     path = registry.root / card.reference / "manifest.json"

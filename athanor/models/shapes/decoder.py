@@ -174,10 +174,10 @@ class DecoderShape(Counted):
             longest = values.get("max_position_embeddings", cls.max_position_embeddings)
             values["rope_scaling"] = RopeScaling.from_config(rope, longest, where)
         made = cls(**values)
-        kinds = config.get("layer_types")
-        count = len(kinds) if isinstance(kinds, list) else -1
-        if for_training and kinds is not None and (count != made.num_hidden_layers or kinds != [
-                WINDOWS[made.window(layer) > 0] for layer in range(count)]):
+        kinds, count = config.get("layer_types"), made.num_hidden_layers
+        if for_training and isinstance(kinds, list) and len(kinds) != count:
+            raise ModelError(f"{where}: layer_types has {len(kinds)} entries, but num_hidden_layers is {count}")
+        if for_training and kinds is not None and kinds != [WINDOWS[made.window(layer) > 0] for layer in range(count)]:
             raise ModelError(f"{where}: layer_types = {kinds!r} are not the blocks that its other keys give a window to")
         return made
 
