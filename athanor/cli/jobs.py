@@ -14,7 +14,10 @@ from typing import Any
 
 import click
 
+from athanor.cli.chain import locked
 from athanor.cli.jobs_show import describe, log_of, progress
+from athanor.cli.preflight import planned, refuse_early, refuse_elsewhere
+from athanor.cli.train import begins_anew, borrow, describe_machine, look_ahead
 from athanor.foundation.errors import UserError
 from athanor.foundation.launch import start_server
 from athanor.foundation.progress import console, say
@@ -90,9 +93,6 @@ def submit(recipe: Path, overrides: tuple[str, ...], stage: str | None, run: Pat
 
 def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None, is_fresh: bool) -> None:
     """Raise what the agent would refuse as it begins. Unless something is refused, `data` are the run's from now on."""
-    from athanor.cli.chain import locked
-    from athanor.cli.preflight import planned, refuse_early, refuse_elsewhere
-
     with locked(run) if run.root.exists() else contextlib.nullcontext():  # one that is not there yet is left as it is
         if stage is None:
             from athanor.data.sources import scan
@@ -101,8 +101,6 @@ def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None
             refuse_early(recipe)
             refuse_elsewhere(recipe)
             return
-        from athanor.cli.train import borrow, describe_machine, look_ahead
-
         recipe = planned(recipe, run)
         is_new = data is not None and borrow(data, run)
         try:
@@ -113,6 +111,14 @@ def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None
                 with contextlib.suppress(OSError):  # there is more in it
                     run.root.rmdir()
             raise
+
+
+def _refuse_again(job: Job) -> None:
+    """Raise what the agent of a job would refuse as it begins once more."""
+    run = RunFolder(Path(job.run))
+    is_fresh = job.is_fresh and begins_anew(run.stage(job.stage or ""), job.submitted)
+    with contextlib.chdir(job.folder):
+        _refuse(load_recipe(Path(job.recipe), job.overrides), run, job.stage, None, is_fresh)
 
 
 @command.command("list")
@@ -166,6 +172,8 @@ def logs(job: str, rank: int | None, as_json: bool) -> None:
     file = log_of(found, rank)
     text = file.read_text(encoding="utf-8", errors="replace")
     click.echo(json.dumps({"job": found.id, "file": str(file), "lines": text.splitlines()}) if as_json else text, nl=as_json)
+    if not text:
+        say(f"{file} is empty")
 
 
 @command.command()
@@ -182,7 +190,7 @@ def cancel(job: str, as_json: bool) -> None:
 @json_option
 def resume(job: str, as_json: bool) -> None:
     """Go on with a JOB that was stopped, cancelled, held or lost, from its newest checkpoint."""
-    found = local.resume(_queue(), job)
+    found = local.resume(_queue(), job, _refuse_again)
     _tell(found, as_json, f"{found.id} goes on in {found.run}")
 
 

@@ -39,7 +39,7 @@ class View:
         self.message: dict[str, Any] = {}
         self.losses: list[float] = []
         self.began = self.told = time.monotonic()
-        self.first_step: int | None = None
+        self.timed_steps = 0  # since the ranks' first step of this life
 
     def __enter__(self) -> Self:
         return self
@@ -51,8 +51,12 @@ class View:
     def show(self, message: dict[str, Any]) -> None:
         """Take in a finished step."""
         now = time.monotonic()
-        if self.first_step is None:
-            self.began, self.first_step = now, message["step"]
+        self.timed_steps += 1
+        if message["attempt"] != self.message.get("attempt"):  # they were started
+            self.began, self.timed_steps = now, 0
+            if message["attempt"] > 0:
+                before = f"step {message['step'] - 1}" if message["step"] > 1 else "the beginning"
+                self.console.print(f"{self.title}: the ranks go on from {before}", markup=False, soft_wrap=True)
         self.message = message
         if message["loss"] is not None:
             self.losses.append(message["loss"])
@@ -66,11 +70,9 @@ class View:
             self.console.print(f"{self.title}: {', '.join(facts)}", markup=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
-        """From the time that steps took until now, all that came between them included; None after a single step."""
-        done = self.message["step"] - (self.first_step or 0)
-        if done < 1:
-            return None
-        return (time.monotonic() - self.began) / done * (self.message["steps"] - self.message["step"])
+        """From the time that steps took since the ranks were started, all that came between them included; None after one."""
+        left = self.message["steps"] - self.message["step"]
+        return (time.monotonic() - self.began) / self.timed_steps * left if self.timed_steps else None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width

@@ -195,7 +195,7 @@ def _refuse_other_plan(recipe: Recipe, run: RunFolder) -> None:
         differing = differences({key: before[key] for key in shared}, {key: planned[key] for key in shared})
         if differing:
             raise UserError(f"the plan would now be another one than stage '{stage.name}' of {run.root} was trained with: "
-                            f"{differing}; train it anew with --fresh, or give the run another name=…")
+                            f"{differing}; train it anew with --fresh (`run`, `jobs submit`), or give the run another name=…")
 
 
 def _training(recipe: Recipe, stage: Stage, run: RunFolder, is_fresh: bool) -> Callable[[], dict[str, Any]]:
@@ -236,8 +236,7 @@ def _serve(model: Path, run: RunFolder) -> dict[str, Any]:
     from athanor.foundation.launch import run_ranks
 
     (answers,) = run_ranks("athanor.cli.run:smoke", {"folder": str(model)}, 1, log_folder=run.logs / "serve", timeout=300)
-    found: dict[str, Any] = answers
-    return found
+    return dict(answers)
 
 
 def _report(chain: Chain, recipe: Recipe, run: RunFolder) -> dict[str, Any]:

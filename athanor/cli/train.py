@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, StageFolder, read_jsonl, runs_root
 from athanor.foundation.units import format_count
 from athanor.jobs.agent import Agent, Stopped
+from athanor.jobs.local import GO_ON
 from athanor.jobs.nodes import current
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str | None, run_fol
         wanted = planned(wanted, run)
     elif wanted.budget.given and is_first:
         say(f"{run.root} has no plan: the budget does not count, and what the recipe leaves open is that of a small run; "
-            f"`athanor run` would plan it otherwise, so `athanor plan {recipe}` comes first")
+            f"`athanor run` would plan it otherwise, so `{shlex.join(['athanor', 'plan', str(recipe), *overrides])}` comes first")
     with locked(run) if is_first else contextlib.nullcontext():
         if data is not None and is_first:
             borrow(data, run)
@@ -153,8 +155,7 @@ def learned(result: dict[str, Any], recipe: Recipe, run: RunFolder, stage: str) 
     from athanor.ledger.book import read_book
 
     if result["is_asked_to_stop"]:
-        raise Stopped(f"stopped after step {result['step']} of {result['steps']} of {stage}, as asked; run the same command to "
-                      "go on")
+        raise Stopped(f"stopped after step {result['step']} of {result['steps']} of {stage}, as asked; {GO_ON}")
     file = run.cluster if recipe.cluster.file == "auto" else Path(recipe.cluster.file)
     folder = run.stage(stage)
     if result["rank"] == 0 and file.exists() and folder.forecast.exists():

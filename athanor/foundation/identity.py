@@ -18,11 +18,10 @@ def read_identity(folder: StageFolder) -> dict[str, Any]:
     if not folder.config.exists():
         return {}
     try:
-        found: dict[str, Any] = tomllib.loads(folder.config.read_text(encoding="utf-8")).get("identity", {})
+        return dict(tomllib.loads(folder.config.read_text(encoding="utf-8")).get("identity", {}))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder.config} is damaged ({error}), so nobody knows what {folder.root} was trained with; start "
-                        "it anew with --fresh, or give the run another name") from None
-    return found
+                        "it anew with --fresh (of `train`, `run` or `jobs submit`), or give the run another name") from None
 
 
 def check_same(folder: StageFolder, now: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def format_rate(flop_per_second: float) -> str:
 
 
 def format_share(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:z.{digits}f} %"
 
 
 def check_positive(**values: float | None) -> None:

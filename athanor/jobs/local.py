@@ -19,12 +19,13 @@ from typing import Any, BinaryIO
 
 from athanor.foundation.errors import AthanorError, UserError
 from athanor.foundation.events import EXIT_DONE, EXIT_HOLD, EXIT_REQUEUE
-from athanor.foundation.run_folder import append_when_possible, disk_errors
+from athanor.foundation.run_folder import append_when_possible, disk_errors, is_held
 from athanor.jobs import slurm
 from athanor.jobs.agent import Stopped
 from athanor.jobs.queue import CANCELLED, DONE, HELD, LOST, RUNNING, STOPPED, WAITING, Job, Queue
 
 MOST_MINUTES = 10_000_000  # of a job: 19 years
+GO_ON = "run the same command to go on"  # which is another one of a job
 STARTING_SECONDS = 10.0  # that a new job may be without an agent
 EXIT_CODES = {DONE: EXIT_DONE, STOPPED: EXIT_REQUEUE, HELD: EXIT_HOLD}
 
@@ -47,11 +48,12 @@ def refuse_busy(queue: Queue, run: Path) -> None:
             raise UserError(f"{job.id} is working in {job.run}; wait for it, cancel it, or give the run another name")
 
 
-def resume(queue: Queue, reference: str) -> Job:
-    """Start the agent of a job anew that has ended before its work was done."""
+def resume(queue: Queue, reference: str, refuse: Callable[[Job], None] = lambda job: None) -> Job:
+    """Start the agent of a job anew that has ended before its work was done; `refuse` raises what it would refuse."""
     job = find(queue, reference)
     if job.state in (RUNNING, WAITING, DONE):
         raise UserError(f"{job.id} is {job.state}" + ("; nothing is left to do" if job.state == DONE else " already"))
+    refuse(job)
     return start(queue, job)
 
 
@@ -126,8 +128,10 @@ def work(queue: Queue, job: Job, command: Callable[[], object]) -> int:
     ended_as = state
     if state == STOPPED:  # Slurm starts it again, unless that was not wanted
         ended_as = CANCELLED if queue.get(job.id).is_cancelled else STOPPED if job.slurm is None else RUNNING
+    goes_on = "Slurm starts it again" if ended_as == RUNNING else f"`athanor jobs resume {job.id}` goes on"
     if job.slurm is None:
         append_when_possible(job.lives, {"life": life, "ended": time.time(), "code": EXIT_CODES[state]})
+    sentence = sentence.replace(GO_ON, goes_on)
     queue.update(job, state=ended_as, exit_code=EXIT_CODES[state], sentence=sentence,
                  ended=None if ended_as == RUNNING else time.time())
     if sentence:
@@ -138,7 +142,8 @@ def work(queue: Queue, job: Job, command: Callable[[], object]) -> int:
 def _seen(queue: Queue, job: Job) -> Job:
     if job.state == RUNNING and job.slurm is not None:
         return slurm.seen(queue, job)
-    if job.state != RUNNING or _is_alive(job):
+    is_starting = job.process is None and time.time() - job.submitted < STARTING_SECONDS
+    if job.state != RUNNING or is_starting or is_held(job.log):
         return job
     why = "it was cancelled while it started" if job.is_cancelled else "its agent was killed"
     return queue.update(job, only_running=True, state=CANCELLED if job.is_cancelled else LOST, ended=time.time(),
@@ -148,21 +153,7 @@ def _seen(queue: Queue, job: Job) -> Job:
 def _lock(job: Job, lock: BinaryIO) -> None:
     """Take the lock on a job's log, which a reader may hold for a moment. Raises UserError when an agent holds it."""
     for _ in range(20):
-        try:
+        with contextlib.suppress(BlockingIOError):
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
+        time.sleep(0.05)
     raise UserError(f"{job.id} is running already")
-
-
-def _is_alive(job: Job) -> bool:
-    if job.process is None and time.time() - job.submitted < STARTING_SECONDS:
-        return True
-    try:
-        with job.log.open("rb") as log:
-            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False

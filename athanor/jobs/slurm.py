@@ -109,9 +109,8 @@ def start(queue: Queue, job: Job) -> Job:
     file = job.log.with_suffix(".sbatch")
     write_atomic(file, script_of(job, queue.root))
     said = _call("sbatch", "--parsable", str(file))
-    number = int(said.splitlines()[-1].split(";")[0])
     return queue.update(job, state=RUNNING, process=None, exit_code=None, sentence="", ended=None, is_cancelled=False,
-                        slurm={**job.slurm, "id": number})
+                        slurm={**job.slurm, "id": int(said.splitlines()[-1].split(";")[0])})
 
 
 def seen(queue: Queue, job: Job) -> Job:
@@ -251,6 +250,7 @@ def _call(command: str, *arguments: str, environment: dict[str, str] | None = No
         raise UserError(f"Slurm's {command} has not answered for {PATIENCE_SECONDS:g} s; {HELP['controller']}") from None
     if done.returncode:
         words = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip()) or f"exit code {done.returncode}"
-        is_down = "Unable to contact" in words or "Connection refused" in words
-        raise UserError(f"Slurm refused: {words}; {HELP['controller' if is_down else 'sbatch']}")
+        is_down = any(sign in words for sign in ("Unable to contact", "Connection refused", "Could not establish a config"))
+        raise UserError(f"Slurm's controller cannot be reached: {words}; {HELP['controller']}" if is_down else
+                        f"Slurm refused: {words}; {HELP['sbatch']}")
     return done.stdout.strip()

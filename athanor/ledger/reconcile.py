@@ -6,12 +6,13 @@ An error is forecast / actual - 1: plus means that the forecast was too high. Pa
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from athanor.foundation.run_folder import StageFolder
+from athanor.foundation.run_folder import StageFolder, is_held, read_jsonl
 from athanor.ledger.accounts import ACCOUNTS, Account
 from athanor.ledger.attempts import so_far
 from athanor.ledger.book import Book, read_book
@@ -158,6 +159,10 @@ def reconcile_run(root: Path, stages: Sequence[str]) -> list[Reconciliation]:
     found = [reconcile(WHOLE_CHAIN, forecast, actual, steps)] if forecast or actual else []
     for stage, (foreseen, measured) in of_stages.items():
         measured, progress = so_far(StageFolder(root / stage)) or (measured, None)
+        state, _, step = (progress or "").partition(", ")
+        hosts = {row.get("host") for file in StageFolder(root / stage).beats.glob("rank-*.json") for row in read_jsonl(file)}
+        if state in ("running", "cut off") and hosts == {socket.gethostname()} and not is_held(root / ".lock"):
+            progress = f"not running, {step}; the same command goes on"
         if foreseen or measured:
             found.append(reconcile(stage, foreseen, measured, progress=progress))
     return found

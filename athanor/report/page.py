@@ -100,7 +100,7 @@ def _paid(book: Book | None) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if abs(value) >= 99_999.5 else f"{value:,.1f}"
+    return "–" if value is None else f"{value:,.0f}" if abs(value) >= 99_999.5 else f"{value:z,.1f}"
 
 
 def _is_far(line: Line, found: Reconciliation) -> bool:

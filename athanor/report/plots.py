@@ -89,7 +89,7 @@ def share_bar(share: float, style: str) -> Markup:
 def error_bar(seconds: float, largest: float, account: str) -> Markup:
     """An error in device-seconds from a middle line: to the right where the forecast was too high."""
     half = 48 * min(1.0, abs(seconds) / largest) if largest else 0.0
-    return Markup('<svg class="error" width="100%" height="12" role="img" aria-label="{:+,.1f} device-seconds">'
+    return Markup('<svg class="error" width="100%" height="12" role="img" aria-label="{:+z,.1f} device-seconds">'
                   '<rect class="a-{}" x="{:.2f}%" y="1.5" width="{:.2f}%" height="9"/></svg>').format(
         seconds, account, 50 if seconds > 0 else 50 - half, half)
 

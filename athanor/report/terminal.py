@@ -94,7 +94,7 @@ def _table(found: Reconciliation, width: int) -> Table:
 
 
 def _cells(line: Line) -> list[str]:
-    seconds = ["–" if value is None else f"{value:,.1f}" for value in (line.forecast, line.actual)]
+    seconds = ["–" if value is None else f"{value:z,.1f}" for value in (line.forecast, line.actual)]
     return [*seconds, format_share(line.share), signed_percent(line.error)]
 
 

@@ -328,7 +328,8 @@ def record(run: Run, outcome: Outcome, rate: float, times: tuple[float, float, f
             row |= {name: _finite(value) for name, value in outcome.metrics.items() if name != "loss" and value}
             append_when_possible(job.folder.metrics, row if checked is None else {**row, "validation_loss": checked})
             shown = {key: row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")}
-            run.channel(**shown, steps=job.settings.steps, validation_loss=checked, accounts=meter.so_far())
+            run.channel(**shown, steps=job.settings.steps, validation_loss=checked, accounts=meter.so_far(),
+                        attempt=progress.attempt)
     meter.end_step(tokens=tokens, flops=flops, flops_full=flops_full, is_skipped=outcome.is_skipped)
 
 

@@ -132,11 +132,12 @@ def raising(error: BaseException) -> Callable[[], object]:
 @pytest.mark.parametrize(("act", "code", "state", "sentence"), [
     (lambda: None, 0, "done", ""),
     (raising(Stopped("as asked")), 85, "stopped", "as asked"),
+    (raising(Stopped(f"as asked; {local.GO_ON}")), 85, "stopped", "as asked; `athanor jobs resume tiny-1` goes on"),
     (lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5)), 85, "stopped", "stopped between two stages, as asked"),
     (raising(RecipeError("not like this")), 86, "held", "not like this"),
     (raising(Held("twice")), 86, "held", "twice"),
     (raising(ZeroDivisionError()), 86, "held", "its agent failed; see its log"),
-], ids=["done", "stopped", "SIGTERM", "a recipe's fault", "held", "our fault"])
+], ids=["done", "stopped", "can go on", "SIGTERM", "a recipe's fault", "held", "our fault"])
 def test_every_end_is_one_of_three_exit_codes(queue: Queue, signals: None, act: Callable[[], object], code: int, state: str,
                                               sentence: str) -> None:
     job = add(queue)
@@ -220,6 +221,38 @@ def test_a_chain_is_refused_at_once_too(queue: Queue, recipe_file: Path, options
     with pytest.raises(error, match=sentence):
         command.main(["submit", str(recipe_file), *options], standalone_mode=False)
     assert queue.all() == [] and not (queue.root / "tiny").exists()
+
+
+def test_what_the_agent_would_refuse_is_not_gone_on_with(queue: Queue, recipe_file: Path, data_folder: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    run, recipe = RunFolder(queue.root / "tiny"), tmp_path / "tiny.toml"
+    run.stage("pretrain").root.mkdir(parents=True)
+    run.data.symlink_to(data_folder)
+    run.stage("pretrain").config.write_text("[identity]\nlearning_rate = 0.01")
+    started: list[Job] = []
+    monkeypatch.setattr(local, "start", lambda queue, job: started.append(job) or job)
+
+    def resume(sentence: str) -> None:
+        with pytest.raises(UserError, match=sentence):
+            command.main(["resume", job.id], standalone_mode=False)
+        assert not started and queue.get(job.id) == job, "nothing was started or counted"
+
+    job = queue.update(queue.add(name="tiny", recipe=recipe, overrides=["parallel.dp_shard=1"], stage="pretrain", run=run.root,
+                                 minutes=None), state="held")
+    resume(r"tiny\.toml")
+    recipe.write_text(recipe_file.read_text())
+    resume(r"was trained with another configuration: .*--fresh \(of `train`, `run` or `jobs submit`\)")
+    run.stage("pretrain").config.unlink()
+    command.main(["resume", job.id], standalone_mode=False)
+    assert started == [job]
+
+
+def test_an_empty_log_is_said_to_be_empty(queue: Queue) -> None:
+    job = add(queue)
+    job.log.parent.mkdir(parents=True)
+    job.log.touch()
+    told = CliRunner().invoke(command, ["logs", job.id], catch_exceptions=False)
+    assert told.stdout == "" and told.stderr == f"{job.log} is empty\n"
 
 
 def test_a_folder_in_use_is_refused_at_once(queue: Queue, recipe_file: Path) -> None:

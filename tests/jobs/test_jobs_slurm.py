@@ -77,6 +77,18 @@ def test_starts_that_nobody_ended_lasted_until_their_last_sign_of_life(job: Job)
     assert (first["state"], second["state"]) == ("no end was written", "0")
 
 
+@pytest.mark.parametrize(("said", "told"), [
+    ("Could not establish a configuration source", r"controller cannot be reached: squeue: .* source; `scontrol ping` tells"),
+    ("Unable to contact slurm controller (connect failure)", r"controller cannot be reached: .*; `scontrol ping` tells"),
+    ("Invalid partition", r"^Slurm refused: squeue: Invalid partition; mend the option")])
+def test_no_controller_is_no_wrong_option(queue: Queue, monkeypatch: pytest.MonkeyPatch, said: str, told: str) -> None:
+    (command := queue.root / "squeue").write_text(f"#!/bin/sh\necho 'squeue: {said}' >&2\nexit 1\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(queue.root))
+    with pytest.raises(UserError, match=told):
+        slurm.state_of(7)
+
+
 def test_the_nodes_are_those_of_the_recipe(recipe_file: Path) -> None:
     wish = {**{key: WISH[key] for key in ("spares", "partition", "signal_seconds", "options")}, "time_limit": None}
     given = load_recipe(recipe_file, ["cluster.devices=12", "cluster.per_node=8"])

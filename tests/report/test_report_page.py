@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import socket
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from athanor.cli.chain import locked
 from athanor.foundation.errors import UserError
 from athanor.foundation.run_folder import RunFolder, append_jsonl, read_json, read_jsonl, write_atomic
 from athanor.foundation.units import format_seconds
@@ -242,6 +245,19 @@ def test_a_stage_that_is_running_shows_what_there_is(copy: RunFolder, tmp_path: 
     assert "so far" not in page.texts[other]
     os.utime(stage.beats / "rank-0.json", (1e9, 1e9))
     assert {pair.name: pair.progress for pair in read_run(copy).books}["pretrain"] == "cut off, step 120 of 560"
+
+
+@pytest.mark.parametrize(("host", "is_held", "progress"), [
+    (socket.gethostname(), False, "not running, step 120 of 560; the same command goes on"),
+    (socket.gethostname(), True, "running, step 120 of 560"), ("elsewhere", False, "running, step 120 of 560")])
+def test_a_stage_whose_command_was_killed_is_not_running(copy: RunFolder, host: str, is_held: bool, progress: str) -> None:
+    stage = copy.stage("pretrain")
+    for file, kept in ((stage.ledger, 12), (stage.metrics, 120), (stage.events, 4)):
+        file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[:kept]))
+    stage.config.write_text("[identity]\nsteps = 560\n")
+    append_jsonl(stage.beats / "rank-0.json", {"host": host})
+    with locked(copy) if is_held else contextlib.nullcontext():
+        assert {pair.name: pair.progress for pair in read_run(copy).books}["pretrain"] == progress
 
 
 def test_layouts_stand_beside_each_other(copy: RunFolder, tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_layouts_and_how_far_a_stage_is_are_told(layouts: tuple[str | None, ...]
     assert "so far, s" in text and not re.search(r"kernel +200.0 +200.0 +100.0 % +0 %", text), "there is no error yet"
 
 
+def test_almost_nothing_has_no_sign() -> None:
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    book = Book("actual", 1, "CPU", None, 100, 100, accounts={"kernel": 100.04, "unattributed": -0.04})
+    print_ledger(reconcile("pretrain", None, book), console)
+    text = str(console.file.getvalue())  # type: ignore[attr-defined]
+    assert re.search(r"unattributed +– +0\.0 +0\.0 %", text) and "-0.0" not in text
+
+
 def test_a_bar_has_the_accounts_in_order_and_their_hues() -> None:
     book = Book("actual", 1, "CPU", None, 100, 100)
     for name, seconds in (("startup", 25.0), ("useful", 50.0), ("skew", 0.1), ("kernel", 24.9)):

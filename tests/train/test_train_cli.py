@@ -103,6 +103,8 @@ def test_a_run_in_use_and_a_damaged_plan_are_refused(recipe_file: Path, run_fold
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is working in"):
             CliRunner().invoke(command, arguments, catch_exceptions=False)
+        told = CliRunner().invoke(command, [*arguments, "budget.minutes=2", "name=b4"]).stderr
+        assert f"so `athanor plan {recipe_file} budget.minutes=2 name=b4` comes first" in told
     (run_folder / "plan.toml").write_text("[model")
     with pytest.raises(RecipeError, match=r"plan\.toml is not valid TOML"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)

@@ -39,7 +39,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def message(step: int, **changes: Any) -> dict[str, Any]:
     return {"step": step, "steps": 400, "loss": 4.0 - step / 200, "grad_norm": 0.8734, "learning_rate": 0.0012,
-            "tokens_per_second": 12_340.0, "mfu": 0.4123, "validation_loss": None, "accounts": ACCOUNTS, **changes}
+            "tokens_per_second": 12_340.0, "mfu": 0.4123, "validation_loss": None, "accounts": ACCOUNTS,
+            "attempt": 0, **changes}
 
 
 def watch(clock: Clock, console: Console, steps: int, seconds: float = 0.5, **changes: Any) -> None:
@@ -89,6 +90,24 @@ def test_away_from_a_terminal_there_is_a_plain_line_now_and_then(clock: Clock) -
     assert written[0] == ("pretrain: 5 %, step 21 of 400, 3 min 10 s left, loss 3.895, gradient norm 0.873, learning rate "
                           "1.20e-03, 12.3 k tokens/s, MFU 41.2 %")
     assert not any("\x1b" in line or "█" in line for line in written)
+
+
+@pytest.mark.parametrize(("kept", "words"), [(60, "step 60"), (0, "the beginning"), (64, "step 64")])
+def test_started_again_the_time_left_is_that_of_the_steps_since_then(clock: Clock, kept: int, words: str) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=80)
+    with View("pretrain", console) as view:
+        for step in range(1, 65):
+            view.show(message(step))
+            clock.now += 0.5
+        clock.now += 60.0
+        for step in range(kept + 1, kept + 22):
+            view.show(message(step, attempt=1))
+            clock.now += 0.5
+    written = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    again = written.index(f"pretrain: the ranks go on from {words}")
+    assert "left" not in written[again + 1] and f"step {kept + 1} of 400" in written[again + 1]
+    left = live.format_seconds((400 - kept - 21) * 0.5)
+    assert f"step {kept + 21} of 400, {left} left" in written[again + 2] and "go on" not in "".join(written[:again])
 
 
 def test_what_is_not_known_is_not_told(clock: Clock) -> None:
