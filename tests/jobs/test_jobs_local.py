@@ -44,7 +44,8 @@ def until(condition: Callable[[], Any], seconds: float = 90) -> Any:
 
 
 IN_A_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever these tests were started with: nohup ignores it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", "athanor", "train", *sys.argv[1:]])
 """
