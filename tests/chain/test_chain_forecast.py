@@ -35,9 +35,9 @@ tasks = ["bits_per_byte"]
 """
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("width", "seq_len", "package"), [(96, 128, "asyncio"), (160, 512, "email")])
+@pytest.mark.parametrize(("width", "seq_len", "package"), [pytest.param(96, 128, "asyncio", marks=pytest.mark.drill),
+                                                           pytest.param(160, 512, "email", marks=pytest.mark.slow)])
 def test_steps_and_chain_take_as_long_as_forecast(athanor: Any, tmp_path: Path, width: int, seq_len: int, package: str) -> None:
     errors = []
     for attempt in range(3):  # what else runs on the machine may spoil a comparison, and the next one measures anew
