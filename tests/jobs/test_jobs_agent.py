@@ -162,11 +162,11 @@ def test_killed_again_while_it_loads_when_it_has_loaded_and_at_the_end(supervise
     marks, stage = tmp_path / "marks", RunFolder(run_folder).stage("pretrain")
     marks.mkdir()
     begin = time.monotonic()
-    supervised(run_folder, "jobs_ranks:train_and_fail_again", marks=str(marks), step=9)
+    supervised(run_folder, "jobs_ranks:train_and_fail_again", marks=str(marks), step=13)  # that of step 6 is saved by then
     seconds = time.monotonic() - begin
     faults = events(stage, "fault")
     assert [fault["rank"] for fault in faults] == [1, 0, 1, 0] and all(fault["signal"] == 9 for fault in faults)
-    assert faults[0]["sentence"].startswith("after step 9, rank 1")
+    assert faults[0]["sentence"].startswith("after step 13, rank 1")
     assert faults[1]["sentence"].startswith("before the first step, rank 0")
     assert [fault["attempt"] for fault in faults][:3] == [0, 1, 1], "the life that was killed before it began has no number"
     assert hash_folder(stage.model) == wanted
