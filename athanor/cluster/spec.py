@@ -13,7 +13,7 @@ from athanor.foundation.run_folder import write_atomic
 from athanor.foundation.toml import toml_value
 from athanor.foundation.units import format_share
 
-SCHEMA = 1
+SCHEMA = 2
 QUIET = 0.9  # of the processor time that was wanted; with less of it, rates are those of a busy machine
 ACCELERATORS = Path(__file__).parent / "accelerators"
 
@@ -63,8 +63,8 @@ COLUMNS = {
     "attention": ("dtype", "matrices", "seq_len", "head_dim", "forward s", "backward s"),
     "elementwise": ("dtype", "operation", "elements", "s"),
     "optimizer": ("tensors", "elements", "s"),
-    "steps": ("dtype", "vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "tokens", "seq_len", "ranks", "s",
-              "s in collectives"),
+    "steps": ("dtype", "vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "tokens", "seq_len", "dp_shard", "tp",
+              "s", "s in collectives"),
     "jitter": ("s of work", "slowest / mean - 1"),
     "collectives": ("bytes", "s"),
 }

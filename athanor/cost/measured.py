@@ -83,16 +83,20 @@ class Measured:
         other = cluster.elementwise[0][0]
         self._bytes_ratio = WIDTH_BYTES[dtype] / WIDTH_BYTES[other]
         self._flops_ratio = cluster.peak_flops[other] / cluster.peak_flops[dtype]
-        self._computing, self._gathering, self._hook_seconds = 1.0, 1.0, 0.0
+        self._computing, self._gathering, self._meeting, self._hook_seconds = 1.0, 1.0, self.constants["collective_factor"], 0.0
         self._learn([row for row in cluster.steps if row[0] == dtype])
 
     def _learn(self, rows: Sequence[Sequence[Any]]) -> None:
-        """From whole steps that were measured: factors of computing and of gathers, and what sharding a block costs beside."""
+        """From whole steps that were measured: factors of computing, of gathers and of collectives inside blocks, and what
+        sharding a block costs beside."""
         alone = dict[tuple[Any, ...], float]()
         logs: list[float] = []
-        for _, *sizes, ranks, seconds, waited in sorted(rows, key=lambda row: row[-3]):
-            case = _measured_step(sizes, ranks, self.dtype)
-            if ranks == 1:
+        for _, *sizes, shard, tp, seconds, waited in sorted(rows, key=lambda row: row[-4]):
+            case = _measured_step(sizes, shard, tp, self.dtype)
+            if tp > 1:
+                block, ends = self.tensor(case)
+                self._meeting *= float(np.clip(waited / (case.layers * block + ends)[0], *TRUSTED))
+            elif shard == 1:
                 alone[tuple(sizes)] = seconds
                 work = self.work(case)
                 predicted = case.layers * sum(work.seconds("block")) + sum(work.seconds("ends"))
@@ -208,7 +212,7 @@ class Measured:
         chunk = self.chunk(case)
         loss = 2 * case.tokens / chunk * self.collective("all_reduce", chunk * case.weight_bytes)
         is_cut = case.tp > 1
-        pair, loss = (self.constants["collective_factor"] * seconds for seconds in (pair, loss))
+        pair, loss = (self._meeting * seconds for seconds in (pair, loss))
         return np.where(is_cut, pair * (2 + (case.recompute == FULL)), 0.0), np.where(is_cut, pair + loss, 0.0)
 
     def context(self, case: Case) -> Array:
@@ -222,7 +226,7 @@ class Measured:
         exchanged = self._where((case.cp > 1) & divides, "all_to_all", 2 * (heads + keys) * token)  # what a rank sends in all
         whole = 2 * keys * token * case.cp
         gathered, scattered = (self._where((case.cp > 1) & ~divides, name, whole) for name in ("all_gather", "reduce_scatter"))
-        return np.asarray(self.constants["collective_factor"] * ((2 + again) * exchanged + (1 + again) * gathered + scattered))
+        return np.asarray(self._meeting * ((2 + again) * exchanged + (1 + again) * gathered + scattered))
 
     def expert(self, case: Case) -> Array:
         """Tokens to their experts and back, and the same for gradients; as many for each rank."""
@@ -295,11 +299,11 @@ class Measured:
         return np.ones(1)  # `own.py` corrects each account
 
 
-def _measured_step(sizes: Sequence[int], ranks: int, dtype: str) -> Case:
-    """The case of a row of `steps`: one micro-batch of whole rows, each a document, on each of `ranks` sharding ranks."""
+def _measured_step(sizes: Sequence[int], shard: int, tp: int, dtype: str) -> Case:
+    """The case of a row of `steps`: one micro-batch of whole rows, each a document, on each of `shard` sharding ranks."""
     vocab, hidden, inner, layers, heads, tokens, seq_len = sizes
     width = WIDTH_BYTES[dtype]
     return case_of([DecoderShape(vocab, hidden, inner, layers, heads, tie_word_embeddings=True)], {
-        "pp": 1, "chunks": 1, "dp": ranks, "shard": ranks, "cp": 1, "tp": 1, "ep": 1, "zero": 2 if ranks > 1 else 0,
-        "is_sequence_parallel": 0, "is_scattered": 0, "seq_len": seq_len, "micro_batch_size": tokens / seq_len,
+        "pp": 1, "chunks": 1, "dp": shard, "shard": shard, "cp": 1, "tp": tp, "ep": 1, "zero": 2 if shard > 1 else 0,
+        "is_sequence_parallel": tp > 1, "is_scattered": tp > 1, "seq_len": seq_len, "micro_batch_size": tokens / seq_len,
         "num_microbatches": 1, "recompute": NONE, "weight_bytes": max(2, width), "product_bytes": width})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,11 @@ import torch.distributed as dist
 from athanor.foundation import intervals
 from athanor.foundation.layout import Layout
 from athanor.foundation.processor import Share
-from athanor.models.context import Packed
+from athanor.models.context import Groups, Packed
 from athanor.models.decoder import Decoder
 from athanor.models.initialize import initialize
 from athanor.models.shapes.decoder import DecoderShape
+from athanor.models.zoo.llama import TENSOR_DIMS
 from athanor.parallel.apply import Choices, parallelize
 from athanor.parallel.fully_shard import ACCOUNT
 from athanor.parallel.mesh import Mesh, make_mesh
@@ -27,15 +27,17 @@ DTYPES = {"cpu": "fp32", "cuda": "bf16"}
 VOCABULARY, HEAD_DIM = {"cpu": 4096, "cuda": 32768}, {"cpu": 32, "cuda": 128}
 SIZES = {"cpu": ((64, 4, 1024, 256), (128, 3, 1024, 256), (256, 2, 1024, 256)),  # hidden, layers, tokens, seq_len
          "cuda": ((1024, 4, 8192, 2048), (2048, 3, 8192, 2048), (4096, 2, 8192, 2048))}
-SHARDED = 1  # of these sizes, the one that is sharded too
+SPREAD = 1  # of these sizes, the one that ranks do together too
+COLLECTIVES = {ACCOUNT, "tensor"}
 LEAST_REPEATS = 5
 
 
 def time_steps(channel: Callable[..., None], seconds: float) -> list[list[Any]]:
     """One rank's part: rows for the table `steps` of cluster.toml, measured in about `seconds`; equal on all ranks.
 
-    A step is forward, loss and backward of one micro-batch, first by each rank for itself, all at once, then with weights
-    sharded over the ranks. `channel` gets {"part", "share": of the work, "had": of the processor time that was wanted}.
+    A step is forward, loss and backward of one micro-batch: by each rank for itself, all at once; with weights sharded over the
+    ranks; with tensor parallelism over them, where heads divide. `channel` gets {"part", "share": of the work, "had": of the
+    processor time that was wanted}.
     """
     is_cuda = torch.cuda.is_available()
     device_type, ranks = "cuda" if is_cuda else "cpu", int(os.environ["WORLD_SIZE"])
@@ -43,17 +45,18 @@ def time_steps(channel: Callable[..., None], seconds: float) -> list[list[Any]]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if is_cuda else "gloo")
     try:
-        sizes = SIZES[device_type]
-        runs = [(size, 1) for size in sizes] + [(sizes[SHARDED], ranks)] * (ranks > 1)
+        sizes, head_dim = SIZES[device_type], HEAD_DIM[device_type]
+        runs = [(size, Layout()) for size in sizes] + [(sizes[SPREAD], Layout(dp_shard=ranks))] * (ranks > 1)
+        runs += [(sizes[SPREAD], Layout(tp=ranks))] * (ranks > 1 and sizes[SPREAD][0] // head_dim % ranks == 0)
         rows, had = [], Share()
-        for number, ((hidden, layers, tokens, seq_len), over) in enumerate(runs):
+        for number, ((hidden, layers, tokens, seq_len), layout) in enumerate(runs):
             shape = DecoderShape(VOCABULARY[device_type], hidden, hidden * 8 // 3 // 32 * 32, layers,
-                                 max(1, hidden // HEAD_DIM[device_type]), tie_word_embeddings=True)
-            step = _step(shape, tokens // seq_len, seq_len, make_mesh(Layout(dp_shard=over), device_type))
-            with had.counted() if over == 1 else contextlib.nullcontext():  # in collectives ranks wait for each other
+                                 max(1, hidden // head_dim), tie_word_embeddings=True)
+            step = _step(shape, tokens // seq_len, seq_len, make_mesh(layout, device_type))
+            with had.counted() if layout == Layout() else contextlib.nullcontext():  # in collectives ranks wait for each other
                 usual = _usual(step, seconds / len(runs), is_cuda)
             rows.append([DTYPES[device_type], shape.vocab_size, hidden, shape.intermediate_size, layers,
-                         shape.num_attention_heads, tokens, seq_len, over, *usual])
+                         shape.num_attention_heads, tokens, seq_len, layout.dp_shard, layout.tp, *usual])
             channel(part="steps", share=(number + 1) / len(runs), had=had.value)
         return rows
     finally:
@@ -65,11 +68,12 @@ def _step(shape: DecoderShape, documents: int, seq_len: int, mesh: Mesh) -> Call
     model = Decoder(shape)
     if mesh.device.type == "cuda":
         model.to(mesh.device, torch.bfloat16)
-    sharded = parallelize(model, mesh, {}, Choices(keeps_whole=True))
+    sharded = parallelize(model, mesh, TENSOR_DIMS, Choices(keeps_whole=True))
     initialize(model, 0)
-    tokens = torch.randint(0, shape.vocab_size, (documents * seq_len + 1,), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(mesh.device)
-    context, weights = Packed.of([seq_len] * documents), torch.ones(documents * seq_len, device=mesh.device)
+    chance = torch.Generator(mesh.device).manual_seed(0)
+    tokens = torch.randint(0, shape.vocab_size, (documents * seq_len + 1,), generator=chance, device=mesh.device)
+    context = Packed.of([seq_len] * documents, mesh.device, Groups(mesh.group("tp")))
+    weights = torch.ones(documents * seq_len, device=mesh.device)
 
     def step() -> None:
         if sharded is not None:
@@ -83,11 +87,10 @@ def _step(shape: DecoderShape, documents: int, seq_len: int, mesh: Mesh) -> Call
 def _usual(step: Callable[[], None], seconds: float, is_cuda: bool) -> tuple[float, float]:
     """Median seconds of a step, and those that the ranks wait in its collectives, not counting for each other."""
     step()
-    deadline, took, waited = time.perf_counter() + seconds, list[float](), list[float]()
+    deadline, took, waits = time.perf_counter() + seconds, list[float](), list[list[float]]()
     is_over = torch.zeros(1, device="cuda" if is_cuda else "cpu")
     while len(took) < LEAST_REPEATS or not is_over.item():
-        recorder = intervals.Recorder()
-        intervals.activate(recorder)
+        intervals.activate(recorder := intervals.Recorder())
         dist.barrier()
         begin = time.perf_counter()
         step()
@@ -95,13 +98,11 @@ def _usual(step: Callable[[], None], seconds: float, is_cuda: bool) -> tuple[flo
             torch.cuda.synchronize()
         took.append(time.perf_counter() - begin)
         intervals.activate(None)
-        # a collective takes as long as on the rank that came last
-        collectives = [row.end - row.start for row in recorder.rows if row.name == ACCOUNT]
-        waits = torch.tensor(collectives or [0.0], device=is_over.device)
-        dist.all_reduce(waits, dist.ReduceOp.MIN)
-        waited.append(float(waits.sum()))
+        waits.append([0.0, *(row.end - row.start for row in recorder.rows if row.name in COLLECTIVES)])
         is_over[0] = float(time.perf_counter() > deadline)
         dist.all_reduce(is_over, dist.ReduceOp.MAX)
-    both = torch.tensor([statistics.median(took), statistics.median(waited)], device=is_over.device)
-    dist.all_reduce(both)
-    return tuple((both / dist.get_world_size()).tolist())
+    last = torch.tensor(waits, device=is_over.device)
+    dist.all_reduce(last, dist.ReduceOp.MIN)  # a collective takes as long as on the rank that came last
+    usual = torch.stack([torch.tensor(took, device=is_over.device), last.sum(1)]).median(1).values
+    dist.all_reduce(usual)
+    return tuple((usual / dist.get_world_size()).tolist())

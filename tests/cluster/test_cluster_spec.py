@@ -45,8 +45,8 @@ def test_cluster_file_round_trip(tmp_path: Path) -> None:
     ({"peak_flops": {"fp32": float("nan")}}, ["peak_flops.fp32"]),
     ({"collectives": {"all_reduce": [[1.0]]}}, ["collectives.all_reduce", "bytes"]),
     ({"device_type": "gpu"}, ["device_type", "cpu"]),
-    ({"steps": [["fp32", 4096, 64, 160, 4, 2, 1024, 256, 1, 0.0, 0.0]]}, ["steps[1].s", "above 0"]),
-    ({"steps": [["fp32", 4096, 64, 160, 4, 2, 1024, 0, 1, 0.1, 0.0]]}, ["steps[1].seq_len", "above 0"]),
+    ({"steps": [["fp32", 4096, 64, 160, 4, 2, 1024, 256, 1, 1, 0.0, 0.0]]}, ["steps[1].s", "above 0"]),
+    ({"steps": [["fp32", 4096, 64, 160, 4, 2, 1024, 0, 1, 1, 0.1, 0.0]]}, ["steps[1].seq_len", "above 0"]),
 ])
 def test_wrong_cluster_file_is_one_sentence(change: dict[str, object], words: list[str]) -> None:
     raw = tomllib.loads(to_toml(small_spec()))
@@ -121,11 +121,12 @@ def test_check_measures_two_ranks_and_writes_what_it_prints(tmp_path: Path, monk
     assert all(rate <= spec.peak_flops[row[0]] * 1.001 for row, rate in rates.items()), "the peak is the best rate seen"
     assert spec.peak_flops["fp32"] > 1e8
     assert {row[1] for row in spec.elementwise} == set(operators.OPERATIONS)
-    seconds = {(row[2], row[8]): row[9] for row in spec.steps}
-    waited = {(row[2], row[8]): row[10] for row in spec.steps}
-    assert seconds[256, 1] > seconds[64, 1] > 0 and waited[256, 1] == 0.0
+    seconds = {(row[2], *row[8:10]): row[10] for row in spec.steps}
+    waited = {(row[2], *row[8:10]): row[11] for row in spec.steps}
+    assert seconds[256, 1, 1] > seconds[64, 1, 1] > 0 and waited[256, 1, 1] == 0.0
     if spec.devices > 1:
-        assert 0 < waited[128, spec.devices] < seconds[128, spec.devices]
+        for layout in ((spec.devices, 1), (1, spec.devices)):
+            assert 0 < waited[128, *layout] < seconds[128, *layout]
         curve = spec.collectives["all_reduce"]
         assert curve[-1][1] > curve[0][1] > 0, "a large all-reduce takes longer than a small one"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".check")]

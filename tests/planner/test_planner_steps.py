@@ -17,15 +17,15 @@ SIZES = (4096, 128, 352, 4, 4, 1024, 256)
 SHAPE = DecoderShape(*SIZES[:5], tie_word_embeddings=True)
 STAGE = StageChoice("pretrain", seq_len=256, micro_batch_size=4, num_microbatches=1, steps=100, precision="fp32",
                     checkpoint_every=25, evaluate_every=50, optimizer="adamw", document_tokens=1e13)
-SHARDED = Layout(dp_shard=2)
+SHARDED, CUT = Layout(dp_shard=2), Layout(tp=2)
 
 
 def step(machine: ClusterSpec, layout: Layout, *rows: list[Any], shape: DecoderShape = SHAPE) -> Step:
     return Forecaster(replace(machine, devices=layout.world_size, steps=list(rows))).step(shape, layout, STAGE)
 
 
-def row(ranks: int, seconds: float, waited: float = 0.0) -> list[Any]:
-    return ["fp32", *SIZES, ranks, seconds, waited]
+def row(ranks: int, seconds: float, waited: float = 0.0, tp: int = 1) -> list[Any]:
+    return ["fp32", *SIZES, ranks, tp, seconds, waited]
 
 
 def computing(found: Step) -> float:
@@ -73,3 +73,14 @@ def test_ranks_of_a_pipeline_exchange_no_matrices_of_muon(machine: ClusterSpec) 
     stage = replace(STAGE, optimizer="muon", num_microbatches=4)
     found = Forecaster(machine).step(SHAPE, Layout(pp=2), stage)
     assert found.accounts.get("data_parallel", 0.0) == 0.0
+
+
+def test_collectives_within_blocks_cost_what_they_took(machine: ClusterSpec) -> None:
+    """A step of tensor parallelism, measured, in place of the factor; context parallelism's are like it."""
+    before, before_cp = step(machine, CUT), step(machine, Layout(cp=2))
+    waited = before.accounts["tensor"] / 2
+    for factor in (0.5, 2.0):
+        measured = row(1, 1.0, factor * waited, tp=2)
+        assert step(machine, CUT, measured).accounts["tensor"] == pytest.approx(2 * factor * waited)
+        assert step(machine, Layout(cp=2), measured).accounts["context"] == pytest.approx(factor * before_cp.accounts["context"])
+        assert step(machine, CUT, measured).accounts["kernel"] == pytest.approx(before.accounts["kernel"])
