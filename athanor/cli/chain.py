@@ -2,7 +2,7 @@
 
 `chain.jsonl` has a line when an invocation begins and ends and when a step starts and is done. A step is skipped when its
 last done line has the same inputs and its outputs still have the hashes written there; after a kill, the next invocation
-therefore goes on with the step that was cut off.
+therefore goes on with the step that was cut off. A verb by itself (`athanor data build`) leaves a line `alone`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from athanor.cli.preflight import devices_of
 from athanor.foundation.errors import UserError
 from athanor.foundation.progress import say
+from athanor.foundation.recipe import Recipe
 from athanor.foundation.run_folder import RunFolder, append_jsonl, disk_errors, hash_file, hash_folder, read_jsonl, sweep
 from athanor.foundation.units import format_seconds
 
@@ -25,7 +27,9 @@ class Chain:
 
     def __init__(self, run: RunFolder, devices: int, started: float) -> None:
         self.run, self.devices, self.started = run, devices, started
-        self.lines = read_jsonl(run.chain)
+        lines = read_jsonl(run.chain)
+        self.lines = [line for line in lines if line["event"] != "alone"]
+        self.alone = [line for line in lines if line["event"] == "alone"]
         self.begun = False
 
     def step(self, name: str, inputs: dict[str, str], outputs: Sequence[Path], work: Callable[[], dict[str, Any] | None]) -> bool:
@@ -69,13 +73,15 @@ class Chain:
             self._write({"event": "end", "time": time.time()})
 
     def wall_seconds(self) -> float:
-        """Time of all invocations so far, and of training outside of them, by `athanor train` alone."""
-        return sum(line["wall_seconds"] for line in self._trained_outside()) + sum(end - begin for begin, end, _ in self.spans())
+        """Time of all invocations so far, and of what verbs did outside of them."""
+        return (sum(line["wall_seconds"] for line in self._trained_outside()) + sum(line["seconds"] for line in self.alone)
+                + sum(end - begin for begin, end, _ in self.spans()))
 
     def device_seconds(self) -> float:
         """What was paid for in that time: invocations and training may have had different numbers of devices."""
-        return sum(line["device_seconds"] for line in self._trained_outside()) + sum(
-            (end - begin) * devices for begin, end, devices in self.spans())
+        return (sum(line["device_seconds"] for line in self._trained_outside())
+                + sum(line["seconds"] * line["devices"] for line in self.alone)
+                + sum((end - begin) * devices for begin, end, devices in self.spans()))
 
     def _trained_outside(self) -> list[dict[str, Any]]:
         spans = self.spans()
@@ -110,6 +116,21 @@ def hash_output(path: Path) -> str | None:
     if path.is_dir():
         return hash_folder(path)
     return hash_file(path) if path.exists() else None
+
+
+@contextlib.contextmanager
+def alone(run: RunFolder, step: str, recipe: Recipe) -> Iterator[None]:
+    """A step that is done by a verb of its own: what it takes, finished or not, is noted if there is a run folder by then.
+
+    Not if the recipe names another cluster, whose devices are not paid for meanwhile.
+    """
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        if run.root.is_dir() and not recipe.cluster.accelerator:
+            append_jsonl(run.chain, {"event": "alone", "step": step, "time": time.time(), "devices": devices_of(recipe),
+                                     "seconds": time.perf_counter() - start})
 
 
 @contextlib.contextmanager

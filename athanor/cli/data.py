@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from athanor.cli.chain import locked
+from athanor.cli.chain import alone, locked
 from athanor.cli.counts import INDEX
 from athanor.cli.preflight import planned
 from athanor.foundation.errors import DataError
@@ -37,7 +37,10 @@ def build(recipe: Path, overrides: tuple[str, ...], out: Path | None, as_json: b
     run = RunFolder(runs_root() / wanted.name)
     folder = out or run.data
     wanted = planned(wanted, run)
-    with locked(run) if out is None else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        if out is None:
+            held.enter_context(locked(run))
+            held.enter_context(alone(run, "data", wanted))
         manifest = build_with_bar(wanted, folder)
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **manifest}))

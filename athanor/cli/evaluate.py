@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from athanor.cli.chain import alone
 from athanor.cli.counts import POSITIVE
 from athanor.cli.preflight import planned
 from athanor.foundation.errors import ModelError, UserError
@@ -44,7 +45,8 @@ def command(subject: str, overrides: tuple[str, ...], data: Path | None, tasks: 
         recipe = load_recipe(subject, [*overrides, *([] if tp is None else [f"evaluate.tp={tp}"])])
         run = RunFolder(runs_root() / recipe.name)
         recipe = planned(recipe, run)
-        result = evaluate_run(recipe, run, stages=stages, tasks=tasks, data=data, limit=limit)
+        with alone(run, "evaluate", recipe):
+            result = evaluate_run(recipe, run, stages=stages, tasks=tasks, data=data, limit=limit)
         path = run.scores if limit is None else None
     else:
         if overrides or stages:

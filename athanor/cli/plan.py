@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from pathlib import Path
@@ -58,6 +59,7 @@ def plan_recipe(recipe: Path, overrides: tuple[str, ...], cluster_file: Path | N
 
     The word `recipe` may be left out.
     """
+    from athanor.cli.chain import alone
     from athanor.cli.preflight import plan_inputs, refuse_early, refuse_replacing_forecast
     from athanor.data.sources import scan
     from athanor.foundation.recipe import load_recipe
@@ -67,12 +69,13 @@ def plan_recipe(recipe: Path, overrides: tuple[str, ...], cluster_file: Path | N
     refuse_early(loaded)
     run = RunFolder(runs_root() / loaded.name)
     file = out or run.plan
-    plan = plan_run(loaded, run, cluster_file)  # which tells mistakes, before what the run's folder holds
-    if out is None:
-        refuse_replacing_forecast(run, loaded)
-        write_plan(plan, run, file, {} if cluster_file else plan_inputs(loaded, run, scan(loaded)))
-    else:
-        write_atomic(file, plan.to_toml())
+    with contextlib.nullcontext() if out else alone(run, "plan", loaded):
+        plan = plan_run(loaded, run, cluster_file)  # which tells mistakes, before what the run's folder holds
+        if out is None:
+            refuse_replacing_forecast(run, loaded)
+            write_plan(plan, run, file, {} if cluster_file else plan_inputs(loaded, run, scan(loaded)))
+        else:
+            write_atomic(file, plan.to_toml())
     if as_json:
         click.echo(json.dumps(describe(plan, file)))
     else:

@@ -253,8 +253,8 @@ def _report(chain: Chain, recipe: Recipe, run: RunFolder) -> dict[str, Any]:
 def actual_book(chain: Chain, recipe: Recipe, run: RunFolder, report_seconds: float = 0.0) -> Book:
     """The book of the whole run: what each step of the chain spent, and the trainer's own books."""
     books: list[Book] = []
-    for line in chain.lines:
-        if line["event"] == "done" and (account := STEP_ACCOUNTS.get(line["step"]) or _idle_account(line, run)):
+    for line in (*chain.lines, *chain.alone):
+        if line["event"] in ("done", "alone") and (account := STEP_ACCOUNTS.get(line["step"]) or _idle_account(line, run)):
             books.append(_step_book(account, line["seconds"], line["devices"]))
     books.append(_step_book("publish", report_seconds, chain.devices))
     books += [read_book(run.stage(stage.name).actual) for stage in recipe.stage]

@@ -27,6 +27,10 @@ def test_what_single_verbs_trained_stands_in_the_book_with_its_time(athanor: Any
     stage = read_book(tmp_path / "runs" / "small" / "pretrain" / "actual.json")
     assert book.wall_seconds > stage.wall_seconds and book.accounts["useful"] >= stage.accounts["useful"]
     assert abs(book.derived()["unattributed_share"]) < 0.05, book.accounts
+    alone = [line for line in read_jsonl(tmp_path / "runs" / "small" / "chain.jsonl") if line["event"] == "alone"]
+    assert [line["step"] for line in alone] == ["plan", "data"]
+    for account, line in zip(("check", "data"), alone, strict=True):
+        assert book.accounts[account] >= line["devices"] * line["seconds"] > 0.05
 
 
 LATENT = [f"model.sizes.{key}" for key in ("kv_lora_rank=16", "qk_nope_head_dim=16", "qk_rope_head_dim=16", "v_head_dim=16")]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
 
 import pytest
 
-from athanor.cli.chain import Chain
+from athanor.cli.chain import Chain, alone
 from athanor.cli.run import _refuse_other_plan, _stage_inputs, actual_book
 from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder, read_jsonl
 from athanor.ledger.attempts import book_of, note, throw_away
+from athanor.ledger.book import Book
 
 RECIPE = """
 name = "steps"
@@ -73,6 +75,34 @@ def test_what_was_paid_for_knows_that_devices_change(tmp_path: Path) -> None:
     (tmp_path / "pretrain" / "ledger.jsonl").write_text(json.dumps(outside) + "\n")
     assert chain.device_seconds() == pytest.approx(one + 4 * four + 6.0)
     assert chain.wall_seconds() == pytest.approx(one + four + 3.0)
+
+
+def test_what_verbs_did_by_themselves_stands_in_the_runs_book(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE.partition('[[stage]]\nname = "chat"')[0] + "[cluster]\ndevices = 2\n")
+    recipe, run = load_recipe(tmp_path / "recipe.toml"), RunFolder(tmp_path)
+    Book("actual", 2, "", None).write(run.stage("pretrain").actual)
+    with alone(run, "data", recipe):
+        time.sleep(0.03)
+    with contextlib.suppress(UserError), alone(run, "evaluate", recipe):
+        time.sleep(0.05)
+        raise UserError("no such task")
+    with alone(run, "plan", recipe.with_values({"cluster.accelerator": "H100-80"}, "override")):
+        pass  # of another cluster, whose devices nobody pays for meanwhile
+    with alone(RunFolder(tmp_path / "none"), "data", recipe):
+        pass
+    assert not (tmp_path / "none").exists()
+    chain = Chain(run, 2, time.time())
+    chain.step("data", {}, [], lambda: None)
+    chain.end()
+    book = actual_book(chain, recipe, run)
+    (built, evaluated), (begin, end, _) = chain.alone, chain.spans()[-1]
+    done = next(line for line in chain.lines if line["event"] == "done")
+    assert built["seconds"] >= 0.03 and evaluated["seconds"] >= 0.05
+    assert book.accounts["evaluation"] == pytest.approx(2 * evaluated["seconds"])
+    assert book.accounts["data"] == pytest.approx(2 * (built["seconds"] + done["seconds"]))
+    assert chain.wall_seconds() == pytest.approx(end - begin + built["seconds"] + evaluated["seconds"])
+    assert chain.device_seconds() == pytest.approx(2 * chain.wall_seconds())
+    assert sum(book.accounts.values()) == pytest.approx(book.device_seconds) and not book.accounts.get("check")
 
 
 @pytest.mark.parametrize("is_outside", [True, False], ids=["by the verb train", "by the chain"])
