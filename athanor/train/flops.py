@@ -39,86 +39,60 @@ def _window(arguments: tuple[Any, ...], named: dict[str, Any]) -> int:
     return int(found[0]) + 1
 
 
-def _raw(formula: Formula) -> Formula:
-    """torch's counter then hands over tensors, not shapes."""
-    formula._get_raw = True  # type: ignore[attr-defined]
-    return formula
-
-
-@_raw
 def packed_flop(qkv: Tensor, rope: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, window: int, **_: Any) -> int:
     return 4 * _causal_pairs(cu_seqlens, len(qkv), window) * heads * qkv.shape[-1]
 
 
-@_raw
 def packed_backward_flop(gradient: Tensor, turned: Tensor, rope: Tensor, cu_seqlens: Tensor, out: Tensor, sums: Tensor,
-                         heads: int, kv_heads: int, window: int, **_: Any) -> int:
-    return 8 * _causal_pairs(cu_seqlens, len(turned), window) * heads * turned.shape[-1]
+                         *given: Any, **named: Any) -> int:
+    return 2 * packed_flop(turned, rope, cu_seqlens, *given, **named)
 
 
-@_raw
 def varlen_flop(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, *rest: Any, **named: Any) -> int:
     return 4 * _causal_pairs(cu_seq_q, len(query), _window(rest, named)) * math.prod(query.shape[1:])
 
 
-@_raw
 def varlen_backward_flop(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor,
-                         cu_seq_q: Tensor, *rest: Any, **named: Any) -> int:
-    return 8 * _causal_pairs(cu_seq_q, len(query), _window(rest, named)) * math.prod(query.shape[1:])
+                         *given: Any, **named: Any) -> int:
+    return 2 * varlen_flop(query, key, value, *given, **named)
 
 
-@_raw
-def part_flop(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, window: int, **_: Any) -> int:
-    return 4 * _part_pairs(cu_seqlens, begin, len(query), window) * math.prod(query.shape[1:])
+def part_flop(query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, window: int, *_: Any, **__: Any) -> int:
+    found = cpu_attention.pieces(cu_seqlens, begin, len(query), window)
+    return 4 * sum(_pairs(piece.last, window) - _pairs(piece.first, window) for piece in found) * math.prod(query.shape[1:])
 
 
-@_raw
-def part_backward_flop(gradient: Tensor, query: Tensor, both: Tensor, cu_seqlens: Tensor, begin: int, window: int, *_: Any,
-                       **__: Any) -> int:
-    return 8 * _part_pairs(cu_seqlens, begin, len(query), window) * math.prod(query.shape[1:])
-
-
-def _part_pairs(cu_seqlens: Tensor, begin: int, tokens: int, window: int) -> int:
-    found = cpu_attention.pieces(cu_seqlens, begin, tokens, window)
-    return sum(_pairs(piece.last, window) - _pairs(piece.first, window) for piece in found)
-
-
-def _causal(query: Tensor, per_pair: int) -> int:
-    """Of documents [documents, heads, tokens, head_dim], all whole and causal, as `attend_by_runs` makes them."""
-    documents, heads, tokens, head_dim = query.shape
-    return per_pair * documents * heads * head_dim * (tokens * (tokens + 1) // 2)
-
-
-@_raw
 def sdpa_flop(query: Tensor, *_: Any, **__: Any) -> int:
-    return _causal(query, 4)
+    """Of documents [documents, heads, tokens, head_dim], all whole and causal, as `attend_by_runs` makes them."""
+    return 4 * _pairs(query.shape[2]) * math.prod(query.shape[:2]) * query.shape[3]
 
 
-@_raw
-def sdpa_backward_flop(gradient: Tensor, query: Tensor, *_: Any, **__: Any) -> int:
-    return _causal(query, 8)
-
-
-@_raw
 def mm_flop(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
     return 2 * left.shape[0] * left.shape[1] * right.shape[1]
 
 
-@_raw
 def addmm_flop(into: Tensor, left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
     return mm_flop(left, right)
+
+
+def _backward(forward: Formula) -> Formula:
+    """Where the gradient is followed by what the forward pass was given."""
+    return lambda gradient, *given, **named: 2 * forward(*given, **named)
 
 
 def _formulas() -> dict[Any, Formula]:
     assert attention.varlen_attn is not None, "importing it defines its operators"
     ours, theirs = torch.ops.athanor, torch.ops.torch_attn
-    found = {ours.packed_attention: packed_flop, ours.packed_attention_backward: packed_backward_flop,
-             ours.part_attention: part_flop, ours.part_attention_backward: part_backward_flop,
-             theirs._varlen_attn: varlen_flop, theirs._varlen_attn_backward: varlen_backward_flop,
-             aten.mm: mm_flop, aten.addmm: addmm_flop, aten.addmm_: addmm_flop}
+    found: dict[Any, Any] = {
+        ours.packed_attention: packed_flop, ours.packed_attention_backward: packed_backward_flop,
+        ours.part_attention: part_flop, ours.part_attention_backward: _backward(part_flop),
+        theirs._varlen_attn: varlen_flop, theirs._varlen_attn_backward: varlen_backward_flop,
+        aten.mm: mm_flop, aten.addmm: addmm_flop, aten.addmm_: addmm_flop}
     for kernel in ("flash_attention_for_cpu", "flash_attention", "cudnn_attention", "efficient_attention"):
         found[getattr(aten, f"_scaled_dot_product_{kernel}")] = sdpa_flop
-        found[getattr(aten, f"_scaled_dot_product_{kernel}_backward")] = sdpa_backward_flop
+        found[getattr(aten, f"_scaled_dot_product_{kernel}_backward")] = _backward(sdpa_flop)
+    for formula in found.values():
+        formula._get_raw = True  # torch's counter then hands over tensors, not shapes
     return found
 
 
