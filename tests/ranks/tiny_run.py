@@ -9,6 +9,7 @@ import pytest
 
 from athanor.data.build import build
 from athanor.foundation.recipe import load_recipe
+from athanor.foundation.run_folder import StageFolder
 
 RECIPE = """
 name = "tiny"
@@ -75,6 +76,11 @@ def data_folder(recipe_file: Path) -> Path:
     folder = recipe_file.parent / "data"
     build(load_recipe(recipe_file), folder)
     return folder
+
+
+def seconds_until_book(stage: StageFolder, begun: float) -> float:
+    """From `begun`, in seconds since 1970, until the stage's book was written; how long processes need to end is not in it."""
+    return stage.actual.stat().st_mtime - begun
 
 
 @pytest.fixture
