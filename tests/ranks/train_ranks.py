@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 Channel = Callable[..., None]
 
 
-def train_and_signal(channel: Channel, at_step: int, number: int, rank: int, **arguments: Any) -> dict[str, Any]:
-    """Train, and send a signal to this rank when a step is done."""
+def train_and_signal(channel: Channel, at_step: int, number: int, rank: int, heard: str | None = None,
+                     **arguments: Any) -> dict[str, Any]:
+    """Train, and send a signal to this rank when a step is done; rank 0 waits after each until the file `heard` has its number.
+    """
     from athanor.train.loop import train_stage
 
     if int(os.environ["RANK"]) == rank and rank != 0:
@@ -30,6 +33,8 @@ def train_and_signal(channel: Channel, at_step: int, number: int, rank: int, **a
 
     def tell(**message: Any) -> None:
         channel(**message)
+        while heard is not None and not (Path(heard).exists() and Path(heard).read_text() == str(message["step"])):
+            time.sleep(0.005)
         if rank == 0 and message["step"] == at_step:
             os.kill(os.getpid(), number)
 
