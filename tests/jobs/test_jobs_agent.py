@@ -59,7 +59,7 @@ def wanted(calm: Path, supervised: Any, data_folder: Path) -> str:
     """The model of the same run without any disturbance, as a hash."""
     if not (calm / "data").exists():
         (calm / "data").symlink_to(data_folder)
-    supervised(calm)
+        supervised(calm)
     return hash_folder(RunFolder(calm).stage("pretrain").model)
 
 
@@ -352,7 +352,7 @@ def test_what_a_stage_gives_up_on_is_held_and_its_seconds_are_told(supervised: A
 
 
 
-@pytest.mark.parametrize("kills", [pytest.param(15, marks=pytest.mark.slow),
+@pytest.mark.parametrize("kills", [pytest.param(15, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
                                    pytest.param(200, marks=[pytest.mark.drill, pytest.mark.timeout(3600)])])
 def test_many_kills_at_random_moments(supervised: Any, run_folder: Path, data_folder: Path, tmp_path: Path, kills: int,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +365,8 @@ def test_many_kills_at_random_moments(supervised: Any, run_folder: Path, data_fo
     calm = tmp_path / "calm"
     calm.mkdir()
     (calm / "data").symlink_to(data_folder)
-    longer = (f"stage.pretrain.steps={60 * kills}",)
+    steps = 25 * kills
+    longer = (f"stage.pretrain.steps={steps}",)
     supervised(calm, overrides=longer)
 
     victims: list[list[int]] = []  # ranks, none when it was the server
@@ -387,7 +388,7 @@ def test_many_kills_at_random_moments(supervised: Any, run_folder: Path, data_fo
 
     begun = time.time()
     with when(stage, 0, 0.0, kill, pids):
-        supervised(run_folder, overrides=longer, **in_sight(pids, hold=60 * kills - 1))
+        supervised(run_folder, overrides=longer, **in_sight(pids, hold=steps - 1))
     assert len(events(stage, "fault")) == kills and not events(stage, "damaged")
     for fault, ranks in zip(events(stage, "fault"), victims, strict=True):
         assert fault["signal"] == 9 and fault["rank"] in ranks if ranks else "with the fork server" in fault["sentence"]

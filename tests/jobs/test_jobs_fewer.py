@@ -77,13 +77,17 @@ def supervised(make: Any) -> Callable[..., Row]:
     return run
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calm")
+
+
 @pytest.fixture
-def wanted(supervised: Any, tmp_path: Path, data_folder: Path) -> str:
+def wanted(supervised: Any, calm: Path, data_folder: Path) -> str:
     """The model of the same run on four ranks without any disturbance, as a hash."""
-    calm = tmp_path / "calm"
-    calm.mkdir()
-    (calm / "data").symlink_to(data_folder)
-    supervised(calm, EXACT)
+    if not (calm / "data").exists():
+        (calm / "data").symlink_to(data_folder)
+        supervised(calm, EXACT)
     return hash_folder(RunFolder(calm).stage("pretrain").model)
 
 

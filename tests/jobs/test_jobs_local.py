@@ -86,6 +86,7 @@ def test_a_fresh_job_throws_away_once_what_was_there(athanor: Any, recipe_file: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_job_outlives_its_ranks_its_agent_and_a_change_of_mind(athanor: Any, recipe_file: Path, data_folder: Path,
                                                                  tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(10**6)
