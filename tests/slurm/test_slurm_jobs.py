@@ -231,7 +231,7 @@ def test_a_job_that_is_interrupted_goes_on_from_where_it_saved(cluster: Cluster,
         before = [row["step"] for row in read_jsonl(runner.stage("run").metrics) if row["time"] < started["time"]]
         lost = before[-1] - started["step"]
         print(f"{'saved' if saves else 'killed'}: {lost} steps lost")
-        assert lost == 0 if saves else lost <= EVERY
+        assert lost == 0 if saves else lost <= 2 * EVERY  # the newest may not have been complete
     shown = assert_done(runner, job, "run", wanted(2))
     assert len(shown["attempts"]) == len(acts), "one of them was for the agents alone"
     assert sorted(row["ranks"] for row in runner.events("run", "start")) == [1, 2, 2, 2, 2]
