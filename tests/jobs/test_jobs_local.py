@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import train_here
 
+from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder, hash_folder, read_jsonl
 
 STEPS = 150
@@ -130,8 +132,7 @@ def test_a_job_outlives_its_ranks_its_agent_and_a_change_of_mind(athanor: Any, r
     assert done["state"] == "done" and done["exit_code"] == 0 and done["step"] == STEPS
     assert any("the model is in" in line for line in athanor("jobs", "logs", again["id"])["lines"])
 
-    athanor("train", recipe_file, "--stage", "pretrain", *OVERRIDES[:-1], "name=calm")
-    assert hash_folder(stage.model) == hash_folder(RunFolder(tmp_path / "calm").stage("pretrain").model)
+    assert hash_folder(stage.model) == hash_folder(train_here(tmp_path / "calm", load_recipe(recipe_file, OVERRIDES), 2).model)
 
 
 @pytest.mark.slow

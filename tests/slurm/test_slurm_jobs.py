@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 from cluster import Cluster, command_of, processes
+from tiny_run import train_here
 
+from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder, StageFolder, hash_folder, read_jsonl
 from athanor.ledger.book import read_book
 
@@ -91,8 +93,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory, recipe_file: Path, data_fol
         if ranks not in found:
             name = f"calm-{ranks}"
             runner.prepare(name)
-            runner.call("train", recipe_file, "--stage", "pretrain", f"name={name}", *OVERRIDES, f"cluster.devices={ranks}")
-            found[ranks] = hash_folder(runner.stage(name).model)
+            found[ranks] = hash_folder(train_here(runner.runs / name, load_recipe(recipe_file, OVERRIDES), ranks).model)
         return found[ranks]
 
     return train
