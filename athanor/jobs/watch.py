@@ -27,7 +27,8 @@ SLOW_PHASES = ("startup", "checkpoint", "evaluation")  # until the first step is
 SLOW_FACTOR = 20.0  # so many times as patient
 LOOK_SECONDS = 0.25
 MOST_LOOKS_PER_SECOND = 2000  # at one rank
-ANSWER_SECONDS = 2.0  # how long we wait for the ranks to say where they stand
+ANSWER_SECONDS = 5.0  # how long we wait for the ranks to say where they stand, for some may have no processor just then
+ANSWER_SECONDS_PER_RANK = 1 / 256  # more: where there are many, each looks more seldom whether it is asked
 
 
 @dataclass
@@ -108,7 +109,8 @@ class Watch:
 
     def ask(self) -> dict[int, dict[str, Any]]:
         """Where the ranks stand that answer in time; for a stopped process nobody waits."""
-        word, until = str(time.time_ns()), time.monotonic() + ANSWER_SECONDS
+        word = str(time.time_ns())
+        until = time.monotonic() + ANSWER_SECONDS + len(self.signs) * ANSWER_SECONDS_PER_RANK
         with contextlib.suppress(OSError):  # on a full disk there are no answers
             (self.folder.beats / "ask").write_text(word)
         answers: dict[int, dict[str, Any]] = {}

@@ -56,7 +56,7 @@ def test_a_time_limit_ends_ranks_that_hang(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="did not finish within 1 s"):
         run_ranks("launch_ranks:hang", {}, 2, log_folder=tmp_path, timeout=1.0)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 40, "of the minute that they would sleep; the fork server may have to import torch first"
 
 
 def test_kill_9_of_the_parent_leaves_no_ranks(tmp_path: Path) -> None:
@@ -67,13 +67,13 @@ def test_kill_9_of_the_parent_leaves_no_ranks(tmp_path: Path) -> None:
     script.write_text(code)
     parent = subprocess.Popen([sys.executable, str(script)])
     files = [tmp_path / "pid-0", tmp_path / "pid-1"]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120  # it imports torch
     while not all(f.exists() and f.read_text() for f in files):
         assert time.monotonic() < deadline and parent.poll() is None
         time.sleep(0.05)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20  # of the minute that they would sleep
     while any(_alive(int(f.read_text())) for f in files):
         assert time.monotonic() < deadline, "ranks outlived the parent"
         time.sleep(0.05)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import seconds_until_book
 
 from athanor.cli.fewer import fewer_ranks
 from athanor.foundation.errors import AthanorError, RankError
@@ -65,22 +66,28 @@ def supervised(make: Any) -> Callable[..., Row]:
 
     def run(folder: Path, *overrides: str, target: str = "athanor.train.loop:train_stage", devices: Devices | None = None,
             **arguments: Any) -> Row:
+        launched = time.perf_counter()
         start_server("athanor.train.loop")
         job, recipe = make(folder, *overrides)
         agent = Agent(job.folder, job.layout.world_size, 1, fewer=fewer_ranks(job))
         agent.devices = devices or agent.devices
-        return agent.run(target, {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain", **arguments})
+        return agent.run(target, {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain", "launched": launched,
+                                  **arguments})
 
     return run
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calm")
+
+
 @pytest.fixture
-def wanted(supervised: Any, tmp_path: Path, data_folder: Path) -> str:
+def wanted(supervised: Any, calm: Path, data_folder: Path) -> str:
     """The model of the same run on four ranks without any disturbance, as a hash."""
-    calm = tmp_path / "calm"
-    calm.mkdir()
-    (calm / "data").symlink_to(data_folder)
-    supervised(calm, EXACT)
+    if not (calm / "data").exists():
+        (calm / "data").symlink_to(data_folder)
+        supervised(calm, EXACT)
     return hash_folder(RunFolder(calm).stage("pretrain").model)
 
 
@@ -105,13 +112,14 @@ def test_a_device_that_fails_for_good_is_done_without_until_the_next_start(super
     def stop() -> None:
         reached(stage, 9)
         os.kill(os.getpid(), signal.SIGTERM)
+        (marks / "hurry").touch()
 
-    failing: Row = {"target": "jobs_ranks:train_on_a_failing_device", "marks": str(marks), "device": 1, "step": 4, "pause": 0.1}
+    failing: Row = {"target": "jobs_ranks:train_on_a_failing_device", "marks": str(marks), "device": 1, "step": 4, "pause": 0.1,
+                    "hold": 10}
     thread = threading.Thread(target=stop)
     thread.start()
-    begin = time.monotonic()
+    begun = time.time()
     stopped = supervised(run_folder, EXACT, **failing)
-    seconds = time.monotonic() - begin
     thread.join()
     assert stopped["is_asked_to_stop"] and 9 <= stopped["step"] < STEPS
     faults = events(stage, "fault")
@@ -127,7 +135,7 @@ def test_a_device_that_fails_for_good_is_done_without_until_the_next_start(super
     assert late and all(line["accounts"]["spare"] == pytest.approx(line["wall_seconds"]) for line in late), "one could work"
     assert all(line["accounts"]["down"] == pytest.approx(line["wall_seconds"]) for line in late), "one is given up"
     assert not any("spare" in line.get("accounts", {}) for line in lines if line.get("time", 0.0) < fewer["time"])
-    assert book.wall_seconds == pytest.approx(seconds, rel=0.1, abs=0.5), "every second is told"
+    assert book.wall_seconds == pytest.approx(seconds_until_book(stage, begun), rel=0.1, abs=0.3), "every second is told"
     assert book.device_seconds == pytest.approx(4 * book.wall_seconds, rel=0.02), "four devices are paid for all the time"
     assert abs(book.accounts["unattributed"]) < 0.05 * book.device_seconds, book.accounts
 
@@ -150,12 +158,13 @@ def test_a_lost_node_without_a_spare_is_done_without(supervised: Any, stage: Sta
     def lose() -> None:
         reached(stage, 5)
         follower.kill()
+        (pids / "hurry").touch()
 
-    thread = threading.Thread(target=lose)
+    thread, pids = threading.Thread(target=lose), tmp_path / "pids"
     try:
         with Leader(tmp_path / "leader.json", 2, 2, "n1") as leader:
             thread.start()
-            supervised(run_folder, EXACT, target="jobs_ranks:train_in_sight", pids=str(tmp_path / "pids"), pause=0.1,
+            supervised(run_folder, EXACT, target="jobs_ranks:train_in_sight", pids=str(pids), pause=0.1, hold=10,
                        devices=leader)
     finally:
         follower.kill()

@@ -133,7 +133,7 @@ def raising(error: BaseException) -> Callable[[], object]:
     (lambda: None, 0, "done", ""),
     (raising(Stopped("as asked")), 85, "stopped", "as asked"),
     (raising(Stopped(f"as asked; {local.GO_ON}")), 85, "stopped", "as asked; `athanor jobs resume tiny-1` goes on"),
-    (lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5)), 85, "stopped", "stopped between two stages, as asked"),
+    (lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)), 85, "stopped", "stopped between two stages, as asked"),
     (raising(RecipeError("not like this")), 86, "held", "not like this"),
     (raising(Held("twice")), 86, "held", "twice"),
     (raising(ZeroDivisionError()), 86, "held", "its agent failed; see its log"),
@@ -155,11 +155,12 @@ def test_what_a_job_took_leaves_out_the_time_it_lay_still(queue: Queue, signals:
     first, second = job.starts()
     assert first["state"] == second["state"] == "0" and second["begun"] - first["ended"] >= 0.5
     assert 0.3 <= describe(job, job.starts())["took_seconds"] < second["ended"] - first["begun"] - 0.4
-    append_jsonl(job.lives, {"life": "killed", "begun": time.time() - 60})
-    assert job.starts()[-1]["state"] == "running" and job.starts()[-1]["ended"] == pytest.approx(time.time(), abs=5)
-    append_jsonl(queue.root / "tiny" / "pretrain" / "metrics.jsonl", {"step": 1, "time": time.time() - 50})
+    now = time.time()
+    append_jsonl(job.lives, {"life": "killed", "begun": now - 60})
+    assert job.starts()[-1]["state"] == "running" and now <= job.starts()[-1]["ended"] <= time.time()
+    append_jsonl(queue.root / "tiny" / "pretrain" / "metrics.jsonl", {"step": 1, "time": now - 50})
     last = queue.update(job, state="lost").starts()[-1]
-    assert last["state"] == "no end was written" and last["ended"] - last["begun"] == pytest.approx(10, abs=0.5)
+    assert last["state"] == "no end was written" and last["ended"] - last["begun"] == pytest.approx(10)
 
 
 def test_a_job_tells_what_happened_to_it_and_not_to_others(queue: Queue) -> None:
@@ -186,7 +187,7 @@ def test_a_job_tells_what_happened_to_it_and_not_to_others(queue: Queue) -> None
 def test_a_time_limit_asks_to_stop_and_a_cancelled_job_says_so(queue: Queue, signals: None) -> None:
     job = add(queue, minutes=0.2 / 60)
     begin = time.monotonic()
-    assert local.work(queue, job, lambda: time.sleep(5)) == 85 and time.monotonic() - begin < 2
+    assert local.work(queue, job, lambda: time.sleep(60)) == 85 and time.monotonic() - begin < 30
     assert queue.get(job.id).state == "stopped"
     other = queue.update(add(queue), is_cancelled=True)
     assert local.work(queue, other, raising(Stopped("as asked"))) == 85 and queue.get(other.id).state == "cancelled"

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import itertools
-import time
+from types import SimpleNamespace
 
 import pytest
 
+from athanor.foundation import intervals
 from athanor.foundation.intervals import Interval, Recorder, activate, interval
 from athanor.ledger.attribute import RankWindow, attribute, condense
 
@@ -54,22 +55,24 @@ def test_windows_that_do_not_match_are_an_error() -> None:
         attribute([condense([row("tensor", 0, 1, 0, "all")] * 1), condense([row("tensor", 0, 1, 0, "all")] * 2)])
 
 
-def test_recorded_intervals_cover_what_was_spent_and_nothing_is_recorded_without_a_recorder() -> None:
-    recorder = Recorder()
+def test_recorded_intervals_cover_what_was_spent_and_nothing_is_recorded_without_a_recorder(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    now, recorder = 5.0, Recorder()
+    monkeypatch.setattr(intervals, "time", SimpleNamespace(perf_counter=lambda: now))
     activate(recorder)
     try:
         with interval("compute"):
-            time.sleep(0.02)
+            now += 0.02
             with interval("data_parallel", "all"):
-                time.sleep(0.03)
+                now += 0.03
     finally:
         activate(None)
     with interval("compute"):
         pass
     window = condense(recorder.rows)
-    assert 0.02 <= window.seconds["compute"] < 0.04
+    assert window.seconds["compute"] == pytest.approx(0.02)
     ((arrived, start, end),) = window.waits["data_parallel", "all"]
-    assert arrived == start and 0.03 <= end - start < 0.05
+    assert arrived == start and end - start == pytest.approx(0.03)
 
 
 def test_nothing_is_lost_or_counted_twice_in_random_nests() -> None:

@@ -49,8 +49,10 @@ def train_spoiled(channel: Channel, spoiled: Sequence[Sequence[int]], kind: str,
     def take(job: Any, mesh: Any, trainee: Any, samples: int) -> Any:
         nonlocal now
         now = samples
-        if rank == 1 and seen and samples == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if seen and samples == die_at:
+            mesh.share(None)  # until rank 0 has written down what it did
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1 and samples == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return fetch(job, mesh, trainee, samples)

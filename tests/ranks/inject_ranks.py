@@ -63,9 +63,10 @@ def train_with(channel: Callable[..., None], place: str, seconds: float, **argum
     elif place == "save":
         save = saver.Saver.save
 
-        def slow(*args: Any) -> Any:
+        def slow(self: Any, *args: Any) -> Any:
+            self.finish()  # in the wait for the save before, a pause would be hidden
             pause(seconds)
-            return save(*args)
+            return save(self, *args)
 
         saver.Saver.save = slow
     elif place == "one rank" and is_second:

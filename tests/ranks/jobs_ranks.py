@@ -11,21 +11,17 @@ from pathlib import Path
 from typing import Any
 
 
-def train_in_sight(channel: Callable[..., None], pids: str, pause: float = 0.0, **arguments: Any) -> dict[str, Any]:
+def train_in_sight(channel: Callable[..., None], pids: str, pause: float, hold: int, **arguments: Any) -> dict[str, Any]:
     """Train, with this rank's process number in a file of the folder `pids`, and a pause in every step.
 
-    There is no pause any more when the folder has a file `hurry`.
+    When `hold` steps are done it waits for a file `hurry` in the folder, so that what is to happen before does, however late
+    the machine lets it; there is no pause any more then.
     """
-    from athanor.foundation.intervals import interval
     from athanor.foundation.run_folder import write_atomic
     from athanor.train import loop
 
-    def rest() -> None:
-        with interval("input"):
-            time.sleep(0.0 if Path(pids, "hurry").exists() else pause)
-
     write_atomic(Path(pids, os.environ["RANK"]), str(os.getpid()))
-    _before_step(loop, rest)
+    _before_step(loop, _rest(arguments, Path(pids, "hurry"), pause, hold))
     return loop.train_stage(channel, **arguments)
 
 
@@ -46,6 +42,7 @@ def train_and_fail(channel: Callable[..., None], marks: str, times: int, step: i
         done += 1
         before = len(list(Path(marks).iterdir()))
         if is_here and before < times:
+            _until_recorded(arguments, step)
             Path(marks, str(before)).touch()
             if kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -100,6 +97,7 @@ def train_and_fail_again(channel: Callable[..., None], marks: str, step: int, **
         nonlocal done
         done += 1
         if rank == 1 and done == step + 1:
+            _until_recorded(arguments, step)
             die(0)
 
     def summarising(*given: Any) -> Any:
@@ -112,31 +110,49 @@ def train_and_fail_again(channel: Callable[..., None], marks: str, step: int, **
     return loop.train_stage(channel, **arguments)
 
 
-def train_on_a_failing_device(channel: Callable[..., None], marks: str, device: int, step: int, pause: float,
+def train_on_a_failing_device(channel: Callable[..., None], marks: str, device: int, step: int, pause: float, hold: int,
                               **arguments: Any) -> dict[str, Any]:
     """Train; the rank on this device is killed in the step after `step`, and from then on before each first step.
 
-    That ends when the folder `marks` has a file `mended`. Each step takes `pause` seconds longer.
+    That ends when the folder `marks` has a file `mended`. Until it has a file `hurry` each step takes `pause` seconds longer,
+    and not more than `hold` are done.
     """
-    from athanor.foundation.intervals import interval
     from athanor.train import loop
 
     failed, is_mended = Path(marks, "failed"), Path(marks, "mended").exists()
     is_here, done = int(os.environ["LOCAL_RANK"]) == device and not is_mended, 0
+    rest = _rest(arguments, Path(marks, "hurry"), pause, hold)
     if is_here and failed.exists():
         os.kill(os.getpid(), signal.SIGKILL)
 
     def work() -> None:
         nonlocal done
         if is_here and _first_step(arguments) + done == step:
+            _until_recorded(arguments, step)
             failed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         done += 1
-        with interval("input"):
-            time.sleep(pause)
+        rest()
 
     _before_step(loop, work)
     return loop.train_stage(channel, **arguments)
+
+
+def _rest(arguments: dict[str, Any], hurry: Path, pause: float, hold: int) -> Callable[[], None]:
+    """What to do before each step: pause, and with `hold` steps done wait, until there is a file `hurry`."""
+    from athanor.foundation.intervals import interval
+
+    done = 0
+
+    def rest() -> None:
+        nonlocal done
+        with interval("input"):
+            time.sleep(0.0 if hurry.exists() else pause)
+            while _first_step(arguments) + done >= hold and not hurry.exists():
+                time.sleep(0.01)
+        done += 1
+
+    return rest
 
 
 def _cut_connections() -> None:
@@ -153,10 +169,23 @@ def _cut_connections() -> None:
 
 
 def _first_step(arguments: dict[str, Any]) -> int:
-    from athanor.foundation.run_folder import RunFolder, read_jsonl
+    from athanor.foundation.run_folder import read_jsonl
 
-    events = read_jsonl(RunFolder(Path(arguments["run_folder"])).stage(arguments["stage"]).events)
-    return int(next(row["step"] for row in reversed(events) if row["kind"] == "start"))
+    return int(next(row["step"] for row in reversed(read_jsonl(_stage(arguments).events)) if row["kind"] == "start"))
+
+
+def _until_recorded(arguments: dict[str, Any], step: int) -> None:
+    """Wait until rank 0 has written down a step: where it has no processor just then, it may not have when another rank dies."""
+    from athanor.foundation.run_folder import read_jsonl
+
+    while max((row["step"] for row in read_jsonl(_stage(arguments).metrics)), default=0) < step:
+        time.sleep(0.01)
+
+
+def _stage(arguments: dict[str, Any]) -> Any:
+    from athanor.foundation.run_folder import RunFolder
+
+    return RunFolder(Path(arguments["run_folder"])).stage(arguments["stage"])
 
 
 def _before_step(loop: Any, work: Callable[[], None]) -> None:

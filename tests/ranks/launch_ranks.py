@@ -37,7 +37,7 @@ def wait_with_pid(channel: Callable[..., None], pids: str) -> None:
 
 def kill_rank_one(channel: Callable[..., None], pids: str) -> None:
     if os.environ["RANK"] == "1":
-        while not Path(pids, "pid-0").exists():
+        while not (Path(pids, "pid-0").exists() and Path(pids, "pid-0").read_text()):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     wait_with_pid(channel, pids)

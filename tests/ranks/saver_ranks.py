@@ -30,6 +30,29 @@ def train_on_slow_disk(channel: Channel, seconds: float, **arguments: Any) -> di
     return train_stage(channel, **arguments)
 
 
+def train_until_it_waits(channel: Channel, seconds: float, **arguments: Any) -> dict[str, Any]:
+    """Train where a save's flushes begin when the loop has come to wait for it (at most a minute), and take so long each."""
+    from athanor.train import saver
+    from athanor.train.loop import train_stage
+
+    finish, is_awaited, fsync = saver.Saver.finish, threading.Event(), os.fsync
+
+    def wait(self: Any) -> None:
+        if self.pending is not None:
+            is_awaited.set()
+        finish(self)
+        is_awaited.clear()
+
+    def slow(descriptor: int) -> None:
+        if threading.current_thread().name == "saver":
+            is_awaited.wait(60)
+            time.sleep(seconds)
+        fsync(descriptor)
+
+    saver.Saver.finish, os.fsync = wait, slow  # type: ignore[method-assign]
+    return train_stage(channel, **arguments)
+
+
 def train_and_do(channel: Channel, commands: dict[int, str], **arguments: Any) -> dict[str, Any]:
     """Train, and run commands of the shell when steps are done, before what follows is saved."""
     from athanor.train.loop import train_stage
@@ -43,14 +66,17 @@ def train_and_do(channel: Channel, commands: dict[int, str], **arguments: Any) -
 
 
 def train_and_die_saving(channel: Channel, save: int, moment: float, who: list[int], **arguments: Any) -> dict[str, Any]:
-    """Train on a slow disk; some ranks are killed at a moment after this save has begun."""
+    """Train on a slow disk; some ranks are killed at a moment after this save has begun, and before three more have."""
     from athanor.train import saver
 
     inner, saves = saver.Saver.save, itertools.count(1)
 
     def begin(self: Any, meta: Any) -> None:
-        if next(saves) == save and int(os.environ["RANK"]) in who:
+        number = next(saves)
+        if number == save and int(os.environ["RANK"]) in who:
             threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if number == save + 3 and int(os.environ["RANK"]) in who:
+            time.sleep(60)  # the timer is late, or the disk quick
         inner(self, meta)
 
     saver.Saver.save = begin  # type: ignore[method-assign]

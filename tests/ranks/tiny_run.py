@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
 
 from athanor.data.build import build
-from athanor.foundation.recipe import load_recipe
+from athanor.foundation.launch import run_ranks
+from athanor.foundation.recipe import Recipe, load_recipe
+from athanor.foundation.run_folder import RunFolder, StageFolder
 
 RECIPE = """
 name = "tiny"
@@ -75,6 +78,19 @@ def data_folder(recipe_file: Path) -> Path:
     folder = recipe_file.parent / "data"
     build(load_recipe(recipe_file), folder)
     return folder
+
+
+def train_here(folder: Path, recipe: Recipe, ranks: int) -> StageFolder:
+    """Train the first stage in a run folder on ranks of this process's fork server, which has torch already."""
+    stage = RunFolder(folder).stage("pretrain")
+    run_ranks("athanor.train.loop:train_stage", {"run_folder": str(folder), "recipe": recipe, "stage": "pretrain",
+                                                 "launched": time.perf_counter()}, ranks, log_folder=stage.logs, threads=1)
+    return stage
+
+
+def seconds_until_book(stage: StageFolder, begun: float) -> float:
+    """From `begun`, in seconds since 1970, until the stage's book was written; how long processes need to end is not in it."""
+    return stage.actual.stat().st_mtime - begun
 
 
 @pytest.fixture

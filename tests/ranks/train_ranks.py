@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,21 @@ from typing import Any
 Channel = Callable[..., None]
 
 
-def train_and_signal(channel: Channel, at_step: int, number: int, rank: int, **arguments: Any) -> dict[str, Any]:
-    """Train, and send a signal to this rank when a step is done."""
+def train_and_signal(channel: Channel, at_step: int, number: int, rank: int, heard: str | None = None,
+                     is_saved: bool = False, **arguments: Any) -> dict[str, Any]:
+    """Train, and send a signal to this rank when a step is done; rank 0 waits after each until the file `heard` has its number.
+
+    `is_saved`: it first waits until the checkpoint that is being written is complete.
+    """
+    from athanor.foundation.run_folder import RunFolder
     from athanor.train.loop import train_stage
+
+    checkpoints = RunFolder(Path(arguments["run_folder"])).stage(arguments["stage"]).checkpoints
+
+    def send() -> None:
+        while is_saved and list(checkpoints.glob(".*.building-*")):
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
 
     if int(os.environ["RANK"]) == rank and rank != 0:
         from athanor.train import loop
@@ -24,14 +37,16 @@ def train_and_signal(channel: Channel, at_step: int, number: int, rank: int, **a
         def record(run: Any, *rest: Any) -> None:  # only rank 0 tells its steps
             inner(run, *rest)
             if run.progress.step == at_step:
-                os.kill(os.getpid(), number)
+                send()
 
         loop.record = record
 
     def tell(**message: Any) -> None:
         channel(**message)
+        while heard is not None and not (Path(heard).exists() and Path(heard).read_text() == str(message["step"])):
+            time.sleep(0.005)
         if rank == 0 and message["step"] == at_step:
-            os.kill(os.getpid(), number)
+            send()
 
     return train_stage(tell, **arguments)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,22 +49,49 @@ def train_unevenly(channel: Callable[..., None], slow: int | None, seconds: floa
     return loop.train_stage(channel, **arguments)
 
 
+def train_and_keep_signs(channel: Callable[..., None], signs: str, **arguments: Any) -> dict[str, Any]:
+    """Train; every sign of life is kept in a file of its own rows."""
+    from athanor.foundation.run_folder import append_jsonl, read_json
+    from athanor.train import beat, loop
+
+    write = beat.Beat.write
+
+    def write_and_keep(self: beat.Beat) -> None:
+        write(self)
+        append_jsonl(Path(signs), read_json(self.file))
+
+    beat.Beat.write = write_and_keep  # type: ignore[method-assign]
+    return loop.train_stage(channel, **arguments)
+
+
 def stand_still(channel: Callable[..., None], folder: str) -> dict[str, Any]:
-    """Rank 0 waits in a collective of both, for which rank 1 waits until `folder` has both their dumps."""
+    """Rank 0 waits in a collective of both, for which rank 1 waits until it is told that rank 0 does: it asks again and again."""
     import torch
 
     from athanor.foundation.layout import Layout
+    from athanor.foundation.run_folder import write_atomic
+    from athanor.jobs.watch import read
     from athanor.parallel.mesh import leave, make_mesh
     from athanor.train import beat
+
+    def ask() -> None:
+        said: list[Any] = [None, None]
+        number = 0
+        while not (said[0] and said[0]["is_waiting"]):
+            number += 1
+            write_atomic(Path(folder, "ask"), str(number))
+            while not all(found and found["word"] == str(number) for found in said):
+                time.sleep(0.05)
+                said = [read(Path(folder, f"dump-{rank}.json")) for rank in (0, 1)]
 
     beat.start(Path(folder), lambda: 3)
     mesh = make_mesh(Layout(dp_shard=2), "cpu")
     for _ in range(5):
         mesh.sum(torch.zeros(1))
     if mesh.rank == 1:
-        deadline = time.monotonic() + 30
-        while len(list(Path(folder).glob("dump-*.json"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        asking = threading.Thread(target=ask)
+        asking.start()
+        any(time.sleep(0.1) for _ in iter(asking.is_alive, False))  # one line, so that it stands there whenever it is asked
     mesh.sum(torch.zeros(1))
     leave()
     beat.stop()

@@ -83,7 +83,7 @@ def started_browser() -> Iterator[Browser]:
         driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                   start_new_session=True)
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while True:
                 try:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=5).close()
@@ -158,7 +158,7 @@ def test_a_click_on_a_part_of_the_bar_opens_its_account(browser: Browser, url: s
     assert browser.script(shown) == "none"
     browser.script("document.querySelector('.book a[href=\"#account-0-skew\"]').dispatchEvent("
                    "new MouseEvent('click', {bubbles: true, cancelable: true, view: window}))")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while browser.script(shown) != "table-row":
         assert time.monotonic() < deadline, "the row did not open"
         time.sleep(0.05)

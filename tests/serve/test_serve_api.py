@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,21 @@ def post(url: str, path: str, body: bytes, headers: dict[str, str] | None = None
         connection.close()
 
 
-def wait_idle(api: Api) -> None:
+def wait(condition: Callable[[], bool], words: str) -> None:
     deadline = time.monotonic() + 20
-    while api.worker.live:
-        assert time.monotonic() < deadline, "answers that nobody wants are still being written"
+    while not condition():
+        assert time.monotonic() < deadline, words
         time.sleep(0.01)
+
+
+def wait_idle(api: Api) -> None:
+    wait(lambda: not api.worker.live, "answers that nobody wants are still being written")
+
+
+def slow_down(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same engine, three tokens a second."""
+    step = api.worker.engine.step
+    monkeypatch.setattr(api.worker.engine, "step", lambda: (time.sleep(0.3), step())[1])
 
 
 def test_models(client: openai.OpenAI, served: tuple[str, Api]) -> None:
@@ -177,9 +188,7 @@ def test_client_that_leaves_frees_the_engine(served: tuple[str, Api]) -> None:
         else:
             time.sleep(0.03)
         connection.close()
-    begin = time.monotonic()
     wait_idle(api)
-    assert time.monotonic() - begin < 5
     assert api.worker.engine.pool.free == free
     assert post(url, "/v1/chat/completions", json.dumps({"messages": QUESTION, "max_tokens": 2}).encode())[0] == 200
 
@@ -188,22 +197,13 @@ def test_client_that_leaves_frees_the_engine(served: tuple[str, Api]) -> None:
 def test_nothing_more_is_written_for_a_client_that_left(model_folder: Path, monkeypatch: pytest.MonkeyPatch,
                                                         stream: bool) -> None:
     with running(Target(model_folder, "tiny")) as (url, api):
-        step = api.worker.engine.step
-
-        def slow() -> Any:
-            time.sleep(0.1)
-            return step()
-
-        monkeypatch.setattr(api.worker.engine, "step", slow)
+        slow_down(api, monkeypatch)
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-        body = {"prompt": [10], "stream": stream, "temperature": 1, "n": 8, "max_tokens": 100}  # 10 seconds
+        body = {"prompt": [10], "stream": stream, "temperature": 1, "n": 8, "max_tokens": 100}  # 30 seconds
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        time.sleep(0.3)
-        assert api.worker.live > 0
+        wait(lambda: api.worker.live > 0, "nothing is being written")
         connection.close()
-        begin = time.monotonic()
         wait_idle(api)
-        assert time.monotonic() - begin < 3
 
 
 def test_queue_is_bounded(model_folder: Path) -> None:
@@ -269,20 +269,14 @@ def test_a_failing_engine_is_reported(model_folder: Path, monkeypatch: pytest.Mo
 def test_stopping_ends_what_is_being_written(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("athanor.serve.server.GRACE_SECONDS", 1)
     with running(Target(model_folder, "tiny")) as (url, api):
-        step = api.worker.engine.step
-
-        def slow() -> Any:
-            time.sleep(0.1)
-            return step()
-
-        monkeypatch.setattr(api.worker.engine, "step", slow)
+        slow_down(api, monkeypatch)
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
         body = json.dumps({"messages": QUESTION, "stream": True, "temperature": 1, "seed": 3, "n": 8})
         connection.request("POST", "/v1/chat/completions", body)
         response = connection.getresponse()
         assert response.readline().startswith(b"data: ")
         begin = time.monotonic()
-    assert time.monotonic() - begin < 5 and api.worker.live == 0
+    assert time.monotonic() - begin < 20 and api.worker.live == 0, "half of what all of it takes"
     last = [line for line in response.read().decode().splitlines() if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
     connection.close()

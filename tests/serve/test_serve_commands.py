@@ -117,8 +117,8 @@ def test_serve_starts_says_where_and_stops(run_folder: Path) -> None:
             assert json.load(response)["data"][0]["id"] == "demo-chat"
         begin = time.monotonic()
         server.send_signal(signal.SIGINT)
-        output, words = server.communicate(timeout=20)
-        assert server.returncode == 0 and output == "" and time.monotonic() - begin < 8
+        output, words = server.communicate(timeout=60)
+        assert server.returncode == 0 and output == "" and time.monotonic() - begin < 20
         assert ready["url"] in words and "Traceback" not in words
     finally:
         server.kill()
@@ -198,7 +198,7 @@ def test_chat_on_a_terminal_survives_ctrl_c(run_folder: Path) -> None:
         until("per second]")
         until("> ")
         os.write(ours, b"/quit\n")
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()

@@ -44,7 +44,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
         started.quit()
 
 
-def wait(condition: Callable[[], Any], what: str, seconds: float = 15) -> Any:
+def wait(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"

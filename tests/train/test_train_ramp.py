@@ -107,8 +107,10 @@ def test_killed_on_the_ramp_it_ends_with_the_same_bits(train: Train, run_folder:
     rows = [row["samples"] for row in read_jsonl(RunFolder(other).stage("pretrain").metrics)]
     assert rows == [4, 8, 16, 28, 44, 60, 76]
     with pytest.raises(RankError, match="was killed by signal 9"):
-        train(run_folder, *choices, target="train_ranks:train_and_signal", at_step=3, number=signal.SIGKILL, rank=0)
+        train(run_folder, *choices, target="train_ranks:train_and_signal", at_step=3, number=signal.SIGKILL, rank=0,
+              is_saved=True)
     found = train(run_folder, *choices)
     assert found["loss"] == wanted["loss"] and found["grad_norm"] == wanted["grad_norm"]
     files = [RunFolder(folder).stage("pretrain").model / "model.safetensors" for folder in (run_folder, other)]
     assert files[0].read_bytes() == files[1].read_bytes()
+    assert [row["step"] for row in read_jsonl(RunFolder(run_folder).stage("pretrain").events) if row["kind"] == "start"] == [0, 2]

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import watch_ranks
 
+from athanor.foundation import intervals
 from athanor.foundation.errors import DiskError
 from athanor.foundation.intervals import Interval, Recorder, activate, interval
 from athanor.foundation.launch import run_ranks
@@ -53,10 +55,11 @@ def stragglers_of(recipe_file: Path, data_folder: Path, tmp_path: Path) -> Calla
 
 
 def test_a_rank_tells_its_step_its_phase_and_that_it_is_done(train: Any, run_folder: Path) -> None:
-    seen: list[dict[str, Any]] = []
-    train(run_folder, *SIZES[:1], "stage.pretrain.steps=40",
-          on_message=lambda message: seen.append(read_json(run_folder / "pretrain" / "logs" / "beats" / "rank-0.json")))
+    train(run_folder, *SIZES[:1], "stage.pretrain.steps=40", target="watch_ranks:train_and_keep_signs",
+          signs=str(run_folder / "signs.jsonl"))
+    seen = read_jsonl(run_folder / "signs.jsonl")
     last = read_json(run_folder / "pretrain" / "logs" / "beats" / "rank-0.json")
+    assert last == seen[-1]
     assert last["phase"] == "done" and last["step"] == 40 and last["ticks"] > 0, "validation counts its batches"
     assert seen[0]["phase"] == "startup" and all(a["beats"] <= b["beats"] for a, b in pairwise(seen))
     assert {row["pid"] for row in seen} == {last["pid"]}
@@ -91,12 +94,10 @@ def test_long_saves_and_loads_count_what_they_do(tmp_path: Path) -> None:
 
 def test_ranks_say_where_they_stand(tmp_path: Path) -> None:
     beats = tmp_path / "beats"
-    beats.mkdir()
-    (beats / "ask").write_text("7")
-    run_ranks("watch_ranks:stand_still", {"folder": str(beats)}, 2, log_folder=tmp_path, threads=1, timeout=60)
+    run_ranks("watch_ranks:stand_still", {"folder": str(beats)}, 2, log_folder=tmp_path, threads=1, timeout=120)
     waiting, standing = (read_json(beats / f"dump-{rank}.json") for rank in (0, 1))
     lines, _ = inspect.getsourcelines(watch_ranks)
-    assert waiting["word"] == standing["word"] == "7"
+    assert waiting["word"] == standing["word"] == (beats / "ask").read_text()
     assert standing["file"] == watch_ranks.__file__ and "time.sleep" in lines[standing["line"] - 1] and not standing["is_waiting"]
     assert Path(waiting["file"]).name == "mesh.py" and waiting["is_waiting"]
     (theirs,), (ours,) = waiting["groups"].values(), standing["groups"].values()
@@ -109,13 +110,14 @@ def test_a_beat_costs_nothing_while_nobody_asks(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(beat, "BEATS_PER_SECOND", 100.0)
     beat.start(tmp_path / "beats", lambda: 1)
     try:
-        used = time.process_time()
-        time.sleep(0.5)
+        used, count, deadline = time.process_time(), 0, time.monotonic() + 60
+        while count < 30 and time.monotonic() < deadline:
+            time.sleep(0.1)
+            count = read_json(tmp_path / "beats" / "rank-0.json")["beats"]
         used = time.process_time() - used
-        count = read_json(tmp_path / "beats" / "rank-0.json")["beats"]
     finally:
         beat.stop()
-    assert count > 3 and used / count < 0.005, "at two beats a second, not one hundredth of a core"
+    assert count >= 30 and used / count < 0.005, "at two beats a second, not one hundredth of a core"
     assert read_json(tmp_path / "beats" / "rank-0.json")["phase"] == "done"
     assert not [thread for thread in threading.enumerate() if thread.name == "beat"]
 
@@ -153,45 +155,47 @@ def test_only_ranks_with_equal_work_are_compared() -> None:
 
 
 def test_time_without_a_processor_is_not_a_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited, recorder = 0.0, Recorder()
+    now, waited, recorder = 0.0, 0.0, Recorder()
+    monkeypatch.setattr(intervals, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(Pace, "delay", lambda self: waited)
     pace = Pace(recorder)
     activate(recorder)
     try:
         for own, in_compute, in_wait in [(0.02, 0.0, 0.0), (0.02, 0.01, 0.0), (0.02, 0.0, 0.01)]:
             with interval("compute"):
-                time.sleep(own)
+                now += own + in_compute
                 waited += in_compute
                 with interval("data_parallel", group="g"):
-                    time.sleep(0.05)
+                    now += 0.05
                     waited += in_wait
             with interval("metering"):
-                time.sleep(0.05)
+                now += 0.05
                 waited += in_wait
             pace.end_step()
     finally:
         activate(None)
     recorder.rows.append(Interval("metering", 0.0, 9.0, 0, None, 0.0))  # after the last step
-    plain, delayed, patient = pace.take()
-    assert 0.02 <= plain < 0.05 and 0.02 <= patient < 0.05 and 0.01 <= delayed < 0.04  # a busy machine wakes a sleeper late
+    assert pace.take() == pytest.approx([0.02, 0.02, 0.02])
     assert not recorder.rows and pace.take() == []
 
 
 def test_the_system_tells_how_long_a_thread_had_no_processor() -> None:
     """Two threads that compute in turns on one core wait for each other about as long as they run."""
     pace, allowed = Pace(Recorder()), os.sched_getaffinity(0)
+    told: list[tuple[float, float]] = []
     os.sched_setaffinity(0, {min(allowed)})
     try:
         with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as rival:
-            before, begin, used = pace.delay(), time.perf_counter(), time.thread_time()
-            while time.thread_time() - used < 0.5:
-                pass
-            passed, delayed = time.perf_counter() - begin, pace.delay() - before
+            while len(told) < 10 and not (told and told[-1][0] > 0.1 and told[-1][0] == pytest.approx(told[-1][1], rel=0.2)):
+                before, begin, used = pace.delay(), time.perf_counter(), time.thread_time()
+                while time.thread_time() - used < 0.5:
+                    pass
+                told.append((pace.delay() - before, time.perf_counter() - begin - 0.5))
             rival.kill()
     finally:
         os.sched_setaffinity(0, allowed)
     pace.close()
-    assert delayed > 0.1 and delayed == pytest.approx(passed - 0.5, rel=0.2)
+    assert len(told) < 10, f"a virtual machine may lose its processors untold now and then, but not always: {told}"
 
 
 def test_a_rank_slowed_by_4_ms_a_step_is_named(stragglers_of: Any) -> None:
