@@ -237,6 +237,7 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
     found, progress.attempt, progress.passed = mesh.share((found, progress.attempt, progress.passed))
     begin = time.perf_counter()
     if found is not None:
+        checkpoint.check_origin(found, job.hashes)
         guards.restore(trainee.guard, progress, checkpoint.load(found, trainee.stages, trainee.optimizer))
     if mesh.rank == 0:
         name, ranks = job.settings.stage, job.layout.world_size
