@@ -62,6 +62,7 @@ class StageFolder:
     ledger = property(lambda self: self.root / "ledger.jsonl")
     logs = property(lambda self: self.root / "logs")
     beats = property(lambda self: self.root / "logs" / "beats")
+    earlier_beats = property(lambda self: self.root / "logs" / "earlier-beats")
     checkpoints = property(lambda self: self.root / "checkpoints")
     owner = property(lambda self: self.root / "owner.json")
     model = property(lambda self: self.root / "model")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from athanor.foundation.run_folder import StageFolder, append_jsonl, read_jsonl
-from athanor.ledger.attempts import Tail, book_of, note, roll_back, throw_away
+from athanor.ledger.attempts import book_of, note, roll_back, throw_away
 from athanor.ledger.interruptions import interruptions
 
 DEVICES = 2
@@ -63,7 +63,8 @@ def test_steps_that_are_lost_twice_are_counted_once(tmp_path: Path) -> None:
     line(file, 0, 10, 20)
     roll_back(file, 15, 1)
     line(file, 1, 15, 16)
-    roll_back(file, 5, 2, Tail(0.5, 0.0, DEVICES, 16))
+    note(file, {"startup": 0.0, "lost": 0.5}, until=0.0, attempt=1, step=16, devices=DEVICES)
+    roll_back(file, 5, 2)
     line(file, 2, 5, 30)
     first, second = interruptions(read_jsonl(file))
     assert first.accounts["lost"] == pytest.approx(5 * 2.4)
