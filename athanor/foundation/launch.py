@@ -241,16 +241,14 @@ def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, st
     try:
         result = resolve(target)(lambda **message: pipe.send(("message", message)), **arguments)
         pipe.send(("result", result))
-    except AthanorError as error:
-        traceback.print_exc()
-        _send(pipe, "refused", error)
-        sys.exit(error.exit_code)
     except BaseException as error:
-        traceback.print_exc()
-        while error.__cause__ is not None:  # what torch's pipeline wraps, for one
+        with contextlib.suppress(OSError):  # the log's disk may be full
+            traceback.print_exc()
+        while not isinstance(error, AthanorError) and error.__cause__ is not None:  # what torch's pipeline wraps, for one
             error = error.__cause__
         is_ours = isinstance(error, AthanorError)
-        _send(pipe, "refused" if is_ours else "failed", error if is_ours else _told(error))
+        with contextlib.suppress(OSError):
+            pipe.send(("refused", error) if is_ours else ("failed", _told(error)))
         sys.exit(1)
 
 
@@ -260,11 +258,6 @@ def _told(error: BaseException) -> tuple[str, str, str]:
     last = traceback.extract_tb(error.__traceback__)[-1:]
     place = f"{name} at {last[0].filename}:{last[0].lineno}" if last else name
     return f"{name}: {error}", place, "".join(traceback.format_exception(error))
-
-
-def _send(pipe: Connection, kind: str, content: Any) -> None:
-    with contextlib.suppress(OSError):
-        pipe.send((kind, content))
 
 
 def resolve(target: str) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor.foundation.identity import read_identity
-from athanor.foundation.run_folder import StageFolder, append_jsonl, append_when_possible, read_jsonl, write_atomic
+from athanor.foundation.run_folder import StageFolder, append_when_possible, read_jsonl, write_atomic
 from athanor.ledger.accounts import STEPPING
 from athanor.ledger.attribute import COMPUTE
 from athanor.ledger.book import Book
@@ -74,7 +74,7 @@ def roll_back(ledger_file: Path, resumed_step: int, attempt: int) -> None:
 
 def note(ledger_file: Path, accounts: Mapping[str, float], **told: Any) -> None:
     """Add a line for what the ranks did not write themselves (the arguments of `unstepped`)."""
-    append_jsonl(ledger_file, unstepped(accounts, **told))
+    append_when_possible(ledger_file, unstepped(accounts, **told))
 
 
 def unstepped(accounts: Mapping[str, float], *, until: float, attempt: int, step: int, devices: int,

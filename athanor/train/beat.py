@@ -62,8 +62,7 @@ class Beat:
         self.changed = (0.0, -1)  # when the number of steps was seen to change, and to what
         self.is_over, self.thread = threading.Event(), threading.Thread(target=self.live, name="beat", daemon=True)
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file.touch()
+            folder.parent.mkdir(parents=True, exist_ok=True)
             self.write()
         self.thread.start()
 
@@ -74,8 +73,13 @@ class Beat:
                 self.answer()
 
     def write(self) -> None:
-        """Write the line anew, in place, so that a full disk does not look like a hang; an open file would keep it mounted."""
+        """Write the line anew, in place, so that a full disk does not look like a hang; an open file would keep it mounted.
+
+        Folders that somebody has cleared away are made again, unless that is all of the stage."""
         self.beats += 1
+        for folder in (self.folder.parent, self.folder):
+            folder.mkdir(exist_ok=True)
+        self.file.touch()
         line = {"pid": os.getpid(), "host": self.host, "step": self.count(), "phase": self.phase(), "ticks": self.ticks,
                 "beats": self.beats, "step_seconds": statistics.median(self.paces) if self.paces else None,
                 "launched": self.launched, "time": time.time()}

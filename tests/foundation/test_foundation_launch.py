@@ -55,6 +55,15 @@ def test_a_rank_whose_log_cannot_be_opened_works_all_the_same(tmp_path: Path, ca
     assert "Traceback" not in capfd.readouterr().err, "not a word on the terminal"
 
 
+def test_a_log_on_a_full_disk_hides_nothing(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"rank-{rank}.log").symlink_to("/dev/full")
+    with pytest.raises(RecipeError, match="not like this"):
+        run_ranks("launch_ranks:refuse", {}, 2, log_folder=tmp_path)
+    with pytest.raises(RankError, match="rank 1 failed: ZeroDivisionError"):
+        run_ranks("launch_ranks:divide", {}, 2, log_folder=tmp_path)
+
+
 def test_a_time_limit_ends_ranks_that_hang(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="did not finish within 1 s"):
