@@ -122,16 +122,13 @@ def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_fo
 
 @contextlib.contextmanager
 def _waiting_for_server() -> Iterator[None]:
-    """Whoever waits for the fork server within does not do so for ever: should it be stopped it is woken, and killed when it is
-    silent for too long, which ends the waiting."""
-    is_over, until = threading.Event(), time.monotonic() + SERVER_SECONDS
+    """The fork server is waited for within: should it be stopped it is woken, and killed when it is silent for too long."""
+    is_over, until, server = threading.Event(), time.monotonic() + SERVER_SECONDS, cast("Any", forkserver)._forkserver
 
     def wake() -> None:
-        server: Any = forkserver._forkserver
         while not is_over.wait(1.0):
             with server._lock:  # else the number might be another process's by now
-                if server._forkserver_pid is not None:
-                    os.kill(server._forkserver_pid, signal.SIGCONT if time.monotonic() < until else signal.SIGKILL)
+                os.kill(server._forkserver_pid, signal.SIGCONT if time.monotonic() < until else signal.SIGKILL)
 
     threading.Thread(target=wake, daemon=True).start()
     try:

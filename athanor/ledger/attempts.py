@@ -100,21 +100,21 @@ def unwritten(folder: StageFolder) -> list[dict[str, Any]]:
     Of the attempt that began last: its start-up if it has no line, and as `lost` the time from its last line to its last step or
     sign of life. Of ranks that were killed before they began: all the time until their last sign, as `startup`.
     """
-    turns = [{"kind": "", "time": 0.0}, *(row for row in read_jsonl(folder.events) if row.get("kind") in ("start", "done", "stop"))]
-    lines, begun = [line for line in read_jsonl(folder.ledger) if "time" in line], turns[-1]["time"]
-    files = sorted(folder.earlier_beats.glob("rank-*.json"))
-    sign = next((row for file in files[:1] for row in read_jsonl(file) if "launched" in row), {"launched": 0.0, "time": 0.0})
+    turns = [row for row in read_jsonl(folder.events) if row.get("kind") in ("start", "done", "stop")]
+    last: dict[str, Any] = turns[-1] if turns else {"kind": "none", "time": 0.0}
+    lines, begun = [line for line in read_jsonl(folder.ledger) if "time" in line], last["time"]
+    signs = [row for file in sorted(folder.earlier_beats.glob("rank-*.json")) for row in read_jsonl(file) if "launched" in row]
+    launched, alive = (signs[0]["launched"], signs[0]["time"]) if signs else (0.0, 0.0)
     found = []
-    if (start := turns[-1])["kind"] == "start":
-        written = [line["time"] for line in lines if line["attempt"] == start["attempt"] and line["time"] >= begun]
-        steps = [(row["time"], row["step"]) for row in read_jsonl(folder.metrics)]
-        until, step = max([(begun, start.get("step", 0)), *steps])
-        until = max(until, sign["time"] if sign["launched"] <= begun else 0.0)
-        spent = {"startup": 0.0 if written else start.get("startup_seconds", 0.0), "lost": max(0.0, until - max([begun, *written]))}
-        found.append(unstepped(spent, until=until, attempt=start["attempt"], step=step, devices=start["ranks"],
-                               idle=start.get("idle")))
-    if sign["launched"] > max([begun, *(line["time"] for line in lines)]) and sign["phase"] != "done":  # that was refused
-        found.append(unstepped({"startup": sign["time"] - sign["launched"]}, until=sign["time"], step=0, devices=len(files),
+    if last["kind"] == "start":
+        written = [line["time"] for line in lines if line["attempt"] == last["attempt"] and line["time"] >= begun]
+        until, step = max([(begun, last.get("step", 0)), *((row["time"], row["step"]) for row in read_jsonl(folder.metrics))])
+        until = max(until, alive if launched <= begun else 0.0)
+        startup = 0.0 if written else last.get("startup_seconds", 0.0)
+        found.append(unstepped({"startup": startup, "lost": max(0.0, until - max([begun, *written]))}, until=until, step=step,
+                               attempt=last["attempt"], devices=last["ranks"], idle=last.get("idle")))
+    if launched > max([begun, *(line["time"] for line in lines)]) and signs[0]["phase"] != "done":  # for that was refused
+        found.append(unstepped({"startup": alive - launched}, until=alive, step=0, devices=len(signs),
                                attempt=sum(row["kind"] == "start" for row in turns)))
     return [line for line in found if line["device_seconds"] > 0.0]
 

@@ -3,8 +3,8 @@
 In the stage's `logs/beats` each rank keeps `rank-N.json`, one line that is written over in place:
     {"pid", "host", "step", "phase", "ticks", "beats", "step_seconds", "launched", "time"}
 `phase` is the outermost interval that is open ("startup" until the first step of this life is done, "done" at the end), `ticks`
-counts what is done within a phase, `beats` grows as long as the process runs, `step_seconds` is the median of recent steps,
-`launched` and `time` (of this line) are seconds since 1970.
+counts what is done within a phase, `beats` grows as long as the process runs, `step_seconds` is the median of recent steps; times
+are in seconds since 1970.
 When there is a file `ask` with a word that it has not answered, the thread writes `dump-N.json`:
     {"word", "pid", "host", "file", "line", "is_waiting",
      "groups": {name: {"kind", "ranks", "entered": [[number, operation, is over]]}}}
@@ -46,8 +46,7 @@ TORCH, LIBRARY = str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib
 
 
 class Beat:
-    """The signs of life of this process, which begin with it, or a DiskError; `step` says how many steps are done, `launched` is
-    when somebody began to start it, on the monotonic clock."""
+    """The signs of life of this process, launched then by the monotonic clock, or a DiskError; `step` says how many are done."""
 
     def __init__(self, folder: Path, step: Callable[[], int], launched: float | None = None) -> None:
         self.launched = time.time() - (0.0 if launched is None else time.perf_counter() - launched)
@@ -73,11 +72,9 @@ class Beat:
                 self.answer()
 
     def write(self) -> None:
-        """Write the line anew, in place, so that a full disk does not look like a hang; an open file would keep it mounted.
-
-        Folders that somebody has cleared away are made again, unless that is all of the stage."""
+        """Write the line anew, in place, so that a full disk does not look like a hang; an open file would keep it mounted."""
         self.beats += 1
-        for folder in (self.folder.parent, self.folder):
+        for folder in (self.folder.parent, self.folder):  # cleared away, perhaps; if the whole stage is gone, so are we
             folder.mkdir(exist_ok=True)
         self.file.touch()
         line = {"pid": os.getpid(), "host": self.host, "step": self.count(), "phase": self.phase(), "ticks": self.ticks,

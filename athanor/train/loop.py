@@ -220,7 +220,7 @@ def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
 
 
 def resume(job: Job, trainee: Trainee, progress: Progress, launched: float, idle: dict[str, int] | None) -> None:
-    """Go on from the newest intact checkpoint, if there is one; damaged ones are named in events.jsonl. The rest as above."""
+    """Go on from the newest intact checkpoint, if there is one; damaged ones are named in events.jsonl."""
     folder, mesh = job.folder, trainee.mesh
     found: Path | None = None
     if mesh.rank == 0:
@@ -238,8 +238,7 @@ def resume(job: Job, trainee: Trainee, progress: Progress, launched: float, idle
     found, progress.attempt, progress.passed = mesh.share((found, progress.attempt, progress.passed))
     begin = time.perf_counter()
     if found is not None:
-        checkpoint.check_origin(found, job.hashes)
-        guards.restore(trainee.guard, progress, checkpoint.load(found, trainee.stages, trainee.optimizer))
+        guards.restore(trainee.guard, progress, checkpoint.load(found, trainee.stages, trainee.optimizer, job.hashes))
     if mesh.rank == 0:
         name, ranks, now = job.settings.stage, job.layout.world_size, time.perf_counter()
         log_event(folder.events, "start", f"{name} starts on {ranks} rank{'s' if ranks > 1 else ''}: {job.layout}",
