@@ -22,7 +22,7 @@ def lines(*rooms: str) -> int:
 
 
 def test_rooms_keep_their_size() -> None:
-    assert lines("parallel", "train", "objectives") <= 5015  # what ranks leave for those who tell of them when their agent is killed, too
+    assert lines("parallel", "train", "objectives") <= 5015  # signs of life that outlive an agent
     assert lines("inference", "serve") <= 1600
     summed = {"parallel", "train", "objectives", "inference", "serve", "cli", "__init__.py"}
     for room in {f.relative_to(PACKAGE).parts[0] for f in FILES} - summed:
