@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -34,9 +34,9 @@ PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distri
            "torch.distributed.tensor.parallel", "torch.optim", "torch._dynamo", "torch.profiler", "safetensors.torch", "numpy",
            "athanor.foundation.launch"]
 
-
 GRACE_SECONDS = 0.5  # how long after a failure we listen for other ranks
 SERVER_LOST = 255  # what multiprocessing says of a process whose fork server has died
+SERVER_SECONDS = 300.0  # that it may keep us waiting: imports from a slow shared disk
 PATROL_SECONDS = 0.25
 SEARCH_SECONDS = 5.0  # the same while all that is known are broken connections, which another rank has caused
 
@@ -94,25 +94,47 @@ def run_ranks(target: str, arguments: dict[str, Any], world_size: int, *, log_fo
     node = node or Node(0, world_size, "127.0.0.1", free_port())
     threads = threads or max(1, len(os.sched_getaffinity(0)) // node.count)
     processes, pipes = node.processes, []
-    for rank, device in enumerate(node.devices or range(node.count), node.first):
-        ours, theirs = context.Pipe(duplex=False)
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(device), "WORLD_SIZE": str(world_size),
-                       "LOCAL_WORLD_SIZE": str(node.count), "MASTER_ADDR": node.address, "MASTER_PORT": str(node.port)}
-        log = log_folder / f"rank-{rank}.log"
-        process = context.Process(target=_rank_main, args=(target, arguments, environment, str(log), threads, theirs),
-                                  name=f"rank-{rank}", daemon=False)
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(ours)
     try:
+        for rank, device in enumerate(node.devices or range(node.count), node.first):
+            ours, theirs = context.Pipe(duplex=False)
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(device), "WORLD_SIZE": str(world_size),
+                           "LOCAL_WORLD_SIZE": str(node.count), "MASTER_ADDR": node.address, "MASTER_PORT": str(node.port)}
+            log = log_folder / f"rank-{rank}.log"
+            process = context.Process(target=_rank_main, args=(target, arguments, environment, str(log), threads, theirs),
+                                      name=f"rank-{rank}", daemon=False)
+            try:
+                with _waiting_for_server():
+                    process.start()
+            except (EOFError, OSError) as error:
+                raise RankError(rank, f"did not start rank {rank} ({error})", str(log), who="the fork server") from error
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
         return _collect(node, pipes, log_folder, on_message or (lambda message: None), timeout, patrol)
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
-        for process in processes:
-            process.join()
+        with _waiting_for_server():
+            for process in processes:
+                process.join()
+
+
+@contextlib.contextmanager
+def _waiting_for_server() -> Iterator[None]:
+    """The fork server is waited for within: should it be stopped it is woken, and killed when it is silent for too long."""
+    is_over, until, server = threading.Event(), time.monotonic() + SERVER_SECONDS, cast("Any", forkserver)._forkserver
+
+    def wake() -> None:
+        while not is_over.wait(1.0):
+            with server._lock:  # else the number might be another process's by now
+                os.kill(server._forkserver_pid, signal.SIGCONT if time.monotonic() < until else signal.SIGKILL)
+
+    threading.Thread(target=wake, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def free_port() -> int:
@@ -188,7 +210,8 @@ def is_consequence(error: AthanorError) -> bool:
 
 
 def _death(rank: int, process: Any, log: str) -> RankError:
-    process.join(timeout=10)
+    with _waiting_for_server():
+        process.join(timeout=10)
     code = process.exitcode
     if code is not None and code < 0:
         return RankError(rank, f"was killed by signal {-code} ({signal.Signals(-code).name})", log, number=-code)
@@ -215,16 +238,14 @@ def _rank_main(target: str, arguments: dict[str, Any], environment: dict[str, st
     try:
         result = resolve(target)(lambda **message: pipe.send(("message", message)), **arguments)
         pipe.send(("result", result))
-    except AthanorError as error:
-        traceback.print_exc()
-        _send(pipe, "refused", error)
-        sys.exit(error.exit_code)
     except BaseException as error:
-        traceback.print_exc()
-        while error.__cause__ is not None:  # what torch's pipeline wraps, for one
+        with contextlib.suppress(OSError):  # the log's disk may be full
+            traceback.print_exc()
+        while not isinstance(error, AthanorError) and error.__cause__ is not None:  # what torch's pipeline wraps, for one
             error = error.__cause__
         is_ours = isinstance(error, AthanorError)
-        _send(pipe, "refused" if is_ours else "failed", error if is_ours else _told(error))
+        with contextlib.suppress(OSError):
+            pipe.send(("refused", error) if is_ours else ("failed", _told(error)))
         sys.exit(1)
 
 
@@ -234,11 +255,6 @@ def _told(error: BaseException) -> tuple[str, str, str]:
     last = traceback.extract_tb(error.__traceback__)[-1:]
     place = f"{name} at {last[0].filename}:{last[0].lineno}" if last else name
     return f"{name}: {error}", place, "".join(traceback.format_exception(error))
-
-
-def _send(pipe: Connection, kind: str, content: Any) -> None:
-    with contextlib.suppress(OSError):
-        pipe.send((kind, content))
 
 
 def resolve(target: str) -> Callable[..., Any]:

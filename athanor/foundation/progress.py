@@ -10,12 +10,18 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from athanor.foundation.run_folder import FULL
+
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)  # files need no wrapping
 
 
 def say(text: str) -> None:
-    """One line for people."""
-    console.print(text, markup=False, soft_wrap=True)
+    """One line for people; a disk too full to show it is no reason to fail."""
+    try:
+        console.print(text, markup=False, soft_wrap=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
 
 
 class Bar:

@@ -21,6 +21,7 @@ from athanor.foundation.errors import DiskError, UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _waiting: dict[Path, list[dict[str, Any]]] = {}  # rows that could not be written yet
+_begun: set[Path] = set()  # files of rows that we have written to
 _lock = threading.Lock()
 
 
@@ -62,6 +63,7 @@ class StageFolder:
     ledger = property(lambda self: self.root / "ledger.jsonl")
     logs = property(lambda self: self.root / "logs")
     beats = property(lambda self: self.root / "logs" / "beats")
+    earlier_beats = property(lambda self: self.root / "logs" / "earlier-beats")
     checkpoints = property(lambda self: self.root / "checkpoints")
     owner = property(lambda self: self.root / "owner.json")
     model = property(lambda self: self.root / "model")
@@ -122,9 +124,15 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add one line; a line cut short by a kill is skipped by `read_jsonl` and overwritten by nothing."""
+    """Add one line; a line cut short by a kill is skipped by `read_jsonl` and overwritten by nothing.
+
+    Raises UserError when the folder was moved away or removed since our last line: it is not made again.
+    """
+    if path in _begun and not path.parent.exists():
+        raise UserError(f"{path.parent} was moved or removed while it was written to")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _begun.add(path)
         with path.open("a+b") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")

@@ -132,10 +132,13 @@ def work(queue: Queue, job: Job, command: Callable[[], object]) -> int:
     if job.slurm is None:
         append_when_possible(job.lives, {"life": life, "ended": time.time(), "code": EXIT_CODES[state]})
     sentence = sentence.replace(GO_ON, goes_on)
-    queue.update(job, state=ended_as, exit_code=EXIT_CODES[state], sentence=sentence,
-                 ended=None if ended_as == RUNNING else time.time())
-    if sentence:
-        print(f"athanor: {sentence}", file=sys.stderr)
+    with contextlib.suppress(AthanorError):  # a full disk must not change the exit code; then the job is found to be lost
+        queue.update(job, state=ended_as, exit_code=EXIT_CODES[state], sentence=sentence,
+                     ended=None if ended_as == RUNNING else time.time())
+    try:
+        print(f"athanor: {sentence}\n" if sentence else "", file=sys.stderr, end="", flush=True)
+    except OSError:  # the same; what was not written would be at the end, for which Python has a code of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     return EXIT_CODES[state]
 
 

@@ -3,8 +3,7 @@
 A line holds what all ranks spent between two exchanges: attempt, time (seconds since 1970), first_step, last_step,
 wall_seconds, device_seconds, tokens, model_flops, model_flops_full, accounts (with 'compute' still whole), and how many of its
 steps were skipped, which its tokens and FLOPs leave out. A line with `resumed_step` says that a new attempt went on from there,
-or the same one after a rollback, and what was spent after the last line. Lines that ranks write say on what they were: devices,
-accelerator, peak_flops, layout.
+or the same one after a rollback. Lines that ranks write say on what they were: devices, accelerator, peak_flops, layout.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor.foundation.identity import read_identity
-from athanor.foundation.run_folder import StageFolder, append_jsonl, append_when_possible, read_jsonl, write_atomic
+from athanor.foundation.run_folder import StageFolder, append_when_possible, read_jsonl, write_atomic
 from athanor.ledger.accounts import STEPPING
 from athanor.ledger.attribute import COMPUTE
 from athanor.ledger.book import Book
@@ -37,17 +36,6 @@ class RanOn:
 
 
 RAN_ON = tuple(RanOn.__dataclass_fields__)
-
-
-@dataclass(frozen=True)
-class Tail:
-    """What a cut-off attempt lived on after the last line of its ledger: seconds, of so many devices, until then (since 1970),
-    when it had done that step."""
-
-    seconds: float
-    until: float
-    devices: int
-    step: int
 
 
 @dataclass(frozen=True)
@@ -79,26 +67,25 @@ class Attempt:
         return {"startup": startup, "checkpoint": saving, "lost": left - startup - saving}
 
 
-def roll_back(ledger_file: Path, resumed_step: int, attempt: int, tail: Tail | None = None) -> None:
-    """Note in `ledger.jsonl` that an attempt goes on from `resumed_step`: later steps of the lines before are lost.
-
-    So is the `tail` of the attempt before.
-    """
-    row: dict[str, Any] = {"attempt": attempt, "resumed_step": resumed_step}
-    if tail is not None:
-        row |= {"time": tail.until, "wall_seconds": tail.seconds, "device_seconds": tail.seconds * tail.devices}
-    append_when_possible(ledger_file, row)
+def roll_back(ledger_file: Path, resumed_step: int, attempt: int) -> None:
+    """Note in `ledger.jsonl` that an attempt goes on from `resumed_step`: later steps of the lines before are lost."""
+    append_when_possible(ledger_file, {"attempt": attempt, "resumed_step": resumed_step})
 
 
-def note(ledger_file: Path, accounts: Mapping[str, float], *, until: float, attempt: int, step: int, devices: int,
-         idle: Mapping[str, int] | None = None) -> None:
-    """Add a line for what the ranks did not write themselves: seconds of all `devices` by account, outside of steps.
+def note(ledger_file: Path, accounts: Mapping[str, float], **told: Any) -> None:
+    """Add a line for what the ranks did not write themselves (the arguments of `unstepped`)."""
+    append_when_possible(ledger_file, unstepped(accounts, **told))
+
+
+def unstepped(accounts: Mapping[str, float], *, until: float, attempt: int, step: int, devices: int,
+              idle: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """A line for seconds of all `devices` by account, outside of steps.
 
     `until`: when they ended, in seconds since 1970. `idle`: further devices without a rank in that time, by account.
     """
     wall, idle = math.fsum(accounts.values()), idle or {}
     spent = {name: accounts.get(name, 0.0) * devices + wall * idle.get(name, 0) for name in {**accounts, **idle}}
-    append_jsonl(ledger_file, _outside_of_steps(spent, until, wall, attempt, step))
+    return _outside_of_steps(spent, until, wall, attempt, step)
 
 
 def _outside_of_steps(accounts: dict[str, float], until: float, wall_seconds: float, attempt: int, step: int) -> dict[str, Any]:
@@ -107,24 +94,38 @@ def _outside_of_steps(accounts: dict[str, float], until: float, wall_seconds: fl
             "accounts": accounts}
 
 
-def unwritten(folder: StageFolder) -> Tail | None:
-    """The time between the last line of a stage's ledger (or its last start) and its last step; None when nothing is missing."""
-    ends = [row for row in read_jsonl(folder.events) if row.get("kind") in ("start", "done", "stop")]
-    since = max([row["time"] for row in [*ends, *read_jsonl(folder.ledger)] if "time" in row], default=math.inf)
-    until, step = max([(row["time"], row["step"]) for row in read_jsonl(folder.metrics)], default=(0.0, 0))
-    ranks = [row["ranks"] for row in ends if "ranks" in row]
-    return Tail(until - since, until, ranks[-1], step) if ranks and until > since else None
+def unwritten(folder: StageFolder) -> list[dict[str, Any]]:
+    """Lines that a stage's ledger lacks since who would have written them was killed, too.
+
+    Of the attempt that began last: its start-up if it has no line, and as `lost` the time from its last line to its last step or
+    sign of life. Of ranks that were killed before they began: all the time until their last sign, as `startup`.
+    """
+    turns = [row for row in read_jsonl(folder.events) if row.get("kind") in ("start", "done", "stop")]
+    last: dict[str, Any] = turns[-1] if turns else {"kind": "none", "time": 0.0}
+    lines, begun = [line for line in read_jsonl(folder.ledger) if "time" in line], last["time"]
+    signs = [row for file in sorted(folder.earlier_beats.glob("rank-*.json")) for row in read_jsonl(file) if "launched" in row]
+    launched, alive = (signs[0]["launched"], signs[0]["time"]) if signs else (0.0, 0.0)
+    found = []
+    if last["kind"] == "start":
+        written = [line["time"] for line in lines if line["attempt"] == last["attempt"] and line["time"] >= begun]
+        until, step = max([(begun, last.get("step", 0)), *((row["time"], row["step"]) for row in read_jsonl(folder.metrics))])
+        until = max(until, alive if launched <= begun else 0.0)
+        startup = 0.0 if written else last.get("startup_seconds", 0.0)
+        found.append(unstepped({"startup": startup, "lost": max(0.0, until - max([begun, *written]))}, until=until, step=step,
+                               attempt=last["attempt"], devices=last["ranks"], idle=last.get("idle")))
+    if launched > max([begun, *(line["time"] for line in lines)]) and signs[0]["phase"] != "done":  # for that was refused
+        found.append(unstepped({"startup": alive - launched}, until=alive, step=0, devices=len(signs),
+                               attempt=sum(row["kind"] == "start" for row in turns)))
+    return [line for line in found if line["device_seconds"] > 0.0]
 
 
 def throw_away(folder: StageFolder) -> None:
     """Turn all that a stage's ledger holds, and what it does not hold yet, into `lost`: it was paid, and when, though its work
     goes and steps begin at 0. Doing so twice changes nothing."""
-    lines, tail = read_jsonl(folder.ledger), unwritten(folder)
+    lines = [*read_jsonl(folder.ledger), *unwritten(folder)]
     rows = [_outside_of_steps({"lost": line["device_seconds"]}, line["time"], line["wall_seconds"], 0, line.get("last_step", 0))
             for line in lines if "time" in line and line.get("device_seconds")]
-    if tail is not None:
-        rows.append(_outside_of_steps({"lost": tail.seconds * tail.devices}, tail.until, tail.seconds, 0, tail.step))
-    if lines or rows:
+    if lines:
         write_atomic(folder.ledger, "".join(json.dumps(row) + "\n" for row in (*rows, {"attempt": 0, "resumed_step": 0})))
 
 
@@ -150,10 +151,6 @@ def book_of(lines: Sequence[dict[str, Any]], *, devices: int, accelerator: str, 
     resumed = [(i, line["resumed_step"]) for i, line in enumerate(lines) if "resumed_step" in line]
     for index, line in enumerate(lines):
         if "resumed_step" in line:
-            if line.get("device_seconds"):
-                book.add("lost", line["device_seconds"])
-                book.wall_seconds += line["wall_seconds"]
-                book.device_seconds += line["device_seconds"]
             continue
         kept_until = min([step for at, step in resumed if at > index], default=line["last_step"])
         steps = line["last_step"] - line["first_step"]

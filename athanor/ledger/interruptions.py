@@ -57,7 +57,6 @@ def interruptions(lines: Sequence[dict[str, Any]]) -> list[Interruption]:
         if "resumed_step" in line:
             step = current.resumed_step = line["resumed_step"]
             current.attempt = line.get("attempt", 0)
-            current.accounts["lost"] += line.get("device_seconds", 0.0)
             for before in range(index):
                 until = max(step, lines[before].get("first_step", 0))
                 if until < kept_until[before]:

@@ -1,9 +1,10 @@
 """Signs of life of a rank, outside of its collectives: a thread writes them down, and tells when asked where the rank stands.
 
 In the stage's `logs/beats` each rank keeps `rank-N.json`, one line that is written over in place:
-    {"pid", "host", "step", "phase", "ticks", "beats", "step_seconds"}
+    {"pid", "host", "step", "phase", "ticks", "beats", "step_seconds", "launched", "time"}
 `phase` is the outermost interval that is open ("startup" until the first step of this life is done, "done" at the end), `ticks`
-counts what is done within a phase, `beats` grows as long as the process runs, `step_seconds` is the median of recent steps.
+counts what is done within a phase, `beats` grows as long as the process runs, `step_seconds` is the median of recent steps; times
+are in seconds since 1970.
 When there is a file `ask` with a word that it has not answered, the thread writes `dump-N.json`:
     {"word", "pid", "host", "file", "line", "is_waiting",
      "groups": {name: {"kind", "ranks", "entered": [[number, operation, is over]]}}}
@@ -45,9 +46,10 @@ TORCH, LIBRARY = str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib
 
 
 class Beat:
-    """The signs of life of this process, which begin with it, or a DiskError; `step` says how many steps are done."""
+    """The signs of life of this process, launched then by the monotonic clock, or a DiskError; `step` says how many are done."""
 
-    def __init__(self, folder: Path, step: Callable[[], int]) -> None:
+    def __init__(self, folder: Path, step: Callable[[], int], launched: float | None = None) -> None:
+        self.launched = time.time() - (0.0 if launched is None else time.perf_counter() - launched)
         self.step, self.thread_id = step, threading.get_ident()
         self.rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.folder, self.host = folder, socket.gethostname()
@@ -59,8 +61,7 @@ class Beat:
         self.changed = (0.0, -1)  # when the number of steps was seen to change, and to what
         self.is_over, self.thread = threading.Event(), threading.Thread(target=self.live, name="beat", daemon=True)
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file.touch()
+            folder.parent.mkdir(parents=True, exist_ok=True)
             self.write()
         self.thread.start()
 
@@ -73,8 +74,12 @@ class Beat:
     def write(self) -> None:
         """Write the line anew, in place, so that a full disk does not look like a hang; an open file would keep it mounted."""
         self.beats += 1
+        for folder in (self.folder.parent, self.folder):  # cleared away, perhaps; if the whole stage is gone, so are we
+            folder.mkdir(exist_ok=True)
+        self.file.touch()
         line = {"pid": os.getpid(), "host": self.host, "step": self.count(), "phase": self.phase(), "ticks": self.ticks,
-                "beats": self.beats, "step_seconds": statistics.median(self.paces) if self.paces else None}
+                "beats": self.beats, "step_seconds": statistics.median(self.paces) if self.paces else None,
+                "launched": self.launched, "time": time.time()}
         with self.file.open("r+b", buffering=0) as file:
             file.write(json.dumps(line).encode().ljust(RECORD_BYTES - 1) + b"\n")
 
@@ -114,11 +119,11 @@ class Beat:
 _active: Beat | None = None
 
 
-def start(folder: Path, step: Callable[[], int]) -> None:
-    """Begin to give signs of life. Called by the thread that trains, before it joins a process group."""
+def start(folder: Path, step: Callable[[], int], launched: float | None = None) -> None:
+    """Begin to give signs of life, as `Beat` says. Called by the thread that trains, before it joins a process group."""
     global _active
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED)
-    _active = Beat(folder, step)
+    _active = Beat(folder, step, launched)
 
 
 def follow(recorder: Recorder) -> None:

@@ -242,12 +242,16 @@ def read_meta(path: Path) -> Meta:
                               f"{', '.join(Meta.__dataclass_fields__)}") from None
 
 
-def load(path: Path, stages: Stages, optimizer: Optimizer) -> Meta:
+def load(path: Path, stages: Stages, optimizer: Optimizer, hashes: Mapping[str, str] | None = None) -> Meta:
     """Fill weights and optimizer state from a checkpoint of any layout; each rank reads only what it holds.
 
-    Raises CheckpointError, before anything is changed, when its keys or shapes are another model's.
+    Raises CheckpointError, before anything is changed, when its keys or shapes are another model's, or it was not made from what
+    has these `hashes`: config.toml, which tells the same, may be gone or another folder's.
     """
     meta = read_meta(path)
+    if others := [name for name, value in meta.hashes.items() if hashes is not None and hashes.get(name) != value]:
+        raise CheckpointError(f"{path} was made with other {', '.join(others)} than this stage has (hashes in its meta.json); "
+                              "bring those back, or start anew with --fresh (of `train`, `run` or `jobs submit`)")
     tensors = read_json(path / "index.json")["tensors"]
     wanted = list(entries(stages, optimizer))
     shapes = {entry.key: list(entry.placement.shape) for entry in wanted}

@@ -26,7 +26,7 @@ from athanor.foundation.intervals import activate, interval
 from athanor.foundation.layout import keeps_whole
 from athanor.foundation.recipe import Recipe
 from athanor.foundation.run_folder import RunFolder, append_when_possible, folder_renamed_last, read_jsonl
-from athanor.ledger.attempts import RanOn, Tail, roll_back, unwritten
+from athanor.ledger.attempts import RanOn, roll_back, unwritten
 from athanor.models import fp8
 from athanor.models.decoder import Decoder
 from athanor.models.find import load_architecture
@@ -114,13 +114,13 @@ def train_stage(channel: Channel, run_folder: str, recipe: Recipe, stage: str, *
     previous = signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "wants_to_stop", True))
     try:
         job = resolve(RunFolder(Path(run_folder)), recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
-        beat.start(job.folder.beats, lambda: progress.step)
+        beat.start(job.folder.beats, lambda: progress.step, launched)
         is_mixed = compute_dtype(job.settings.precision) is not None and not keeps_masters(job)
         mesh = make_mesh(job.layout, device_type, is_mixed)
         _claim(job, mesh, is_fresh)
         if not is_finished(job):
             trainee = build(job, mesh)
-            resume(job, trainee, progress)
+            resume(job, trainee, progress, launched, idle)
             saver = Saver(job.folder, trainee.stages, trainee.optimizer, keep_latest_k=job.settings.keep_latest_k,
                           keep_every=job.settings.keep_every, is_async=job.settings.save_async, owner=progress.owner)
             ran_on = RanOn(job.layout.world_size, accelerator, peak_flops, str(job.layout))
@@ -219,13 +219,14 @@ def equip(job: Job, stages: Stages, sharded: Sequence[DataParallel]) -> Trainee:
     return trainee
 
 
-def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
+def resume(job: Job, trainee: Trainee, progress: Progress, launched: float, idle: dict[str, int] | None) -> None:
     """Go on from the newest intact checkpoint, if there is one; damaged ones are named in events.jsonl."""
     folder, mesh = job.folder, trainee.mesh
     found: Path | None = None
-    tail: Tail | None = None
     if mesh.rank == 0:
-        tail, events = unwritten(folder), read_jsonl(folder.events)
+        events = read_jsonl(folder.events)
+        for line in unwritten(folder):
+            append_when_possible(folder.ledger, line)
         progress.passed = [row["passed"] for row in events if row.get("kind") == "rollback"]  # an older checkpoint does not know
         progress.attempt = sum(row.get("kind") == "start" for row in events)
         progress.owner = checkpoint.claim(folder.owner, progress.attempt)
@@ -237,13 +238,14 @@ def resume(job: Job, trainee: Trainee, progress: Progress) -> None:
     found, progress.attempt, progress.passed = mesh.share((found, progress.attempt, progress.passed))
     begin = time.perf_counter()
     if found is not None:
-        guards.restore(trainee.guard, progress, checkpoint.load(found, trainee.stages, trainee.optimizer))
+        guards.restore(trainee.guard, progress, checkpoint.load(found, trainee.stages, trainee.optimizer, job.hashes))
     if mesh.rank == 0:
-        name, ranks = job.settings.stage, job.layout.world_size
+        name, ranks, now = job.settings.stage, job.layout.world_size, time.perf_counter()
         log_event(folder.events, "start", f"{name} starts on {ranks} rank{'s' if ranks > 1 else ''}: {job.layout}",
-                  attempt=progress.attempt, step=progress.step, ranks=ranks, load_seconds=time.perf_counter() - begin)
+                  attempt=progress.attempt, step=progress.step, ranks=ranks, idle=idle, load_seconds=now - begin,
+                  startup_seconds=now - launched)
         if progress.attempt > 0:
-            roll_back(folder.ledger, progress.step, progress.attempt, tail)
+            roll_back(folder.ledger, progress.step, progress.attempt)
             log_event(folder.events, "restart", f"goes on from step {progress.step}", attempt=progress.attempt,
                       step=progress.step)
 

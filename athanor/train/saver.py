@@ -121,8 +121,8 @@ class Saver:
                 shutil.rmtree(pending.building, ignore_errors=True)
         problem, is_ours = self.mesh.share((problem, is_ours))
         if not is_ours:
-            raise UserError(f"another attempt trains in {self.folder.root} by now ({self.folder.owner} says which), so this one "
-                            "saves nothing more and ends")
+            raise UserError(f"another attempt trains in {self.folder.root} by now, or its {self.folder.owner.name} was "
+                            "removed, so this one saves nothing more and ends")
         if problem is None:
             self.failed = 0
         else:

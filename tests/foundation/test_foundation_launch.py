@@ -5,10 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from athanor.foundation import launch
 from athanor.foundation.errors import DiskError, RankError, RecipeError
 from athanor.foundation.launch import Node, cause, free_port, is_consequence, run_ranks
 
@@ -50,6 +53,15 @@ def test_a_rank_whose_log_cannot_be_opened_works_all_the_same(tmp_path: Path, ca
     (tmp_path / "rank-1.log").mkdir()
     assert len(run_ranks("launch_ranks:add_up", {"offset": 10}, 2, log_folder=tmp_path)) == 2
     assert "Traceback" not in capfd.readouterr().err, "not a word on the terminal"
+
+
+def test_a_log_on_a_full_disk_hides_nothing(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"rank-{rank}.log").symlink_to("/dev/full")
+    with pytest.raises(RecipeError, match="not like this"):
+        run_ranks("launch_ranks:refuse", {}, 2, log_folder=tmp_path)
+    with pytest.raises(RankError, match="rank 1 failed: ZeroDivisionError"):
+        run_ranks("launch_ranks:divide", {}, 2, log_folder=tmp_path)
 
 
 def test_a_time_limit_ends_ranks_that_hang(tmp_path: Path) -> None:
@@ -109,3 +121,22 @@ def test_ranks_that_were_killed_together_are_named_together() -> None:
     assert str(cause({1: killed(1), 0: killed(0)}, 2)) == "all 2 ranks were killed by signal 9 (SIGKILL)"
     some = {2: killed(2), 1: RankError(1, "failed: Connection reset"), 0: killed(0)}
     assert str(cause(some, 4)) == "ranks 0, 2 were killed by signal 9 (SIGKILL)"
+
+
+def test_a_stopped_server_is_woken_and_one_that_stays_silent_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_up() -> list[object]:
+        return run_ranks("launch_ranks:add_up", {"offset": 10}, 2, log_folder=tmp_path)
+
+    begin = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1 was killed by signal 9"):
+        run_ranks("launch_ranks:stop_the_server_and_die", {}, 2, log_folder=tmp_path)
+    server: Any = forkserver._forkserver
+    os.kill(server._forkserver_pid, signal.SIGSTOP)
+    assert len(add_up()) == 2
+    os.kill(old := server._forkserver_pid, signal.SIGSTOP)
+    monkeypatch.setattr(launch, "SERVER_SECONDS", 0.0)
+    with pytest.raises(RankError, match=r"the fork server did not start rank 0 \(unexpected EOF\)"):
+        add_up()
+    monkeypatch.undo()
+    assert len(add_up()) == 2 and server._forkserver_pid != old
+    assert time.monotonic() - begin < 120, "it takes some 15 s, most of them imports, on an idle machine"

@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -250,6 +252,39 @@ def test_data_that_rot_are_named_and_not_trained_on(supervised: Any, run_folder:
     shutil.copy(data_folder / file.name, file)
     supervised(run_folder)
     assert max(row["step"] for row in read_jsonl(stage.metrics)) == STEPS
+
+
+AGENT = """
+import json, sys, time
+from pathlib import Path
+from athanor.foundation.recipe import load_recipe
+from athanor.foundation.run_folder import RunFolder
+from athanor.jobs.agent import Agent
+if __name__ == "__main__":
+    recipe, folder, marks, number, *choices = sys.argv[1:]
+    Path(marks, f"begun-{number}").write_text(str(time.time()))
+    Agent(RunFolder(Path(folder)).stage("pretrain"), 2, 1).run("jobs_ranks:train_and_kill_the_agent", {
+        "run_folder": folder, "recipe": load_recipe(Path(recipe), choices), "stage": "pretrain", "marks": marks, "pause": 3.0})
+"""
+
+
+@pytest.mark.slow
+def test_killed_with_its_agent_before_a_line_was_written_every_second_is_told(
+        supervised: Any, run_folder: Path, recipe_file: Path, wanted: str, tmp_path: Path) -> None:
+    """While it loads, and in its second step; the next life tells of both."""
+    script, stage, seconds = tmp_path / "agent.py", RunFolder(run_folder).stage("pretrain"), 0.0
+    script.write_text(AGENT)
+    for life in (0, 1):
+        command = [sys.executable, script, recipe_file, run_folder, tmp_path, life, *CHOICES]
+        assert subprocess.run(list(map(str, command)), timeout=120, check=False).returncode == -signal.SIGKILL
+        seconds += float((tmp_path / f"killed-{life}").read_text()) - float((tmp_path / f"begun-{life}").read_text())
+    begin = time.monotonic()
+    supervised(run_folder)
+    assert hash_folder(stage.model) == wanted
+    book = read_book(stage.actual)
+    assert book.wall_seconds == pytest.approx(seconds + time.monotonic() - begin, rel=0.05, abs=1.5), "a sign each half second"
+    assert book.accounts["startup"] > 2 * 2.5 and book.accounts["lost"] > 2 * 2.5
+    assert abs(book.accounts["unattributed"]) <= 0.05 * book.device_seconds + 0.1, book.accounts
 
 
 def test_the_same_exception_at_the_same_step_is_held_with_its_traceback(supervised: Any, run_folder: Path, tmp_path: Path,

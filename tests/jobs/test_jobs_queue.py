@@ -8,6 +8,8 @@ import math
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +193,30 @@ def test_a_time_limit_asks_to_stop_and_a_cancelled_job_says_so(queue: Queue, sig
     assert queue.get(job.id).state == "stopped"
     other = queue.update(add(queue), is_cancelled=True)
     assert local.work(queue, other, raising(Stopped("as asked"))) == 85 and queue.get(other.id).state == "cancelled"
+
+
+ON_A_FULL_DISK = """
+import sys
+from pathlib import Path
+from athanor.foundation.errors import UserError
+from athanor.foundation.progress import say
+from athanor.jobs import local
+from athanor.jobs.queue import Queue
+
+def full(*given, **values):
+    raise UserError("the disk is full")
+
+Queue.update = full
+say("it goes on")
+sys.exit(local.work(Queue(Path(sys.argv[1])), Queue(Path(sys.argv[1])).get("1"), full))
+"""
+
+
+def test_a_full_disk_does_not_change_the_exit_code(queue: Queue) -> None:
+    add(queue)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", ON_A_FULL_DISK, str(queue.root)], stderr=full, timeout=60, check=False)
+    assert done.returncode == 86
 
 
 @pytest.mark.parametrize(("options", "error", "sentence"), [

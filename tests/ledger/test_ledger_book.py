@@ -9,7 +9,7 @@ import pytest
 from athanor.foundation.errors import UserError
 from athanor.foundation.run_folder import StageFolder, append_when_possible, read_jsonl, write_json
 from athanor.ledger.accounts import ACCOUNTS, STEPPING
-from athanor.ledger.attempts import book_of, roll_back, throw_away
+from athanor.ledger.attempts import book_of, roll_back, throw_away, unwritten
 from athanor.ledger.book import Book, read_book, total
 
 
@@ -104,12 +104,48 @@ def test_skipped_steps_are_lost_too() -> None:
     assert rolled.accounts["unattributed"] == pytest.approx(0)
 
 
-def test_what_a_killed_attempt_spent_after_its_last_line_is_lost() -> None:
-    lines = [line(0, 10, compute=20), {"attempt": 1, "resumed_step": 10, "wall_seconds": 3.0, "device_seconds": 6.0},
-             line(10, 20, compute=20)]
-    book = book_of(lines, devices=2, accelerator="CPU", peak_flops=100.0)
-    assert book.accounts["lost"] == 6 and book.device_seconds == 46 and book.tokens == 200
-    assert book.accounts["unattributed"] == pytest.approx(0)
+def told(folder: StageFolder) -> list[tuple[float, float, dict[str, float]]]:
+    """Of what a killed attempt could not tell: until when, device-seconds, accounts; each only once."""
+    found = unwritten(folder)
+    for row in found:
+        append_when_possible(folder.ledger, row)
+    assert not unwritten(folder)
+    return [(row["time"], row["device_seconds"], row["accounts"]) for row in found]
+
+
+def test_what_is_killed_together_with_its_agent_is_told_by_the_next(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path)
+
+    def sign(launched: float, time: float, phase: str = "startup") -> None:
+        folder.earlier_beats.mkdir(parents=True, exist_ok=True)
+        for rank in (0, 1):
+            (folder.earlier_beats / f"rank-{rank}.json").write_text(json.dumps(
+                {"launched": launched, "time": time, "phase": phase}))
+
+    def start(time: float, attempt: int) -> None:
+        append_when_possible(folder.events, {"kind": "start", "time": time, "ranks": 2, "attempt": attempt, "step": 0,
+                                             "startup_seconds": 5.0, "idle": {"spare": 1}})
+
+    assert told(folder) == []
+    sign(100.0, 103.0)
+    assert told(folder) == [(103.0, 6.0, {"startup": 6.0})], "before it began"
+    sign(110.0, 111.0, "done")
+    assert told(folder) == [], "was refused"
+    start(125.0, 0)
+    sign(120.0, 130.0, "compute")
+    append_when_possible(folder.metrics, {"step": 1, "time": 128.0})
+    assert told(folder) == [(130.0, 30.0, {"startup": 10.0, "lost": 10.0, "spare": 10.0})], "before its first line"
+    start(145.0, 1)
+    append_when_possible(folder.ledger, line(0, 10, compute=18, spare=9) | {"time": 149.0, "attempt": 1})
+    append_when_possible(folder.metrics, {"step": 11, "time": 150.0})
+    sign(160.0, 162.0)  # the next one was killed before it could tell of this
+    assert told(folder) == [(150.0, 3.0, {"startup": 0.0, "lost": 2.0, "spare": 1.0}), (162.0, 4.0, {"startup": 4.0})]
+    book = book_of(read_jsonl(folder.ledger), devices=2, accelerator="CPU", peak_flops=100.0)
+    assert book.device_seconds == 6 + 30 + 27 + 3 + 4 and book.accounts["unattributed"] == pytest.approx(0)
+    start(175.0, 2)
+    append_when_possible(folder.events, {"kind": "stop", "time": 190.0})
+    sign(170.0, 190.5, "done")
+    assert told(folder) == [], "it has told all"
 
 
 def test_what_is_thrown_away_is_lost_when_it_was_spent(tmp_path: Path) -> None:
@@ -120,7 +156,7 @@ def test_what_is_thrown_away_is_lost_when_it_was_spent(tmp_path: Path) -> None:
             line(4, 10, compute=9, checkpoint=1) | {"time": 120.0, "device_seconds": 20.0}]
     for row in rows:
         append_when_possible(folder.ledger, row)
-    append_when_possible(folder.events, {"kind": "start", "time": 80.0, "ranks": 2})
+    append_when_possible(folder.events, {"kind": "start", "time": 80.0, "ranks": 2, "attempt": 0})
     append_when_possible(folder.metrics, {"step": 12, "time": 123.0})
     throw_away(folder)
     *lines, begun = read_jsonl(folder.ledger)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from athanor.foundation import run_folder
+from athanor.foundation.errors import DiskError
 from athanor.foundation.run_folder import StageFolder, append_jsonl, read_jsonl
-from athanor.ledger.attempts import Tail, book_of, note, roll_back, throw_away
+from athanor.ledger.attempts import book_of, note, roll_back, throw_away
 from athanor.ledger.interruptions import interruptions
 
 DEVICES = 2
@@ -63,7 +65,8 @@ def test_steps_that_are_lost_twice_are_counted_once(tmp_path: Path) -> None:
     line(file, 0, 10, 20)
     roll_back(file, 15, 1)
     line(file, 1, 15, 16)
-    roll_back(file, 5, 2, Tail(0.5, 0.0, DEVICES, 16))
+    note(file, {"startup": 0.0, "lost": 0.5}, until=0.0, attempt=1, step=16, devices=DEVICES)
+    roll_back(file, 5, 2)
     line(file, 2, 5, 30)
     first, second = interruptions(read_jsonl(file))
     assert first.accounts["lost"] == pytest.approx(5 * 2.4)
@@ -96,6 +99,18 @@ def test_a_rollback_in_place_counts_no_skipped_step_twice(tmp_path: Path) -> Non
     (only,) = interruptions(read_jsonl(file))
     assert only.accounts == pytest.approx({"lost": 10 * 2.4 / 2, "down": 0.0, "startup": 0.5}) and only.steps_again == 10
     check(file, skipped_seconds=5 * 2.4)
+
+
+def test_a_line_of_the_agent_waits_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise DiskError("full")
+
+    file = tmp_path / "ledger"
+    monkeypatch.setattr(run_folder, "append_jsonl", full)
+    note(file, {"lost": 1.5}, until=0.0, attempt=0, step=11, devices=DEVICES)
+    monkeypatch.undo()
+    roll_back(file, 10, 1)
+    assert [row.get("accounts") for row in read_jsonl(file)] == [{"lost": 3.0}, None]
 
 
 def test_a_run_that_was_given_up_has_not_gone_on(tmp_path: Path) -> None:

@@ -110,6 +110,36 @@ def train_and_fail_again(channel: Callable[..., None], marks: str, step: int, **
     return loop.train_stage(channel, **arguments)
 
 
+def train_and_kill_the_agent(channel: Callable[..., None], marks: str, pause: float, **arguments: Any) -> dict[str, Any]:
+    """Train; in its first life it is killed with its agent `pause` seconds after it began to load, in its second as long after
+    it began the second step. When goes into a file of `marks`."""
+    from athanor.train import checkpoint, loop
+
+    claim, done, life = checkpoint.claim, 0, len(list(Path(marks).glob("killed-*")))
+    server = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+
+    def die() -> None:
+        time.sleep(pause)
+        Path(marks, f"killed-{life}").write_text(str(time.time()))
+        os.kill(int(server[1]), signal.SIGKILL)
+        time.sleep(60)
+
+    def claiming(*given: Any) -> str:
+        if life == 0:
+            die()
+        return claim(*given)
+
+    def work() -> None:
+        nonlocal done
+        done += 1
+        if (life, done, os.environ["RANK"]) == (1, 2, "0"):
+            die()
+
+    checkpoint.claim = claiming
+    _before_step(loop, work)
+    return loop.train_stage(channel, **arguments)
+
+
 def train_on_a_failing_device(channel: Callable[..., None], marks: str, device: int, step: int, pause: float, hold: int,
                               **arguments: Any) -> dict[str, Any]:
     """Train; the rank on this device is killed in the step after `step`, and from then on before each first step.

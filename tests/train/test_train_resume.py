@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from saved import assemble
 
-from athanor.foundation.errors import DiskError, RankError, UserError
+from athanor.data.build import build
+from athanor.foundation.errors import CheckpointError, DiskError, RankError, UserError
+from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder, read_json, read_jsonl
 from athanor.ledger.book import read_book
 from athanor.report.faults import timeline
@@ -157,6 +160,19 @@ def test_another_configuration_is_refused_unless_begun_anew(train: Train, run_fo
     anew = train(run_folder, "stage.pretrain.learning_rate=0.02", is_fresh=True)
     assert anew["loss"][0] == first["loss"][0] and anew["loss"][3] != first["loss"][3]
     assert json.dumps(anew)
+
+
+def test_a_checkpoint_of_other_data_is_refused_where_no_configuration_tells(train: Train, run_folder: Path, tmp_path: Path,
+                                                                            recipe_file: Path) -> None:
+    train(run_folder, *FIRST, target=SIGNALLED, at_step=3, number=signal.SIGTERM, rank=0)
+    other = tmp_path / "other"
+    build(load_recipe(recipe_file, ["data.evaluation_share=0.2"]), other / "data")
+    shutil.copytree(RunFolder(run_folder).stage("pretrain").checkpoints, RunFolder(other).stage("pretrain").checkpoints)
+    with pytest.raises(CheckpointError, match=r"step-0000000\d was made with other data, rows, tokenizer than"):
+        train(other, *FIRST)
+    assert train(other, *FIRST, is_fresh=True)["step"] == 6
+    RunFolder(run_folder).stage("pretrain").config.unlink()
+    assert train(run_folder, *FIRST)["step"] == 6 and "restart" in kinds(run_folder), "the same data"
 
 
 def test_what_a_fresh_start_throws_away_was_paid_for(train: Train, run_folder: Path) -> None:

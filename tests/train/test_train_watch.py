@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,11 +20,11 @@ import pytest
 import watch_ranks
 
 from athanor.foundation import intervals
-from athanor.foundation.errors import DiskError
+from athanor.foundation.errors import DiskError, UserError
 from athanor.foundation.intervals import Interval, Recorder, activate, interval
 from athanor.foundation.launch import run_ranks
 from athanor.foundation.recipe import load_recipe
-from athanor.foundation.run_folder import StageFolder, read_json, read_jsonl
+from athanor.foundation.run_folder import StageFolder, append_when_possible, read_json, read_jsonl
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.zoo.llama import build
 from athanor.parallel.stages import Stages
@@ -69,6 +70,23 @@ def test_where_no_sign_can_be_written_a_rank_ends_with_a_sentence(tmp_path: Path
     monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     with pytest.raises(DiskError, match=r"cannot write .*beats: Read-only file system"):
         beat.Beat(tmp_path / "beats", lambda: 0)
+
+
+def test_cleared_logs_do_not_look_like_a_hang_and_a_moved_stage_is_not_made_again(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path / "stage")
+    alive = beat.Beat(stage.beats, lambda: 0, time.perf_counter() - 100.0)
+    alive.end()  # from here on we write
+    append_when_possible(stage.metrics, {"step": 0})
+    shutil.rmtree(stage.logs)
+    alive.write()
+    line = read_json(stage.beats / "rank-0.json")
+    assert line["time"] - line["launched"] == pytest.approx(100.0, abs=5.0) and abs(line["time"] - time.time()) < 5.0
+    stage.root.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        alive.write()
+    with pytest.raises(UserError, match=r"stage was moved or removed while it was written to"):
+        append_when_possible(stage.metrics, {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_long_saves_and_loads_count_what_they_do(tmp_path: Path) -> None:
