@@ -136,8 +136,8 @@ def diff_models(first: str, second: str, registry: Path | None, as_json: bool) -
 @click.argument("model")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(["huggingface", "gguf"]),
-              help="A Hugging Face folder, or one file for llama.cpp (of Llama, Mistral, Mixtral, Qwen, Gemma, GPT-2); unless "
-              "given, the latter for a TARGET that ends in .gguf.")
+              help="A Hugging Face folder, or one file for llama.cpp (of Llama, Mistral, Mixtral, Qwen, Gemma, GPT-2, "
+              "DeepSeek-V3); unless given, the latter for a TARGET that ends in .gguf.")
 @click.option("--type", "kind", type=click.Choice(["f16", "q8_0"], case_sensitive=False), default="f16", show_default=True,
               help="How a GGUF file holds matrices.")
 @options

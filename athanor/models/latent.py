@@ -16,9 +16,7 @@ from athanor.foundation.errors import ModelError
 from athanor.models.attention import attention
 from athanor.models.context import Context
 from athanor.models.pieces import Linear, Matrix, Norm
-from athanor.models.shapes.deepseek_v3 import Shape
-
-LATENT_EPS = 1e-6  # of the norms between two projections, whatever rms_norm_eps is
+from athanor.models.shapes.deepseek_v3 import LATENT_EPS, Shape
 
 
 class LatentAttention(nn.Module):

@@ -28,8 +28,11 @@ NO_BYTES = "llama.cpp writes what is no piece of a unigram tokenizer as unknown,
 CUTS = {
     "smaug-bpe": "It|'s| we|'LL| | |123|45| x|_y|+=|1|;\n\n|\t| return|(café| 中文|)!!\r\n| \n|  | end|.| " + "a" * 50 + "|  ",
     "qwen2": "It|'s| we|'LL| | |1|2|3|4|5| x|_y|+=|1|;\n\n|\t| return|(café| 中文|)!!\r\n| \n|  | end|.| " + "a" * 50 + "|  ",
+    "deepseek-v3": "It|'s| we|'LL|  |123|45| x|_y|+=|1|;\n\n|\t| return|(caf|é| |中文|)!!\r\n| \n|  | end|.| " + "a" * 50 + "|  ",
     "gpt-2": "It|'s| we|'|LL| | 12345| x|_|y|+=|1|;|\n\n\t| return|(|café| 中文|)!!|\r\n \n  | end|.| " + "a" * 50 + "|  ",
     "smollm": "It|'s| we|'|LL|  |1|2|3|4|5| x|_|y|+=|1|;|\n\n\t| return|(|café| 中文|)!!|\r\n \n  | end|.| " + "a" * 50 + "|  "}
+UNCUT = "superbpe"  # cuts numbers alone, where merges hardly ever join what `data build` cuts as below
+OWN_CUT = "It|'s| we|'LL|  |123|45| x|_y|+=|1|;\n|\n\t |return|(café| 中文|)!!\r\n |\n   |end|.| " + "a" * 40 + f"|{'a' * 10}|  "
 PROBE = CUTS["gpt-2"].replace("|", "")
 UNMERGED = {"smaug-bpe": "llama-bpe"}  # which cuts alike, and takes a word that is in the vocabulary as it is
 
@@ -216,12 +219,12 @@ def pre_tokenizer(content: dict[str, Any]) -> tuple[str, list[str]]:
     cutter = tokenizers.Tokenizer.from_str(json.dumps(bare)).pre_tokenizer
     found = {0} if cutter is None else {begin for _, (begin, _) in cutter.pre_tokenize_str(PROBE)}
     wrong = {}
-    for name, text in CUTS.items():
+    for name, text in (CUTS | {UNCUT: OWN_CUT}).items():
         pieces = text.split("|")
         wrong[name] = found ^ {sum(map(len, pieces[:i])) for i in range(len(pieces))}
     name = min(wrong, key=lambda candidate: len(wrong[candidate]))
     is_unmerged = bool((content.get("model") or {}).get("ignore_merges"))
-    if not wrong[name] and (name in UNMERGED or not is_unmerged):
+    if not wrong[name] and name != UNCUT and (name in UNMERGED or not is_unmerged):
         return UNMERGED[name] if is_unmerged else name, []
     return name, [f"llama.cpp has no pre-tokenizer that cuts and joins text as this tokenizer does; '{name}' comes nearest, so "
                   "there some texts become other tokens than in training"]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from athanor.inference.engine import generate
 from athanor.models.decoder import Decoder
-from athanor.models.experts import Router
+from athanor.models.experts import Router, SigmoidRouter
 from athanor.models.find import load_architecture
 from athanor.models.huggingface import logits, save_model
 from athanor.models.initialize import initialize
@@ -52,6 +52,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                                     "moe_intermediate_size": 96, "kv_lora_rank": 512, "qk_nope_head_dim": 64,
                                     "qk_rope_head_dim": 64, "v_head_dim": 64, "n_group": 4, "topk_group": 2,
                                     "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True})}
+LATENT = {**MODELS["deepseek_v3"][1], "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16,
+          "rms_norm_eps": 1e-6}
+NARROW = {  # such as vLLM does not take
+    "deepseek_v3, narrow": ("deepseek_v3", {**LATENT, "q_lora_rank": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
+                                            "routed_scaling_factor": 1.0, "n_shared_experts": 2,
+                                            "num_nextn_predict_layers": 1}),
+    "deepseek_v3, rope yarn": ("deepseek_v3", {**LATENT, "tie_word_embeddings": True, "rope_scaling": RopeScaling.from_config(
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SHORT, "mscale": 0.707, "mscale_all_dim": 0.707},
+        CONTEXT_TOKENS, "here")})}
 
 EMBEDDING = {"gemma": 0.1, "gpt2": 0.2}  # else a head that is the embedding repeats the token it is given
 
@@ -89,8 +98,8 @@ def ask(python: Path, script: str, folder: Path, job: dict[str, Any], **variable
 
 
 def random_model(name: str, vocab_size: int, folder: Path) -> Decoder:
-    """A model of MODELS whose every parameter matters, in numbers that F16 holds exactly, and its folder."""
-    kind, sizes = MODELS[name]
+    """A model of MODELS or NARROW whose every parameter matters, in numbers that F16 holds exactly, and its folder."""
+    kind, sizes = (MODELS | NARROW)[name]
     module: Decoder = load_architecture(kind).build(shape_class(kind)(vocab_size=vocab_size, **{**SIZES, **sizes}))
     initialize(module, 1)
     generator = torch.Generator().manual_seed(1)
@@ -131,15 +140,26 @@ def clear_answers(module: Decoder, prompts: list[list[int]], gap: float, wanted:
 
 
 def nearest_routes(module: Decoder, sequence: list[int]) -> float:
-    """How near the last expert of a token comes to the next one, at worst, as a share of the deviation of its logits."""
+    """How near the last expert of a token comes to the next one, at worst, as a share of the deviation of what they are chosen
+    by; so for groups of experts."""
     nearest: list[float] = []
 
-    def look(router: Router, inputs: tuple[Tensor, Any], outputs: object) -> None:
-        rows = F.linear(inputs[0], router.weight)
-        best = rows.topk(router.top + 1).values
-        nearest.append(float(((best[:, -2] - best[:, -1]) / rows.std(-1)).min()))
+    def note(rows: Tensor, count: int) -> None:
+        best = rows.topk(count + 1).values if count < rows.shape[1] else rows.new_tensor([[math.inf, 0.0]])
+        nearest.append(float(((best[:, -2] - best[:, -1]) / rows[rows.isfinite()].std()).min()))
 
-    hooks = [part.register_forward_hook(look) for part in module.modules() if isinstance(part, Router)]
+    def look(router: Router | SigmoidRouter, inputs: tuple[Tensor, Any], outputs: object) -> None:
+        rows = F.linear(inputs[0], router.weight)
+        if isinstance(router, SigmoidRouter):
+            shape, rows = router.shape, rows.sigmoid() + router.e_score_correction_bias
+            groups = rows.unflatten(1, (shape.n_group, -1))
+            sums = groups.topk(min(2, groups.shape[2])).values.sum(-1)
+            note(sums, shape.topk_group)
+            is_kept = torch.zeros_like(sums).scatter(1, sums.topk(shape.topk_group).indices, 1) > 0
+            rows = groups.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
+        note(rows, router.top if isinstance(router, Router) else router.shape.num_experts_per_tok)
+
+    hooks = [part.register_forward_hook(look) for part in module.modules() if isinstance(part, (Router, SigmoidRouter))]
     logits(module, sequence)
     for hook in hooks:
         hook.remove()

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 from cutters import CUTTERS, bpe, mixed_texts, train_pieces
-from other_engines import CONTEXT_TOKENS, MODELS, NEW_TOKENS, ask, clear_answers, environment, random_model, random_prompts
+from other_engines import (
+    CONTEXT_TOKENS,
+    MODELS,
+    NARROW,
+    NEW_TOKENS,
+    ask,
+    clear_answers,
+    environment,
+    random_model,
+    random_prompts,
+)
 
 from athanor.data.text.tokenizer import Tokenizer, copy_tokenizer
 from athanor.foundation.run_folder import write_json
@@ -22,7 +32,7 @@ from athanor.registry.to_gguf import ARCHITECTURES, write_gguf
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(3600)]  # the first builds llama.cpp, ten minutes on two cores
 GAP = 0.02  # of the logits' deviation; llama.cpp rounds what it multiplies with F16 to F16
 VOCABULARY = 320
-EXPORTED = [name for name, (kind, _) in MODELS.items() if kind in ARCHITECTURES]
+EXPORTED = [name for name, (kind, _) in (MODELS | NARROW).items() if kind in ARCHITECTURES]
 LINES = [line for text in mixed_texts(1500, 1) for line in text.splitlines() if line.strip()]
 
 
@@ -158,7 +168,7 @@ def test_unigram_chooses_as_sentencepiece_does(python: Path, texts: list[str], t
 def test_our_own_tokenizer_has_no_equal_there_and_the_export_says_so(python: Path, trained: Path, texts: list[str],
                                                                      tmp_path: Path) -> None:
     (tmp_path / "model").symlink_to(trained)
-    assert 0 < share_alike(python, tmp_path, texts, "comes nearest") < 1
+    assert 0.7 < share_alike(python, tmp_path, texts, "comes nearest") < 1
     table = Tokenizer.load(trained).token_bytes()
     found = json.loads((tmp_path / "answers.json").read_text())["encoded"]
     assert [b"".join(table[i] for i in ids) for ids in found] == [text.encode() for text in texts]

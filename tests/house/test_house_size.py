@@ -12,8 +12,8 @@ import athanor
 PACKAGE = Path(athanor.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOM_LINES = {"data": 4500, "planner": 2000, "cost": 2100, "models": 4150, "foundation": 2185, "report": 1300,
-              "evaluate": 1200, "registry": 1300, "laws": 1020,
-              "jobs": 1500}  # devices that are given up, fewer ranks, what a job took
+              "evaluate": 1200, "registry": 1350, "laws": 1020,
+              "jobs": 1500}  # jobs: devices given up, fewer ranks, what a job took; registry: latent attention as GGUF
 OTHER_ROOM_LINES = 1000
 
 

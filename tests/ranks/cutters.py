@@ -10,6 +10,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+DEEPSEEK3 = (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
+             r"[!-/:-~&&[^A-Za-z]][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+"
+             r"|\s+(?!\S)|\s+")
 FRAGMENTS = [
     "def area(width, height):\n", "    return width * height\n", "\n\n", "\t\tif x[i] != y_2:\r\n", "self.equal(f'{a!r}', \"b\")",
     " ", "  ", "     ", "\t", "\n", "\r\n", " \n ", " " * 17, "\n" * 5, "the", " quick", " brown", "Fox", "It's", "they'LL",
@@ -21,12 +24,13 @@ FRAGMENTS = [
     "{c: d}", "a@b.org", "http://x.org/y?z=1&w=2", "\u2581", "\u2581\u2581", "\u0007"]
 
 
-def split(pattern: str) -> Any:
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+def split(*patterns: str) -> Any:
+    return pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns),
                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 CUTTERS = {"llama-bpe": split(LLAMA3), "smaug-bpe": split(LLAMA3), "qwen2": split(LLAMA3.replace("{1,3}", "")),
+           "deepseek-v3": split(*DEEPSEEK3),
            "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
            "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                               pre_tokenizers.ByteLevel(add_prefix_space=False)])}

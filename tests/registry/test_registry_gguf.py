@@ -40,14 +40,22 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
                                 "norm_topk_prob": True}),
-    "gemma": ("gemma", {"head_dim": 32}), "gpt2": ("gpt2", {"num_key_value_heads": 4})}
+    "gemma": ("gemma", {"head_dim": 32}), "gpt2": ("gpt2", {"num_key_value_heads": 4}),
+    "deepseek_v3": ("deepseek_v3", {"num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 3, "q_lora_rank": 32,
+                                    "moe_intermediate_size": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+                                    "qk_rope_head_dim": 16, "v_head_dim": 24, "n_group": 4, "topk_group": 2,
+                                    "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "n_shared_experts": 2,
+                                    "rms_norm_eps": 1e-6})}
 PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
          "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm",
          "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp",
          "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps", "mlp.experts.down_proj": "ffn_down_exps",
          "block_sparse_moe.experts.w1": "ffn_gate_exps", "block_sparse_moe.experts.w3": "ffn_up_exps",
-         "block_sparse_moe.experts.w2": "ffn_down_exps"}
+         "block_sparse_moe.experts.w2": "ffn_down_exps", "self_attn.q_a_proj": "attn_q_a", "self_attn.q_b_proj": "attn_q_b",
+         "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+         "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+         "mlp.shared_experts.up_proj": "ffn_up_shexp", "mlp.shared_experts.down_proj": "ffn_down_shexp"}
 GPT2 = {"ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up",
         "mlp.c_proj": "ffn_down"}
 OUTER = {"transformer.wte.weight": "token_embd.weight", "transformer.wpe.weight": "position_embd.weight",
@@ -106,6 +114,14 @@ def expected(folder: Path, which: str) -> dict[str, np.ndarray]:
         if which == "gpt2":
             found[f"blk.{layer}.{GPT2['.'.join(inner)]}.{suffix}"] = values.T  # there a row is an input
             continue
+        if inner[-1] == "kv_b_proj":  # of every head first the rows that make its key, then those of its value
+            rows = np.split(values, 4)
+            found[f"blk.{layer}.attn_k_b.weight"] = np.stack([head[:32].T for head in rows])
+            found[f"blk.{layer}.attn_v_b.weight"] = np.stack([head[32:] for head in rows])
+            continue
+        if suffix == "e_score_correction_bias":
+            found[f"blk.{layer}.exp_probs_b.bias"] = values
+            continue
         number = next((int(part) for part in inner if part.isdigit()), None)
         target = f"blk.{layer}.{PARTS['.'.join(part for part in inner if not part.isdigit())]}.{suffix}"
         if SHAPES[which][0] in ("llama", "mixtral") and inner[-1] in ("q_proj", "k_proj"):
@@ -150,6 +166,59 @@ def test_mixtures_say_how_many_experts_they_have_and_ask(tmp_path: Path) -> None
             fields["qwen3moe.expert_feed_forward_length"]) == ("qwen3moe", 12, 3, 32)
     with pytest.raises(ModelError, match="norm_topk_prob = false cannot be written as GGUF"):
         write_gguf(make(tmp_path / "n", "qwen3_moe", norm_topk_prob=False), tmp_path / "n.gguf", "n", "f16")
+
+
+def test_latent_attention_says_all_that_llama_cpp_computes_it_from(tmp_path: Path) -> None:
+    """Its keys as llama.cpp's own converter writes them for DeepSeek-V3: one key head, of the latent vector and what turns."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.707, "mscale_all_dim": 0.707}
+    folder = make(tmp_path / "m", "deepseek_v3", num_nextn_predict_layers=1, rms_norm_eps=1e-5,
+                  rope_scaling=RopeScaling.from_config(yarn, 128, "here"))
+    assert any(name.startswith("model.layers.2.") for name in load_file(folder / "model.safetensors"))
+    notes = write_gguf(folder, tmp_path / "m.gguf", "m", "f16")
+    assert ["rms_norm_eps = 1e-05" in notes[0], "blocks that predict further tokens are left out" in notes[1]] == [True, True]
+    fields, tensors, _ = read(tmp_path / "m.gguf")
+    assert {int(name.split(".")[1]) for name in tensors if name.startswith("blk.")} == {0, 1}
+    written = {key.removeprefix("deepseek2."): value for key, value in fields.items() if key.startswith("deepseek2.")}
+    assert written.pop("rope.scaling.yarn_log_multiplier") == pytest.approx(0.0707)
+    assert written.pop("attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
+    assert written == {
+        "vocab_size": tensors["token_embd.weight"].shape[0], "context_length": 128, "embedding_length": 64, "block_count": 2,
+        "feed_forward_length": 96,
+        "attention.head_count": 4, "attention.head_count_kv": 1, "attention.key_length": 80, "attention.value_length": 64,
+        "attention.key_length_mla": 48, "attention.value_length_mla": 24, "attention.q_lora_rank": 32,
+        "attention.kv_lora_rank": 64, "leading_dense_block_count": 1, "expert_count": 8, "expert_used_count": 3,
+        "expert_feed_forward_length": 32, "expert_shared_count": 2, "expert_group_count": 4, "expert_group_used_count": 2,
+        "expert_weights_scale": 2.5, "expert_weights_norm": True, "expert_gating_func": 2, "rope.dimension_count": 16,
+        "rope.freq_base": 10000.0, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 32}
+
+
+def test_groups_that_choose_nothing_are_left_out(tmp_path: Path) -> None:
+    """llama.cpp takes no groups of one expert; the best 3 of the best 4 experts are the best 3 of all."""
+    for groups, kept in ((8, 4), (4, 4)):
+        file = tmp_path / f"{groups}.gguf"
+        write_gguf(make(tmp_path / f"{groups}", "deepseek_v3", n_group=groups, topk_group=kept), file, "m", "f16")
+        assert not [key for key in read(file)[0] if "expert_group" in key]
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"n_shared_experts": 0}, "n_shared_experts = 0 cannot be written as GGUF for 'deepseek_v3'"),
+    ({"num_hidden_layers": 27}, "num_hidden_layers = 27 with q_lora_rank = 32 cannot be written"),
+    ({"rope_scaling": RopeScaling("linear", 4.0)}, "rope_type 'linear' without mscale_all_dim cannot be written"),
+    ({"rope_scaling": SCALED}, "rope_type 'llama3' without mscale_all_dim cannot be written"),
+    ({"rope_scaling": RopeScaling("yarn", 4.0, 32)}, "rope_type 'yarn' without mscale_all_dim cannot be written"),
+    ({"rope_scaling": RopeScaling("yarn", 4.0, 32, attention_factor=1.1, mscale_all_dim=0.5)}, "only its usual numbers can")])
+def test_latent_attention_as_llama_cpp_has_it_not_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        write_gguf(make(tmp_path / "m", "deepseek_v3", **changes), tmp_path / "m.gguf", "m", "f16")
+
+
+def test_biases_of_routers_are_missed(tmp_path: Path) -> None:
+    """llama.cpp would do without them, and choose other experts."""
+    folder = make(tmp_path / "m", "deepseek_v3")
+    _drop(folder, "model.layers.1.mlp.gate.e_score_correction_bias")
+    with pytest.raises(ModelError, match="the weights do not fit"):
+        write_gguf(folder, tmp_path / "m.gguf", "m", "f16")
 
 
 def test_experts_that_are_not_all_there_are_named(tmp_path: Path) -> None:
@@ -253,7 +322,7 @@ def test_our_own_tokenizer_comes_with_a_sentence_and_the_verb_prints_it(tmp_path
     arguments = ["export", "mine", str(tmp_path / "out" / "m.gguf"), "--type", "q8_0", "--json", "--registry",
                  str(registry.root)]
     printed = json.loads(CliRunner().invoke(command, arguments, catch_exceptions=False).stdout)
-    assert "cuts and joins text as this tokenizer does; 'smaug-bpe' comes nearest" in printed["notes"][0]
+    assert "cuts and joins text as this tokenizer does; 'superbpe' comes nearest" in printed["notes"][0]
     assert read(tmp_path / "out" / "m.gguf")[0]["general.name"] == registry.get("mine").reference
     with pytest.raises(UserError, match=r"m\.gguf exists"):
         CliRunner().invoke(command, arguments, catch_exceptions=False)
@@ -296,7 +365,7 @@ def _configure(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize(("damage", "words"), [
     (lambda folder: _configure(folder, model_type="yuan"),
-     "'yuan' cannot be written as GGUF: only llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma, gpt2 can; --format"),
+     "'yuan' cannot be written as GGUF: only llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma, gpt2, deepseek_v3 can; "),
     (lambda folder: _configure(folder, model_type="lama"), "did you mean 'llama'"),
     (lambda folder: _spoil(folder, "model.layers.0.mlp.up_proj.weight", 7e4), "blk.0.ffn_up.weight holds values beyond 65504"),
     (lambda folder: _spoil(folder, "lm_head.weight", np.nan), "output.weight holds values beyond 65504"),

@@ -12,6 +12,7 @@ from athanor.models.shapes.mixture import MixtureShape
 from athanor.models.shapes.products import Attended, Product
 from athanor.models.shapes.rope import growth
 
+LATENT_EPS = 1e-6  # of the norms between two projections, whatever rms_norm_eps is
 MTP_WEIGHT = 0.3  # DeepSeek-V3's for its first 10T tokens; 0.1 for the 4.8T after them
 
 
