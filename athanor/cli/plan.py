@@ -98,12 +98,19 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None, m
     file = cluster_file or named or run.cluster
     sources = scan(recipe)
     if recipe.cluster.accelerator and not (cluster_file or named):
-        return make_plan(recipe, named_cluster(recipe.cluster), sources)
+        return _settled(make_plan(recipe, named_cluster(recipe.cluster), sources), recipe)
     if file == run.cluster and not file.exists():
         say(f"measuring this machine into {file}")
         check(file, recipe.cluster.devices)
     cluster = read_cluster(file)
-    return make_plan(recipe, cluster, sources, factors(runs_root(), cluster), measures)
+    return _settled(make_plan(recipe, cluster, sources, factors(runs_root(), cluster), measures), recipe)
+
+
+def _settled(plan: Plan, recipe: Recipe) -> Plan:
+    from athanor.cli.preflight import refuse_unsettled
+
+    refuse_unsettled(recipe.with_plan(plan.values), plan.forecast.devices)
+    return plan
 
 
 def write_plan(plan: Plan, run: RunFolder, file: Path, inputs: dict[str, str]) -> None:

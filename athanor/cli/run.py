@@ -39,7 +39,7 @@ def command(recipe: Path, overrides: tuple[str, ...], is_fresh: bool, before: fl
     started = time.time()
     loaded = load_recipe(recipe, list(overrides))
     run = RunFolder(runs_root() / loaded.name)
-    with locked(run):
+    with locked(run, [] if loaded.cluster.file == "auto" else [run.cluster.name]):  # which was only copied
         chain = walk(loaded, run, started, math.inf if is_fresh else before)
     _tell(run, loaded)
     if as_json:

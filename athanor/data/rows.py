@@ -231,10 +231,7 @@ def _encode(file: Path, template: ChatTemplate, conversations: Iterable[Placed])
         return Coded(held["tokens"], held["mask"], held["starts"])
     both = []
     for where, messages in conversations:
-        try:
-            both.append(template.render_with_mask(messages))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+        both.append(_render(template, where, messages))
     made = Coded(np.fromiter(chain.from_iterable(ids for ids, _ in both), np.int32),
                  np.fromiter(chain.from_iterable(mask for _, mask in both), np.uint8),
                  np.cumsum([0, *(len(ids) for ids, _ in both)], dtype=np.int64))
@@ -243,6 +240,25 @@ def _encode(file: Path, template: ChatTemplate, conversations: Iterable[Placed])
     with contextlib.suppress(OSError, AthanorError):  # where nothing can be written, each makes them for itself
         write_atomic(file, content.getvalue())
     return made
+
+
+def _render(template: ChatTemplate, where: str, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    try:
+        return template.render_with_mask(messages)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def check_conversations(file: Path, key: str, template: ChatTemplate) -> None:
+    """Raise DataError for what is no conversation, roles that the template refuses, and a file in which nobody answers."""
+    seen = set[tuple[str, ...]]()
+    for where, messages in read_conversations(file, key):
+        roles = tuple(message["role"] for message in messages)
+        if roles not in seen:  # what a template refuses are roles and their order
+            _render(template, where, messages)
+            seen.add(roles)
+    if not any("assistant" in roles for roles in seen):
+        raise DataError(f"{key} = '{file}' has no message of the role 'assistant', so there is nothing to learn from it")
 
 
 def read_conversations(file: Path, key: str = "data") -> Iterator[Placed]:

@@ -207,7 +207,7 @@ def _row(candidate: Candidate) -> dict[str, Any]:
 
 def _why_model(best: Candidate, ranked: list[Candidate]) -> str:
     if len(ranked) == 1:
-        return "its sizes are given, by the recipe or by the model it starts from"
+        return "its sizes are given, by the recipe or by the model that a stage starts from; all stages have them"
     by = (f"lowest predicted loss ({best.loss:.2f} nats per token) of {len(ranked)} shapes" if best.loss <= ranked[1].loss else
           f"nearest to 20 tokens per parameter of {len(ranked)} shapes")
     return (f"{best.shape.hidden_size} wide, {best.shape.num_hidden_layers} deep: {by}; "

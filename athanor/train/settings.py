@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import AXES, Layout, check_batch, check_model, resolve
 from athanor.foundation.recipe import Recipe, Stage
+from athanor.foundation.run_folder import hash_file
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.deepseek_v3 import mtp_weight
+from athanor.models.shapes.find import shape_class
 from athanor.train.elastic import fixed_shards
 from athanor.train.groups import Group
 from athanor.train.ramp import Ramp, read_ramp
@@ -107,6 +110,28 @@ def world_size_of(recipe: Recipe, devices: int) -> int:
     if recipe.cluster.devices is not None:
         resolve(layout, recipe.cluster.devices)  # so many were asked for, and none is to stand idle unnoticed
     return devices if layout.dp_shard == -1 else layout.world_size
+
+
+def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, vocabulary: int | None, tokenizer: Path | None) -> None:
+    """Refuse to go on from a model that speaks another vocabulary, or another one than [model] describes.
+
+    `vocabulary` and `tokenizer` are the data's: entries and tokenizer.json, None where they are not known yet.
+    """
+    if type(shape) is not shape_class(recipe.model.architecture):
+        raise ModelError(f"model.architecture is '{recipe.model.architecture}', but the model in {folder} is a "
+                         f"'{shape.MODEL_TYPE}'; set model.architecture = \"{shape.MODEL_TYPE}\"")
+    if shape.vocab_size < (vocabulary or 0):
+        raise ModelError(f"{folder} has {shape.vocab_size} tokens in its vocabulary, the data's tokenizer "
+                         f"{vocabulary}; build the data with data.tokenizer = \"{folder}\"")
+    own = folder / "tokenizer.json"
+    if tokenizer is not None and own.is_file() and hash_file(own) != hash_file(tokenizer):
+        raise ModelError(f"{own} is not the tokenizer that the data are built with ({tokenizer}); build the data with "
+                         f"data.tokenizer = \"{folder}\"")
+    for key, value in recipe.model.given().items():
+        place = f"model.sizes.{key}" if key in recipe.model.sizes else f"model.{key}"
+        if recipe.origin(place) in ("recipe", "override") and getattr(shape, key, None) != value:
+            raise ModelError(f"{place} is {value}, but the model in {folder} has {getattr(shape, key, None)}; a recipe has one "
+                             f"model, so leave {place} out, or give stages that start from others a recipe of their own")
 
 
 def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) -> Settings:
