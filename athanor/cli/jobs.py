@@ -101,7 +101,7 @@ def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None
             scan(recipe)
             refuse_early(recipe)
             refuse_elsewhere(recipe)
-            if recipe.cluster.file != "auto" or run.cluster.exists():  # else it is measured first
+            if not run.plan.exists() and (recipe.cluster.file != "auto" or run.cluster.exists()):  # else it is measured first
                 plan_run(recipe.with_plan(read_plan(Path(recipe.plan.file)) if recipe.plan.file != "auto" else {}), run)
             return
         recipe = planned(recipe, run)

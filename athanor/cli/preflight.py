@@ -46,7 +46,8 @@ def refuse_early(recipe: Recipe) -> None:
         elif stage.data == "pairs" and all(file.suffix != ".py" for source in recipe.data.source for file in list_files(source)):
             raise DataError(f"stage.{stage.name}.data = 'pairs' are made from Python functions with docstrings, and no source "
                             "has a Python file; name a JSONL file of conversations, or leave the stage out")
-    _check_starts(recipe)
+    given = [] if recipe.data.tokenizer is None else [Path(recipe.data.tokenizer), Path(recipe.data.tokenizer) / "tokenizer.json"]
+    check_starts(recipe, recipe.data.vocab_size, next(filter(Path.is_file, given), None))
     if recipe.cluster.file != "auto":
         read_cluster(Path(recipe.cluster.file))
     if recipe.plan.file != "auto":
@@ -58,31 +59,28 @@ def refuse_early(recipe: Recipe) -> None:
         raise LayoutError(f"the degrees of [parallel] multiply to {needed}, which does not divide the {devices} devices")
 
 
-def _check_starts(recipe: Recipe) -> None:
-    """Model folders that stages start from must be there, and be the one model that the recipe plans and trains."""
-    from athanor.models.shapes.find import load_shape, tokenizer_size
+def check_starts(recipe: Recipe, vocabulary: int | None, tokenizer: Path | None) -> None:
+    """Model folders that stages start from must be there, and be the one model that the recipe plans and trains.
+
+    `vocabulary` and `tokenizer` are the data's, as for `check_start`.
+    """
+    from athanor.models.shapes.find import load_shape
     from athanor.train.settings import check_start
 
-    given = recipe.data.tokenizer
-    vocabulary = recipe.data.vocab_size if given is None else tokenizer_size(given)
-    tokenizer = None if given is None else Path(given) / "tokenizer.json" if Path(given).is_dir() else Path(given)
-    names, first = [stage.name for stage in recipe.stage], None
-    for stage in recipe.stage:
-        if not stage.start_from or stage.start_from in names:
-            continue
-        where, folder = f"stage.{stage.name}.start_from = '{stage.start_from}'", Path(stage.start_from)
+    names, first = [stage.name for stage in recipe.stage], dict[str, Any]()
+    for stage in (stage for stage in recipe.stage if stage.start_from and stage.start_from not in names):
+        where, folder = f"stage.{stage.name}.start_from = '{stage.start_from}'", Path(stage.start_from or "")
         if not folder.is_dir():
             stages = [name for name in names if name != stage.name]
             raise RecipeError(f"{where} is neither a stage nor a model folder"
-                              + (f"; {did_you_mean(stage.start_from, stages)}" if stages else ""))
+                              + (f"; {did_you_mean(stage.start_from or '', stages)}" if stages else ""))
         shape = load_shape(folder)
         check_start(folder, shape, recipe, vocabulary, tokenizer)
-        sizes = {key: value for key, value in vars(shape).items() if not key.endswith("_token_id")}
-        for key, value in (first or sizes).items():
-            if sizes[key] != value:
-                raise RecipeError(f"{where} has {key} = {sizes[key]}, but the model that another stage starts from {value}; a "
-                                  "recipe has one model, so give each a recipe of its own")
-        first = first or sizes
+        first = first or vars(shape)
+        for key, value in first.items():
+            if vars(shape)[key] != value and not key.endswith("_token_id"):
+                raise RecipeError(f"{where} has {key} = {vars(shape)[key]}, but the model that another stage starts from "
+                                  f"{value}; a recipe has one model, so give each a recipe of its own")
 
 
 def refuse_unsettled(recipe: Recipe, devices: int) -> None:

@@ -27,7 +27,7 @@ def test_rooms_keep_their_size() -> None:
     summed = {"parallel", "train", "objectives", "inference", "serve", "cli", "__init__.py"}
     for room in {f.relative_to(PACKAGE).parts[0] for f in FILES} - summed:
         assert lines(room) <= ROOM_LINES.get(room, OTHER_ROOM_LINES), room
-    assert sum(len(f.read_text().splitlines()) for f in FILES) <= 30800
+    assert sum(len(f.read_text().splitlines()) for f in FILES) <= 30930
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))

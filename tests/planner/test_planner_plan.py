@@ -241,7 +241,6 @@ def test_verb_plan_writes_plan_and_books(machine: ClusterSpec, toy: Toy, tmp_pat
 
     monkeypatch.setenv("ATHANOR_RUNS", str(tmp_path / "runs"))
     toy()
-    (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("words " * 100_000)
     machine.write(tmp_path / "cluster.toml")
     arguments = [str(tmp_path / "toy.toml"), f"data.source.words.path={tmp_path / 'text'}",
