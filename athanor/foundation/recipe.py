@@ -64,8 +64,8 @@ class PlanChoice(Section):
 class Source(Section):
     name: str = Field(pattern=NAME, description="name of the source, used in the funnel and the lineage")
     kind: SourceKind = Field(description="how the source is read")
-    path: str = Field("auto", description="file or folder, relative to where the command runs; 'auto' is the interpreter's "
-                                          "standard library for kind 'python'")
+    path: str = Field("auto", min_length=1, description="file or folder, relative to where the command runs; 'auto' is the "
+                      "interpreter's standard library for kind 'python'")
     weight: float = Field(1.0, gt=0, le=1e9, description="share of this source among the training tokens, relative to the others")
 
 
