@@ -37,6 +37,9 @@ def refuse_early(recipe: Recipe) -> None:
         if task.startswith(HARNESS) and (benchmarks is None or not Path(benchmarks).is_dir()):
             raise RecipeError(f"evaluate.lm_eval_data must name the folder with the data of '{task}', not "
                               f"{benchmarks!r}")
+    given = [] if recipe.data.tokenizer is None else [Path(recipe.data.tokenizer), Path(recipe.data.tokenizer) / "tokenizer.json"]
+    if given and not given[0].exists():
+        raise DataError(f"data.tokenizer = '{recipe.data.tokenizer}' does not exist; give a folder with a tokenizer in it")
     for source in recipe.data.source:
         check_readable(source)
     for stage in recipe.stage:
@@ -46,7 +49,6 @@ def refuse_early(recipe: Recipe) -> None:
         elif stage.data == "pairs" and all(file.suffix != ".py" for source in recipe.data.source for file in list_files(source)):
             raise DataError(f"stage.{stage.name}.data = 'pairs' are made from Python functions with docstrings, and no source "
                             "has a Python file; name a JSONL file of conversations, or leave the stage out")
-    given = [] if recipe.data.tokenizer is None else [Path(recipe.data.tokenizer), Path(recipe.data.tokenizer) / "tokenizer.json"]
     check_starts(recipe, recipe.data.vocab_size, next(filter(Path.is_file, given), None))
     if recipe.cluster.file != "auto":
         read_cluster(Path(recipe.cluster.file))

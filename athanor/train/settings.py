@@ -14,7 +14,7 @@ from athanor.foundation.run_folder import hash_file
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.deepseek_v3 import mtp_weight
-from athanor.models.shapes.find import shape_class
+from athanor.models.shapes.find import shape_class, tokenizer_size
 from athanor.train.elastic import fixed_shards
 from athanor.train.groups import Group
 from athanor.train.ramp import Ramp, read_ramp
@@ -115,7 +115,7 @@ def world_size_of(recipe: Recipe, devices: int) -> int:
 def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, vocabulary: int | None, tokenizer: Path | None) -> None:
     """Refuse to go on from a model that speaks another vocabulary, or another one than [model] describes.
 
-    `vocabulary` and `tokenizer` are the data's: entries and tokenizer.json, None where they are not known yet.
+    `vocabulary` and `tokenizer` are the data's: entries (the most of a new one) and tokenizer.json; None is not known yet.
     """
     if type(shape) is not shape_class(recipe.model.architecture):
         raise ModelError(f"model.architecture is '{recipe.model.architecture}', but the model in {folder} is a "
@@ -124,9 +124,10 @@ def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, vocabulary: i
         raise ModelError(f"{folder} has {shape.vocab_size} tokens in its vocabulary, the data's tokenizer "
                          f"{vocabulary}; build the data with data.tokenizer = \"{folder}\"")
     own = folder / "tokenizer.json"
-    if tokenizer is not None and own.is_file() and hash_file(own) != hash_file(tokenizer):
-        raise ModelError(f"{own} is not the tokenizer that the data are built with ({tokenizer}); build the data with "
-                         f"data.tokenizer = \"{folder}\"")
+    if own.is_file() and (tokenizer_size(str(own)) > (vocabulary or math.inf) if tokenizer is None else
+                          hash_file(own) != hash_file(tokenizer)):
+        raise ModelError(f"{own} is not the tokenizer that the data are built with ({tokenizer or f'{vocabulary} new entries'}); "
+                         f"build the data with data.tokenizer = \"{folder}\"")
     for key, value in recipe.model.given().items():
         place = f"model.sizes.{key}" if key in recipe.model.sizes else f"model.{key}"
         if recipe.origin(place) in ("recipe", "override") and getattr(shape, key, None) != value:

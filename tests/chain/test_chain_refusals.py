@@ -151,12 +151,17 @@ def test_a_recipe_has_one_model(recipe: Path) -> None:
              r"stage\.chat\.start_from = 'base' has hidden_size = 64, but the model that another stage starts from 128")):
         with pytest.raises(UserError, match=words):
             call(plan, recipe, start, *overrides)
-    for folder, name in (("base", "ours"), ("given", "theirs")):
-        Path(folder).mkdir(exist_ok=True)
-        (Path(folder) / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {name: 0}}}))
+    Path("given").mkdir()
+    (Path("given") / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"last": 511}}}))
+    (Path("base") / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"last": 500}}}))
+    with pytest.raises(UserError, match=r"base/tokenizer\.json is not .* built with \(400 new entries\); build .* = \"base\""):
+        call(plan, recipe, start, "data.vocab_size=400")  # while with 512 it may be the same one
+    call(plan, recipe, start, "--out", "plan.toml")
     recipe.write_text(recipe.read_text().replace("vocab_size = 512", 'tokenizer = "given"'))
     with pytest.raises(UserError, match=r"base/tokenizer\.json is not the tokenizer that the data are built with \(given/"):
         call(plan, recipe, start, "stage.chat.data=documents")
+    with pytest.raises(UserError, match=r"data\.tokenizer = 'lost' does not exist"):
+        call(plan, recipe, start, "data.tokenizer=lost")
 
 
 def test_a_refused_run_leaves_no_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
