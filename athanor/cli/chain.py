@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from athanor.cli.preflight import devices_of
 from athanor.foundation.errors import UserError
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe
-from athanor.foundation.run_folder import RunFolder, append_jsonl, disk_errors, hash_file, hash_folder, read_jsonl, sweep
+from athanor.foundation.run_folder import RunFolder, append_jsonl, discard, disk_errors, hash_file, hash_folder, read_jsonl, sweep
 from athanor.foundation.units import format_seconds
 
 
@@ -134,8 +134,12 @@ def alone(run: RunFolder, step: str, recipe: Recipe) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(run: RunFolder) -> Iterator[None]:
-    """Hold the run folder for this process; a second one is refused. What a killed process left half built is removed."""
+def locked(run: RunFolder, spent: Collection[str] = ()) -> Iterator[None]:
+    """Hold the run folder for this process; a second one is refused. What a killed process left half built is removed.
+
+    Work that is refused leaves no folder that it made, unless more lies in it than its record and what is `spent`.
+    """
+    is_new = not run.root.exists()
     with disk_errors(run.root):
         run.root.mkdir(parents=True, exist_ok=True)
         lock = (run.root / ".lock").open("w")
@@ -146,4 +150,9 @@ def locked(run: RunFolder) -> Iterator[None]:
             raise UserError(f"another process is working in {run.root}; wait for it, or give the run another name") from None
         for folder in (run.root, *(p for p in run.root.iterdir() if p.is_dir())):
             sweep(folder)
-        yield
+        try:
+            yield
+        except UserError:
+            if is_new and {path.name for path in run.root.iterdir()} <= {".lock", run.chain.name, *spent}:
+                discard(run.root)
+            raise

@@ -15,6 +15,7 @@ from athanor.cli.chain import alone
 from athanor.cli.counts import POSITIVE
 from athanor.cli.preflight import planned
 from athanor.foundation.errors import ModelError, UserError
+from athanor.foundation.layout import Layout, check_model
 from athanor.foundation.progress import Bar, console, say
 from athanor.foundation.recipe import Recipe, load_recipe
 from athanor.foundation.run_folder import RunFolder, runs_root
@@ -128,7 +129,10 @@ def evaluate_with_bar(candidates: list[Candidate], tasks: tuple[str, ...], data:
                       **settings: Any) -> Evaluation:
     """Evaluate while one bar shows how far all models and tasks together are."""
     from athanor.evaluate.ranks import evaluate
+    from athanor.models.shapes.find import load_shape
 
+    for candidate in candidates:  # before so many ranks are started
+        check_model(Layout(tp=settings["tp"]), load_shape(candidate.folder), 1)
     done: dict[tuple[str, str], float] = {}
     with Bar("evaluate", len(candidates) * len(tasks)) as bar:
 

@@ -16,12 +16,13 @@ import click
 
 from athanor.cli.chain import locked
 from athanor.cli.jobs_show import describe, log_of, progress
+from athanor.cli.plan import plan_run
 from athanor.cli.preflight import planned, refuse_early, refuse_elsewhere
 from athanor.cli.train import begins_anew, borrow, describe_machine, look_ahead
 from athanor.foundation.errors import UserError
 from athanor.foundation.launch import start_server
 from athanor.foundation.progress import console, say
-from athanor.foundation.recipe import Recipe, load_recipe
+from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, runs_root
 from athanor.foundation.units import format_seconds
 from athanor.jobs import local, slurm
@@ -100,6 +101,8 @@ def _refuse(recipe: Recipe, run: RunFolder, stage: str | None, data: Path | None
             scan(recipe)
             refuse_early(recipe)
             refuse_elsewhere(recipe)
+            if not run.plan.exists() and (recipe.cluster.file != "auto" or run.cluster.exists()):  # else it is measured first
+                plan_run(recipe.with_plan(read_plan(Path(recipe.plan.file)) if recipe.plan.file != "auto" else {}), run)
             return
         recipe = planned(recipe, run)
         is_new = data is not None and borrow(data, run)

@@ -87,6 +87,7 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None, m
     """Plan a recipe on its cluster; measures this machine into the run folder when nothing else is given. A chain that has
     measured it as a step of its own `measures`."""
     from athanor.cli.check import check
+    from athanor.cli.preflight import refuse_unsettled
     from athanor.cluster.spec import read_cluster
     from athanor.cost.own import factors
     from athanor.data.sources import scan
@@ -98,12 +99,15 @@ def plan_run(recipe: Recipe, run: RunFolder, cluster_file: Path | None = None, m
     file = cluster_file or named or run.cluster
     sources = scan(recipe)
     if recipe.cluster.accelerator and not (cluster_file or named):
-        return make_plan(recipe, named_cluster(recipe.cluster), sources)
-    if file == run.cluster and not file.exists():
-        say(f"measuring this machine into {file}")
-        check(file, recipe.cluster.devices)
-    cluster = read_cluster(file)
-    return make_plan(recipe, cluster, sources, factors(runs_root(), cluster), measures)
+        plan = make_plan(recipe, named_cluster(recipe.cluster), sources)
+    else:
+        if file == run.cluster and not file.exists():
+            say(f"measuring this machine into {file}")
+            check(file, recipe.cluster.devices)
+        cluster = read_cluster(file)
+        plan = make_plan(recipe, cluster, sources, factors(runs_root(), cluster), measures)
+    refuse_unsettled(recipe.with_plan(plan.values), plan.forecast.devices)
+    return plan
 
 
 def write_plan(plan: Plan, run: RunFolder, file: Path, inputs: dict[str, str]) -> None:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from athanor.foundation.errors import LayoutError, RecipeError, UserError, did_you_mean
-from athanor.foundation.layout import AXES
+from athanor.foundation.errors import DataError, LayoutError, RecipeError, UserError, did_you_mean
+from athanor.foundation.layout import AXES, Layout, check_model, resolve
 from athanor.foundation.recipe import Recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, hash_file, hash_value
+
+if TYPE_CHECKING:
+    from athanor.models.shapes.decoder import DecoderShape
 
 
 def refuse_early(recipe: Recipe) -> None:
     """Whatever the recipe names must exist; told before anything is measured, built or trained."""
     from athanor.cli.board import find_writer
     from athanor.cluster.spec import read_cluster
-    from athanor.data.rows import read_conversations
+    from athanor.data.documents import check_readable
+    from athanor.data.rows import check_conversations
+    from athanor.data.sources import list_files
+    from athanor.data.text.chat import ChatTemplate
     from athanor.evaluate.find import HARNESS, check_name
-    from athanor.models.shapes.find import check_architecture, load_shape, shape_class
+    from athanor.models.shapes.find import check_architecture
     from athanor.objectives.find import check_objective
 
     if recipe.metrics.tensorboard is not None:
@@ -31,23 +37,19 @@ def refuse_early(recipe: Recipe) -> None:
         if task.startswith(HARNESS) and (benchmarks is None or not Path(benchmarks).is_dir()):
             raise RecipeError(f"evaluate.lm_eval_data must name the folder with the data of '{task}', not "
                               f"{benchmarks!r}")
-    names = [stage.name for stage in recipe.stage]
+    given = [] if recipe.data.tokenizer is None else [Path(recipe.data.tokenizer), Path(recipe.data.tokenizer) / "tokenizer.json"]
+    if given and not given[0].exists():
+        raise DataError(f"data.tokenizer = '{recipe.data.tokenizer}' does not exist; give a folder with a tokenizer in it")
+    for source in recipe.data.source:
+        check_readable(source)
     for stage in recipe.stage:
         check_objective(stage.objective)
-        if stage.start_from and stage.start_from not in names:
-            if not Path(stage.start_from).is_dir():
-                stages = [name for name in names if name != stage.name]
-                raise RecipeError(f"stage.{stage.name}.start_from = '{stage.start_from}' is neither a stage nor a model folder"
-                                  + (f"; {did_you_mean(stage.start_from, stages)}" if stages else ""))
-            shape = load_shape(Path(stage.start_from))
-            if type(shape) is not shape_class(recipe.model.architecture):
-                raise RecipeError(f"model.architecture is '{recipe.model.architecture}', but the model in {stage.start_from} "
-                                  f"is a '{shape.MODEL_TYPE}'; set model.architecture = \"{shape.MODEL_TYPE}\"")
         if stage.data not in ("documents", "pairs"):
-            said = [turn["role"] for _, talk in read_conversations(Path(stage.data), f"stage.{stage.name}.data") for turn in talk]
-            if "assistant" not in said:  # and every line was read
-                raise RecipeError(f"stage.{stage.name}.data = '{stage.data}' has no message of the role 'assistant', so there is "
-                                  "nothing to learn from it")
+            check_conversations(Path(stage.data), f"stage.{stage.name}.data", ChatTemplate.to_come(recipe.data.tokenizer))
+        elif stage.data == "pairs" and all(file.suffix != ".py" for source in recipe.data.source for file in list_files(source)):
+            raise DataError(f"stage.{stage.name}.data = 'pairs' are made from Python functions with docstrings, and no source "
+                            "has a Python file; name a JSONL file of conversations, or leave the stage out")
+    check_starts(recipe, recipe.data.vocab_size, next(filter(Path.is_file, given), None))
     if recipe.cluster.file != "auto":
         read_cluster(Path(recipe.cluster.file))
     if recipe.plan.file != "auto":
@@ -57,6 +59,45 @@ def refuse_early(recipe: Recipe) -> None:
     needed, devices = math.prod(degree or 1 for degree in degrees), devices_of(recipe)
     if devices % needed:
         raise LayoutError(f"the degrees of [parallel] multiply to {needed}, which does not divide the {devices} devices")
+
+
+def check_starts(recipe: Recipe, vocabulary: int | None, tokenizer: Path | None) -> None:
+    """Model folders that stages start from must be there, and be the one model that the recipe plans and trains.
+
+    `vocabulary` and `tokenizer` are the data's, as for `check_start`.
+    """
+    from athanor.models.shapes.find import load_shape
+    from athanor.train.settings import check_start
+
+    names, first = [stage.name for stage in recipe.stage], dict[str, Any]()
+    for stage in (stage for stage in recipe.stage if stage.start_from and stage.start_from not in names):
+        where, folder = f"stage.{stage.name}.start_from = '{stage.start_from}'", Path(stage.start_from or "")
+        if not folder.is_dir():
+            stages = [name for name in names if name != stage.name]
+            raise RecipeError(f"{where} is neither a stage nor a model folder"
+                              + (f"; {did_you_mean(stage.start_from or '', stages)}" if stages else ""))
+        shape = load_shape(folder)
+        check_start(folder, shape, recipe, vocabulary, tokenizer)
+        first = first or vars(shape)
+        for key, value in first.items():
+            if vars(shape)[key] != value and not key.endswith("_token_id"):
+                raise RecipeError(f"{where} has {key} = {vars(shape)[key]}, but the model that another stage starts from "
+                                  f"{value}; a recipe has one model, so give each a recipe of its own")
+
+
+def refuse_unsettled(recipe: Recipe, devices: int) -> None:
+    """Raise what any stage of a planned recipe would refuse as it begins, but for what only its model or its data can tell."""
+    from athanor.models.shapes.find import VOCABULARY_MULTIPLE, load_shape, new_shape
+    from athanor.train.settings import layout_of, settle
+
+    shapes: dict[str, DecoderShape] = {}  # which a later stage goes on with
+    for stage in recipe.stage:
+        if stage.start_from:
+            shapes[stage.name] = shapes.get(stage.start_from) or load_shape(Path(stage.start_from))
+        else:
+            shapes[stage.name] = new_shape(recipe.model.architecture, vocab_size=VOCABULARY_MULTIPLE, **recipe.model.given())
+        settle(recipe, stage, resolve(layout_of(recipe), devices), shapes[stage.name])
+        check_model(Layout(tp=recipe.evaluate.tp), shapes[stage.name], 1)  # which is evaluated
 
 
 def refuse_elsewhere(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from athanor.cli.chain import Chain, hash_output, locked
-from athanor.cli.preflight import devices_of, plan_inputs, refuse_early, refuse_elsewhere
+from athanor.cli.preflight import check_starts, devices_of, plan_inputs, refuse_early, refuse_elsewhere
 from athanor.foundation.errors import UserError
 from athanor.foundation.identity import differences, read_identity
 from athanor.foundation.progress import say
@@ -39,7 +39,7 @@ def command(recipe: Path, overrides: tuple[str, ...], is_fresh: bool, before: fl
     started = time.time()
     loaded = load_recipe(recipe, list(overrides))
     run = RunFolder(runs_root() / loaded.name)
-    with locked(run):
+    with locked(run, [] if loaded.cluster.file == "auto" else [run.cluster.name]):  # which was only copied
         chain = walk(loaded, run, started, math.inf if is_fresh else before)
     _tell(run, loaded)
     if as_json:
@@ -150,6 +150,7 @@ def _build_data(recipe: Recipe, run: RunFolder, inputs: dict[str, str]) -> dict[
     if was_built:
         say(f"{run.data} was built before, from the same text in the same way")
     manifest = open_manifest(run.data) if was_built else build_with_bar(recipe, run.data)
+    check_starts(recipe, manifest["vocab_size"], run.data / "tokenizer" / "tokenizer.json")
     for stage in recipe.stage:
         open_rows(run.data, stage.data, stage.seq_len or 256, recipe.seed)
     for task in recipe.evaluate.tasks:

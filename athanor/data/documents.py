@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from athanor.data.shards import Shard
-from athanor.data.sources import list_files, root, uri_of
+from athanor.data.sources import ROWS, list_files, root, uri_of
 from athanor.data.text.tokenizer import Tokenizer
 from athanor.foundation.errors import DataError
 from athanor.foundation.recipe import Source
 
+LOOKED_AT = 100  # texts of a source, before it is read as a whole
 PIECE_BYTES = 64 * 1024  # longer plain text files are cut at empty lines, so that whole documents can be held out
 CODE_SUFFIXES = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql")
 
@@ -86,6 +88,14 @@ def read_documents(source: Source, tokenizer: Tokenizer | None = None) -> Iterat
                     yield Document(doc_id, text, source.name, uri, offset, length, is_code)
         except (OSError, EOFError, zlib.error, csv.Error) as error:
             raise DataError(f"source '{source.name}': cannot read {file}: {error}") from None
+
+
+def check_readable(source: Source) -> None:
+    """Raise DataError when none of the first rows of a source is a text: its field or column goes by another name."""
+    first = list(itertools.islice(read_documents(source), LOOKED_AT)) if source.kind in ROWS else []
+    if first and not any(isinstance(each, Document) for each in first):
+        reason = next(each.reason for each in first if isinstance(each, Rejected))
+        raise DataError(f"source '{source.name}': none of the first {len(first)} rows of {source.path} can be read: {reason}")
 
 
 def make_doc_id(source: str, uri: str, offset: int, length: int) -> str:

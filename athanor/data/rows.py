@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -229,12 +230,7 @@ def _encode(file: Path, template: ChatTemplate, conversations: Iterable[Placed])
     """Conversations as tokens, from a file that the first process to make them leaves for the ranks and for later runs."""
     with contextlib.suppress(OSError, EOFError, ValueError, KeyError, BadZipFile), np.load(file) as held:  # its sums are checked
         return Coded(held["tokens"], held["mask"], held["starts"])
-    both = []
-    for where, messages in conversations:
-        try:
-            both.append(template.render_with_mask(messages))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+    both = list(_rendered(template, conversations))
     made = Coded(np.fromiter(chain.from_iterable(ids for ids, _ in both), np.int32),
                  np.fromiter(chain.from_iterable(mask for _, mask in both), np.uint8),
                  np.cumsum([0, *(len(ids) for ids, _ in both)], dtype=np.int64))
@@ -243,6 +239,24 @@ def _encode(file: Path, template: ChatTemplate, conversations: Iterable[Placed])
     with contextlib.suppress(OSError, AthanorError):  # where nothing can be written, each makes them for itself
         write_atomic(file, content.getvalue())
     return made
+
+
+def _rendered(template: ChatTemplate, conversations: Iterable[Placed]) -> Iterator[tuple[list[int], list[int]]]:
+    for where, messages in conversations:
+        try:
+            yield template.render_with_mask(messages)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+
+def check_conversations(file: Path, key: str, template: ChatTemplate) -> None:
+    """Raise DataError for what is no conversation, roles that the template refuses, and a file in which nobody answers."""
+    first: dict[tuple[str, ...], Placed] = {}  # by roles and their order, which are what a template refuses
+    for where, messages in read_conversations(file, key):
+        first.setdefault(tuple(message["role"] for message in messages), (where, messages))
+    if not any("assistant" in roles for roles in first):
+        raise DataError(f"{key} = '{file}' has no message of the role 'assistant', so there is nothing to learn from it")
+    deque(_rendered(template, first.values()), maxlen=0)
 
 
 def read_conversations(file: Path, key: str = "data") -> Iterator[Placed]:

@@ -21,6 +21,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "parquet": (".parquet",), "csv": (".csv", ".csv.gz"), "html": (".html", ".htm"),
     "warc": (".warc", ".warc.gz"), "pdf": (".pdf",), "tokens": (".bin",)}
 NEEDS = {"warc": "warcio", "pdf": "pypdf"}  # kinds that need a package which is not installed with athanor
+ROWS = ("jsonl", "csv", "parquet")  # kinds with many texts in a file
 SAMPLE_BYTES = 1 << 20
 
 
@@ -77,7 +78,7 @@ def scan(recipe: Recipe) -> dict[str, Any]:
     result: dict[str, Any] = {"bytes": 0, "documents": 0, "sources": {}}
     for source in recipe.data.source:
         sizes = {file: file.stat().st_size for file in list_files(source)}
-        by_line = source.kind in ("jsonl", "csv", "parquet")
+        by_line = source.kind in ROWS
         documents = sum(_estimate_lines(file, size) for file, size in sizes.items()) if by_line else len(sizes)
         total = sum(sizes.values())
         result["sources"][source.name] = {"bytes": total, "documents": documents, "estimated": by_line}

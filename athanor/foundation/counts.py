@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from athanor.foundation.units import read_count
@@ -20,5 +20,6 @@ def _counted(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[float, BeforeValidator(_counted)]
-Whole = Annotated[int, BeforeValidator(_counted)]
+# beyond all text that there is, and all machines
+Count = Annotated[float, Field(le=1e18), BeforeValidator(_counted)]
+Whole = Annotated[int, Field(le=10**12), BeforeValidator(_counted)]

@@ -114,8 +114,8 @@ def check_batch(*, global_batch_tokens: int, seq_len: int, micro_batch_size: int
 
 def _other_split(rows: int, micro_batch_size: int, data_ranks: int, multiple: int) -> str:
     """The most of these data ranks, and the nearest micro-batch, some `multiple` of rows, by which so many rows split."""
-    splits = [(ranks, -abs(math.log(size / micro_batch_size)), size) for ranks in _factors(rows) if ranks <= data_ranks
-              for size in _factors(rows // ranks) if size % multiple == 0]
+    splits = [(ranks, -abs(math.log(size / micro_batch_size)), size) for ranks in factors(rows) if ranks <= data_ranks
+              for size in factors(rows // ranks) if size % multiple == 0]
     if not splits:
         return ""
     ranks, _, size = max(splits)
@@ -124,7 +124,8 @@ def _other_split(rows: int, micro_batch_size: int, data_ranks: int, multiple: in
     return f", or with {' and '.join(parts)} they do"
 
 
-def _factors(number: int) -> list[int]:
+def factors(number: int) -> list[int]:
+    """All divisors, the smallest first."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
@@ -173,7 +174,7 @@ def nearest(layout: Layout, world_size: int) -> list[Layout]:
     """Every layout of so many ranks, those first whose degrees differ least from the ones asked for (dp_shard -1: none was)."""
     asked = [(axis, math.log(size)) for axis in (*AXES, "ep") if (size := getattr(layout, axis)) > 0]
     made = [Layout(**dict(zip(AXES, sizes, strict=True)), ep=ep) for sizes in _factorings(world_size, len(AXES))
-            for ep in (_factors(sizes[2] * sizes[3]) if layout.ep > 1 else [1])]
+            for ep in (factors(sizes[2] * sizes[3]) if layout.ep > 1 else [1])]
 
     def distance(other: Layout) -> tuple[float, int]:
         return round(sum(abs(math.log(getattr(other, axis)) - size) for axis, size in asked), 9), -other.dp_shard
@@ -190,6 +191,6 @@ def _factorings(number: int, count: int) -> Iterator[tuple[int, ...]]:
     if count == 1:
         yield (number,)
         return
-    for first in _factors(number):
+    for first in factors(number):
         for rest in _factorings(number // first, count - 1):
             yield first, *rest

@@ -34,12 +34,12 @@ class Section(BaseModel):
 
 
 class Budget(Section):
-    minutes: float | None = Field(None, gt=0, description="step time of all training stages together, in minutes")
-    days: float | None = Field(None, gt=0, description="days of the calendar for all training stages together; what faults, "
-                               "saves and restarts are expected to take is taken off")
-    pd: float | None = Field(None, gt=0, description="model FLOPs of all training stages together, in PD (8.64e19 FLOP)")
+    minutes: float | None = Field(None, gt=0, le=1e9, description="step time of all training stages together, in minutes")
+    days: float | None = Field(None, gt=0, le=1e6, description="days of the calendar for all training stages together; what "
+                               "faults, saves and restarts are expected to take is taken off")
+    pd: float | None = Field(None, gt=0, le=1e9, description="model FLOPs of all training stages together, in PD (8.64e19 FLOP)")
     tokens: Count | None = Field(None, gt=0, description="tokens of all training stages together")
-    money: float | None = Field(None, gt=0, description="price of the step time; needs cluster.price_per_device_hour")
+    money: float | None = Field(None, gt=0, le=1e15, description="price of the step time; needs cluster.price_per_device_hour")
 
     @property
     def given(self) -> list[str]:
@@ -51,10 +51,10 @@ class Cluster(Section):
     file: str = Field("auto", description="a cluster.toml; 'auto' measures this machine when none lies in the run folder")
     accelerator: str | None = Field(None, description="a known accelerator, for rehearsals, and for plans by its datasheet")
     devices: Whole | None = Field(None, gt=0, description="devices (on CPU: ranks) to use; all of them when left out")
-    per_node: int | None = Field(None, gt=0, description="devices per node")
-    nic_gbps: float | None = Field(None, gt=0, description="network bandwidth of one device, in Gbit/s")
+    per_node: int | None = Field(None, gt=0, le=1e6, description="devices per node")
+    nic_gbps: float | None = Field(None, gt=0, le=1e6, description="network bandwidth of one device, in Gbit/s")
     write_bytes_per_second: float | None = Field(None, gt=0, description="of one device's saves, by name of cluster.accelerator")
-    price_per_device_hour: float | None = Field(None, gt=0, description="money per device and hour")
+    price_per_device_hour: float | None = Field(None, gt=0, le=1e9, description="money per device and hour")
 
 
 class PlanChoice(Section):
@@ -64,9 +64,9 @@ class PlanChoice(Section):
 class Source(Section):
     name: str = Field(pattern=NAME, description="name of the source, used in the funnel and the lineage")
     kind: SourceKind = Field(description="how the source is read")
-    path: str = Field("auto", description="file or folder, relative to where the command runs; 'auto' is the interpreter's "
-                                          "standard library for kind 'python'")
-    weight: float = Field(1.0, gt=0, description="share of this source among the training tokens, relative to the others")
+    path: str = Field("auto", min_length=1, description="file or folder, relative to where the command runs; 'auto' is the "
+                      "interpreter's standard library for kind 'python'")
+    weight: float = Field(1.0, gt=0, le=1e9, description="share of this source among the training tokens, relative to the others")
 
 
 class Data(Section):
@@ -78,18 +78,18 @@ class Data(Section):
 
 class Model(Section):
     architecture: str = Field("llama", description="a file in models/zoo, or package.module")
-    hidden_size: int | None = Field(None, gt=0, description="width of the residual stream")
-    intermediate_size: int | None = Field(None, gt=0, description="width of the feed-forward layer")
-    num_experts: int | None = Field(None, gt=0, description="experts in each block, of an architecture that mixes them")
-    num_experts_per_tok: int | None = Field(None, gt=0, description="experts that each token goes to")
-    num_hidden_layers: int | None = Field(None, gt=0, description="decoder blocks")
-    num_attention_heads: int | None = Field(None, gt=0, description="query heads")
+    hidden_size: int | None = Field(None, gt=0, le=1e7, description="width of the residual stream")
+    intermediate_size: int | None = Field(None, gt=0, le=1e7, description="width of the feed-forward layer")
+    num_experts: int | None = Field(None, gt=0, le=1e6, description="experts in each block, of an architecture that mixes them")
+    num_experts_per_tok: int | None = Field(None, gt=0, le=1e6, description="experts that each token goes to")
+    num_hidden_layers: int | None = Field(None, gt=0, le=1e4, description="decoder blocks")
+    num_attention_heads: int | None = Field(None, gt=0, le=1e6, description="query heads")
     num_key_value_heads: int | None = Field(None, gt=0, description="key and value heads; equal to the query heads unless set")
-    head_dim: int | None = Field(None, gt=0, description="width of a head; hidden_size / num_attention_heads unless set")
+    head_dim: int | None = Field(None, gt=0, le=1e6, description="width of a head; hidden_size / num_attention_heads unless set")
     max_position_embeddings: Whole | None = Field(None, gt=0, description="longest context in tokens")
-    rope_theta: float | None = Field(None, gt=0, description="base of the rotary frequencies")
-    rms_norm_eps: float | None = Field(None, gt=0, description="epsilon of RMSNorm")
-    initializer_range: float | None = Field(None, gt=0, description="standard deviation of the initial weights")
+    rope_theta: float | None = Field(None, gt=0, le=1e15, description="base of the rotary frequencies")
+    rms_norm_eps: float | None = Field(None, gt=0, le=1, description="epsilon of RMSNorm")
+    initializer_range: float | None = Field(None, gt=0, le=10, description="standard deviation of the initial weights")
     tie_word_embeddings: bool | None = Field(None, description="whether the head reuses the embedding's weights")
     sizes: dict[str, bool | int | float] = Field({}, description="further sizes of the architecture, by its field's names, such "
                                                  "as moe_intermediate_size")
@@ -100,16 +100,17 @@ class Model(Section):
 
 
 class Parallel(Section):
-    pp: int | None = Field(None, ge=1, description="pipeline stages")
-    dp_replicate: int | None = Field(None, ge=1, description="replicas of the sharded model (HSDP)")
-    dp_shard: int | None = Field(None, ge=-1, description="ranks that parameters are sharded over; -1 is the rest")
-    cp: int | None = Field(None, ge=1, description="context-parallel ranks")
-    tp: int | None = Field(None, ge=1, description="tensor-parallel ranks")
-    ep: int | None = Field(None, ge=1, description="expert-parallel ranks")
+    pp: int | None = Field(None, ge=1, le=1e9, description="pipeline stages")
+    dp_replicate: int | None = Field(None, ge=1, le=1e9, description="replicas of the sharded model (HSDP)")
+    dp_shard: int | None = Field(None, ge=-1, le=1e9, description="ranks that parameters are sharded over; -1 is the rest")
+    cp: int | None = Field(None, ge=1, le=1e9, description="context-parallel ranks")
+    tp: int | None = Field(None, ge=1, le=1e9, description="tensor-parallel ranks")
+    ep: int | None = Field(None, ge=1, le=1e9, description="expert-parallel ranks")
     pipeline_schedule: str | None = Field(None, description="GPipe, 1F1B, Interleaved1F1B, LoopedBFS, or (not with "
                                           "compile) InterleavedZeroBubble, ZBVZeroBubble, DualPipeV")
-    num_microbatches: int | None = Field(None, ge=1, description="micro-batches per pipeline step")
-    recompute: str | None = Field(None, description="none, full, selective (all but matmuls and attention), or 'every-k' blocks")
+    num_microbatches: int | None = Field(None, ge=1, le=1e9, description="micro-batches per pipeline step")
+    recompute: str | None = Field(None, pattern=r"^(none|full|selective|every-[1-9]\d*)$", description=(
+        "none, full, selective (all but matmuls and attention), or 'every-k' blocks"))
     split: list[int] | None = Field(None, description="decoder blocks of each pipeline stage")
     keep_whole: bool | None = Field(None, description="whether a rank holds whole weights and gradients during a step (less "
                                     "communication, more memory); where they are small, and in a pipeline, unless set")
@@ -117,8 +118,8 @@ class Parallel(Section):
 
 class ParameterGroup(Section):
     pattern: str = Field(min_length=1, description="names of parameters, as a shell's pattern; the first group that fits counts")
-    learning_rate_factor: float = Field(1.0, ge=0, description="their learning rate as a multiple of the stage's")
-    weight_decay: float | None = Field(None, ge=0, description="their decoupled weight decay; the stage's rule when left out")
+    learning_rate_factor: float = Field(1.0, ge=0, le=1e6, description="their learning rate as a multiple of the stage's")
+    weight_decay: float | None = Field(None, ge=0, le=1e3, description="their decoupled weight decay; the stage's when left out")
 
 
 class Stage(Section):
@@ -134,19 +135,19 @@ class Stage(Section):
     global_batch_tokens: Whole | None = Field(None, ge=1, description="tokens of one optimizer step, over all ranks")
     batch_ramp: list[Whole] | None = Field(None, min_length=3, max_length=3, description=(
         "[rows to start with, rows to add, samples until the global batch]; warm-up still counts steps"))
-    learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
+    learning_rate: float | None = Field(None, gt=0, le=10, description="peak learning rate")
     learning_rate_schedule: Literal["cosine", "linear", "wsd", "constant"] | None = Field(
         None, description="shape of the decay after warm-up")
     warmup_steps: Whole | None = Field(None, ge=0, description="steps of linear warm-up")
-    weight_decay: float | None = Field(None, ge=0, description="decoupled weight decay of matrices")
-    gradient_clip: float | None = Field(None, gt=0, description="largest global gradient norm")
+    weight_decay: float | None = Field(None, ge=0, le=1e3, description="decoupled weight decay of matrices")
+    gradient_clip: float | None = Field(None, gt=0, le=1e9, description="largest global gradient norm")
     z_loss: float | None = Field(None, ge=0, le=1, description="coefficient of the squared logsumexp in the loss; 0 unless set")
     expert_bias_rate: float | None = Field(None, ge=0, le=1, description="step of the biases that keep experts equally "
                                            "loaded, of an architecture that has them; 0.001 unless set")
     mtp_weight: float | None = Field(None, gt=0, le=1, description="coefficient of the mean loss of blocks that predict further "
                                      "tokens (model.sizes.num_nextn_predict_layers); 0.3 unless set")
-    spike_sigma: float = Field(6.0, ge=0, description="a step whose loss or gradient norm is more deviations above the mean is "
-                               "skipped; 0 skips only what is not finite")
+    spike_sigma: float = Field(6.0, ge=0, le=1e9, description="a step whose loss or gradient norm is more deviations above the "
+                               "mean is skipped; 0 skips only what is not finite")
     spike_window: int = Field(128, ge=2, le=100_000, description="steps for mean and deviation; none is a spike before")
     most_skipped_steps: int = Field(10, ge=1, description="skipped steps in a row that roll back to the newest good checkpoint")
     most_rollbacks: int = Field(3, ge=0, description="rollbacks to one checkpoint, passing over the data after it each time")
@@ -161,8 +162,8 @@ class Stage(Section):
     save_async: bool = Field(True, description="whether training goes on while a copy in host memory is written")
     evaluate_every: Whole | None = Field(None, ge=1, description="steps between validations")
     evaluate_rows: Whole | None = Field(None, ge=1, description="held-out rows of a validation; all unless set or planned")
-    hang_seconds: float | None = Field(None, ge=1, description="seconds without progress after which ranks are looked at and "
-                                       "started again, but never less than 10 steps; 30 unless set")
+    hang_seconds: float | None = Field(None, ge=1, le=1e9, description="seconds without progress after which ranks are looked at "
+                                       "and started again, but never less than 10 steps; 30 unless set")
     data_shards: Whole | None = Field(None, ge=1, description="virtual data shards; micro-batches of a global batch unless set")
     reduction: Literal["fast", "exact"] = Field("fast", description="'exact': any number of data ranks that divides data_shards "
                                                 "trains the same bits, at some cost")
@@ -172,7 +173,7 @@ class Evaluate(Section):
     tasks: list[str] = Field(["bits_per_byte"], description="tasks, each a name, a package.module, or lm_eval:<its name there>")
     limit: Whole | None = Field(None, ge=1, description="items per task at most; all of them unless set or planned")
     lm_eval_data: str | None = Field(None, description="folder with the data of lm_eval's tasks, as the README says")
-    tp: int = Field(1, ge=1, description="ranks that share each model, by tensor parallelism")
+    tp: int = Field(1, ge=1, le=1e6, description="ranks that share each model, by tensor parallelism")
 
 
 class Serve(Section):
@@ -322,10 +323,9 @@ def _check_meaning(recipe: Recipe, file: str) -> None:
             raise RecipeError(f"{file}: stage.{stage.name} has both steps and tokens; give one")
         if stage.start_from in names[index:]:
             raise RecipeError(f"{file}: stage.{stage.name}.start_from names '{stage.start_from}', which does not come before it")
-    sources = [source.name for source in recipe.data.source]
-    for index, name in enumerate(sources):
-        if name in sources[:index]:
-            raise RecipeError(f"{file}: two sources are called '{name}'")
+    for index, source in enumerate(recipe.data.source):
+        if source.name in [other.name for other in recipe.data.source[:index]]:
+            raise RecipeError(f"{file}: two sources are called '{source.name}'")
     if recipe.data.vocab_size is not None and recipe.data.tokenizer is not None:
         raise RecipeError(f"{file}: data has both vocab_size and tokenizer; give one")
 

@@ -87,7 +87,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise DiskError(f"cannot write {path}: {os.strerror(error.errno or 0)}; free some space and run again") from error
-        if isinstance(error, (PermissionError, IsADirectoryError)):
+        if isinstance(error, (PermissionError, IsADirectoryError, FileExistsError, NotADirectoryError)):
             raise UserError(f"cannot write {path}: {os.strerror(error.errno or 0).lower()}") from error
         raise
 

@@ -36,8 +36,12 @@ def submit(queue: Queue, **fields: Any) -> Job:
     job = queue.add(**fields)
     try:
         return start(queue, job)
-    except UserError:
+    except AthanorError:
         queue.remove(job)
+        job.log.with_suffix(".sbatch").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is more in it
+            job.log.parent.rmdir()
+            job.log.parent.parent.rmdir()
         raise
 
 

@@ -114,9 +114,10 @@ class Queue:
         return _job(row)
 
     def remove(self, job: Job) -> None:
-        """Forget a job that never was."""
+        """Forget a job that never was; its number is the next one's."""
         with self._open() as base:
             base.execute("DELETE FROM job WHERE number = ?", (job.number,))
+            base.execute("UPDATE sqlite_sequence SET seq = (SELECT COALESCE(MAX(number), 0) FROM job) WHERE name = 'job'")
 
     def all(self) -> list[Job]:
         """All jobs, the newest first; none where nothing was ever submitted."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from athanor.cluster.spec import ClusterSpec
 from athanor.cost.case import mean_context
 from athanor.foundation.errors import LayoutError, UserError
-from athanor.foundation.layout import AXES, Layout, check_batch, check_experts, check_model
+from athanor.foundation.layout import AXES, Layout, check_batch, check_experts, check_model, factors
 from athanor.foundation.recipe import Parallel, Recipe, Stage
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, check_pipeline, stages_of
 from athanor.foundation.units import format_bytes
@@ -163,7 +163,7 @@ def fastest(forecaster: Forecaster, shape: DecoderShape, layout: Layout, stage: 
             rows: int) -> tuple[StageChoice, Step] | None:
     """The micro-batch size with the shortest step of `rows` rows per rank; None when none fits memory, or fills a pipeline."""
     choices = []
-    for size in [stage.micro_batch_size] if stage.micro_batch_size else [d for d in range(1, rows + 1) if rows % d == 0]:
+    for size in [stage.micro_batch_size] if stage.micro_batch_size else factors(rows):
         choice = replace(template, micro_batch_size=size, num_microbatches=rows // size)
         memory = forecaster.memory(shape, layout, choice)
         if not fits(memory, forecaster.cluster.memory_bytes) or size * template.seq_len // layout.cp % layout.tp:

@@ -71,7 +71,7 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     main = max(recipe.stage, key=lambda stage: shares[stage.name])
 
     def ranking() -> list[Candidate]:
-        return rank_candidates(forecaster, recipe, main, open_stage(main, text, cluster, recipe.parallel), text,
+        return rank_candidates(forecaster, recipe, main, open_stage(main, text, cluster, recipe), text,
                                budget_part(recipe, cluster, shares[main.name], main))
 
     ranked, job = ranking(), None
@@ -83,7 +83,7 @@ def make_plan(recipe: Recipe, cluster: ClusterSpec, scan: dict[str, Any], factor
     filled: dict[str, FilledStage] = {}
     for stage in sorted(recipe.stage, key=lambda stage: stage is main):  # the main stage takes what the others leave
         part = budget_part(recipe, cluster, shares[stage.name] + (spare if stage is main else 0.0), stage)
-        filled[stage.name] = fill_stage(forecaster, best, stage, open_stage(stage, text, cluster, recipe.parallel), text, part)
+        filled[stage.name] = fill_stage(forecaster, best, stage, open_stage(stage, text, cluster, recipe), text, part)
         spare += filled[stage.name].unused * shares[stage.name]
     filled = {stage.name: filled[stage.name] for stage in recipe.stage}
     choices = {name: stage.choice for name, stage in filled.items()}
@@ -207,7 +207,7 @@ def _row(candidate: Candidate) -> dict[str, Any]:
 
 def _why_model(best: Candidate, ranked: list[Candidate]) -> str:
     if len(ranked) == 1:
-        return "its sizes are given, by the recipe or by the model it starts from"
+        return "its sizes are given, by the recipe or by the model that a stage starts from; all stages have them"
     by = (f"lowest predicted loss ({best.loss:.2f} nats per token) of {len(ranked)} shapes" if best.loss <= ranked[1].loss else
           f"nearest to 20 tokens per parameter of {len(ranked)} shapes")
     return (f"{best.shape.hidden_size} wide, {best.shape.num_hidden_layers} deep: {by}; "

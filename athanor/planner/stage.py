@@ -9,7 +9,7 @@ from typing import Any
 from athanor.cluster.spec import ClusterSpec
 from athanor.cost.coefficients import load
 from athanor.foundation.errors import UserError
-from athanor.foundation.recipe import Parallel, Recipe, Stage
+from athanor.foundation.recipe import Recipe, Stage
 from athanor.foundation.schedules import DEFAULT_SCHEDULE
 from athanor.foundation.units import PD_FLOP, format_bytes, format_count, format_seconds, format_share
 from athanor.laws import goodput, scaling
@@ -89,17 +89,17 @@ def vocabulary_for(source_bytes: float) -> int:
     return 1 << min(17, max(9, round(12 + math.log(max(source_bytes, 1) / 1e7, 4))))
 
 
-def open_stage(stage: Stage, text: Text, cluster: ClusterSpec, parallel: Parallel) -> StageChoice:
-    """A stage before its batch and steps are known."""
-    is_pairs = stage.data != "documents"
+def open_stage(stage: Stage, text: Text, cluster: ClusterSpec, recipe: Recipe) -> StageChoice:
+    """A stage before its batch and steps are known; its rows, unless given, are as long as the longest of other stages."""
+    is_pairs, longest = stage.data != "documents", max(other.seq_len or 0 for other in recipe.stage)
     return StageChoice(
-        stage.name, seq_len=stage.seq_len or (256 if cluster.device_type == "cpu" else 2048),
+        stage.name, seq_len=stage.seq_len or longest or (256 if cluster.device_type == "cpu" else 2048),
         micro_batch_size=stage.micro_batch_size or 1, num_microbatches=1, steps=stage.steps or 1,
         precision=stage.precision or ("fp32" if cluster.device_type == "cpu" else "bf16"),
         checkpoint_every=stage.checkpoint_every or 1, evaluate_every=stage.evaluate_every or 1,
         optimizer=stage.optimizer or "muon", document_tokens=text.pair_tokens if is_pairs else text.document_tokens,
         evaluation_tokens=text.evaluation_tokens * (load()["text"]["pairs_share"] if is_pairs else 1.0),
-        recompute=parallel.recompute or "none", schedule=parallel.pipeline_schedule or DEFAULT_SCHEDULE,
+        recompute=recipe.parallel.recompute or "none", schedule=recipe.parallel.pipeline_schedule or DEFAULT_SCHEDULE,
         save_async=stage.save_async)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from athanor.foundation.errors import ModelError, UserError, did_you_mean
 from athanor.foundation.recipe import load_recipe
 from athanor.foundation.run_folder import RunFolder, registry_root, runs_root
-from athanor.registry.manifest import content_version, hash_files
+from athanor.registry.manifest import Manifest, content_version, hash_files, read_manifest
 from athanor.registry.store import Registry
 
 
@@ -28,9 +28,14 @@ class Target:
         return None if self.run is None else self.run.feedback
 
     @cached_property
+    def files(self) -> dict[str, str]:
+        """sha256 of each file, made once: it takes a second for a gigabyte."""
+        return hash_files(self.folder)
+
+    @cached_property
     def version(self) -> str:
         """The registry's version of the same content."""
-        return content_version(hash_files(self.folder))
+        return content_version(self.files)
 
     @property
     def reference(self) -> str:
@@ -38,7 +43,8 @@ class Target:
 
 
 def find_target(model: str, registry: Path | None = None) -> Target:
-    """Resolve MODEL, with the registry in this folder if given. Raises UserError with what was tried and the nearest name."""
+    """Resolve MODEL, with the registry in this folder if given. Raises UserError with what was tried and the nearest name, and
+    ModelError for a registered version whose files are not as they were registered."""
     path = Path(model)
     if path.suffix == ".toml":
         return _of_run(runs_root() / load_recipe(path).name, f"'{model}' has not been trained yet: ")
@@ -58,6 +64,9 @@ def _of_folder(folder: Path) -> Target:
     stage, run = folder.parent, folder.parent.parent
     if folder.name == "model" and RunFolder(run).recipe.is_file():
         return Target(folder, f"{run.name}-{stage.name}", RunFolder(run), stage.name)
+    if folder.name == "model" and "@" in stage.name and (stage / "manifest.json").is_file():
+        card = read_manifest(stage / "manifest.json")
+        return _intact(Target(folder, card.model), card)
     return Target(folder, folder.parent.name if folder.name == "model" else folder.name)
 
 
@@ -81,4 +90,12 @@ def _of_registry(model: str, registry: Registry) -> Target:
     card = registry.get(model)
     run, _, stage = card.origin.removeprefix("run ").partition(", stage ")
     is_here = card.origin.startswith("run ") and (runs_root() / run).is_dir()
-    return Target(registry.folder(card), card.model, RunFolder(runs_root() / run) if is_here else None, stage)
+    return _intact(Target(registry.folder(card), card.model, RunFolder(runs_root() / run) if is_here else None, stage), card)
+
+
+def _intact(target: Target, card: Manifest) -> Target:
+    damaged = sorted(name for name, digest in card.files.items() if target.files.get(name) != digest)
+    if damaged:
+        raise ModelError(f"{card.reference} is damaged: {', '.join(damaged)} {'is' if len(damaged) == 1 else 'are'} not as "
+                         f"registered; `athanor models import FOLDER --name {card.model}`, of an intact copy, puts it back")
+    return target

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from athanor.foundation.errors import LayoutError, ModelError, UserError
 from athanor.foundation.layout import AXES, Layout, check_batch, check_model, resolve
 from athanor.foundation.recipe import Recipe, Stage
+from athanor.foundation.run_folder import hash_file
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, stages_of
 from athanor.models.shapes.decoder import DecoderShape
 from athanor.models.shapes.deepseek_v3 import mtp_weight
+from athanor.models.shapes.find import shape_class, tokenizer_size
 from athanor.train.elastic import fixed_shards
 from athanor.train.groups import Group
 from athanor.train.ramp import Ramp, read_ramp
@@ -109,6 +112,26 @@ def world_size_of(recipe: Recipe, devices: int) -> int:
     return devices if layout.dp_shard == -1 else layout.world_size
 
 
+def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, vocabulary: int | None, tokenizer: Path | None) -> None:
+    """Refuse to go on from a model that speaks another vocabulary than the data (how many entries, or a new tokenizer's most, and
+    tokenizer.json; None is not known yet), or another one than [model] describes."""
+    if type(shape) is not shape_class(recipe.model.architecture):
+        raise ModelError(f"model.architecture is '{recipe.model.architecture}', but the model in {folder} is a "
+                         f"'{shape.MODEL_TYPE}'; set model.architecture = \"{shape.MODEL_TYPE}\"")
+    own, mend = folder / "tokenizer.json", f'build the data with data.tokenizer = "{folder}"'
+    if shape.vocab_size < (vocabulary or 0):
+        raise ModelError(f"{folder} has {shape.vocab_size} tokens in its vocabulary, the data's tokenizer {vocabulary}; {mend}")
+    if own.is_file() and (tokenizer_size(str(own)) > (vocabulary or math.inf) if tokenizer is None else
+                          hash_file(own) != hash_file(tokenizer)):
+        new = f"{vocabulary} new entries"
+        raise ModelError(f"{own} is not the tokenizer that the data are built with ({tokenizer or new}); {mend}")
+    for key, value in recipe.model.given().items():
+        place = f"model.sizes.{key}" if key in recipe.model.sizes else f"model.{key}"
+        if recipe.origin(place) in ("recipe", "override") and getattr(shape, key, None) != value:
+            raise ModelError(f"{place} is {value}, but the model in {folder} has {getattr(shape, key, None)}; a recipe has one "
+                             f"model, so leave {place} out, or give stages that start from others a recipe of their own")
+
+
 def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) -> Settings:
     """Fill what recipe and plan left open. Raises UserError, LayoutError or ModelError with what would work."""
     seq_len = stage.seq_len or 256
@@ -120,17 +143,15 @@ def settle(recipe: Recipe, stage: Stage, layout: Layout, shape: DecoderShape) ->
     micro_batch_size, batch_tokens = _batch(recipe, stage, seq_len, layout)
     rows, num_microbatches = check_batch(global_batch_tokens=batch_tokens, seq_len=seq_len, micro_batch_size=micro_batch_size,
                                          data_ranks=layout.data_ranks)
-    ramp = None
-    if stage.batch_ramp is not None:
-        ramp = read_ramp(stage.batch_ramp, rows, rows // num_microbatches, stage.data_shards, f"stage.{stage.name}.batch_ramp")
+    ramp = None if stage.batch_ramp is None else read_ramp(stage.batch_ramp, rows, rows // num_microbatches, stage.data_shards,
+                                                           f"stage.{stage.name}.batch_ramp")
     data_shards = shards or (math.gcd(*ramp.rungs) if ramp else rows) // micro_batch_size
     if rows % data_shards or data_shards % layout.data_ranks:
         raise LayoutError(f"data_shards = {data_shards} must divide the {rows} rows of a step and be a multiple of the "
                           f"{layout.data_ranks} data ranks")
     steps, tokens = stage.steps, stage.tokens
     if ramp and steps and recipe.origin(f"stage.{stage.name}.steps") == "plan":
-        tokens = float(steps * batch_tokens)  # a plan counts steps of the full batch
-        steps = None
+        tokens, steps = float(steps * batch_tokens), None  # a plan counts steps of the full batch
     if steps is None and tokens:
         steps = ramp.steps(tokens / seq_len) if ramp else max(1, round(tokens / batch_tokens))
     if steps is None:

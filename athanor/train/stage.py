@@ -18,7 +18,7 @@ from athanor.foundation.identity import check_same
 from athanor.foundation.layout import Layout, check_experts
 from athanor.foundation.layout import resolve as resolve_layout
 from athanor.foundation.recipe import Recipe, Stage
-from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, hash_file, hash_folder, write_atomic
+from athanor.foundation.run_folder import RunFolder, StageFolder, disk_errors, hash_folder, write_atomic
 from athanor.foundation.schedules import DEFAULT_SCHEDULE, Pipeline, check_pipeline, cut, find_schedule
 from athanor.foundation.toml import toml_value
 from athanor.ledger.attempts import throw_away
@@ -31,7 +31,7 @@ from athanor.objectives.find import load_objective
 from athanor.parallel import recompute
 from athanor.train.elastic import decides_bits
 from athanor.train.groups import check_groups
-from athanor.train.settings import INCIDENTAL, Settings, identity, layout_of, settle
+from athanor.train.settings import INCIDENTAL, Settings, check_start, identity, layout_of, settle
 
 HEAD_WIDTH = INNER_MULTIPLE = 32
 
@@ -67,7 +67,7 @@ def resolve(run: RunFolder, recipe: Recipe, stage_name: str, world_size: int) ->
     start = find_start(run, recipe, stage)
     shape = read_shape(start) if start is not None else fresh_shape(recipe, manifest)
     if start is not None:
-        check_start(start, shape, recipe, manifest, run.data / "tokenizer")
+        check_start(start, shape, recipe, manifest["vocab_size"], run.data / "tokenizer" / "tokenizer.json")
     layout, settings, pipeline = arrange(recipe, stage, shape, world_size)
     if settings.precision == "fp8":
         fp8.check(shape, layout.tp)
@@ -138,24 +138,6 @@ def fresh_shape(recipe: Recipe, manifest: dict[str, Any]) -> DecoderShape:
     given.setdefault("tie_word_embeddings", True)
     return new_shape(recipe.model.architecture, vocab_size=filled_up(manifest["vocab_size"]), bos_token_id=manifest["bos_id"],
                      eos_token_id=manifest["eos_id"], pad_token_id=manifest["pad_id"], **given)
-
-
-def check_start(folder: Path, shape: DecoderShape, recipe: Recipe, manifest: dict[str, Any], tokenizer: Path) -> None:
-    """Refuse to go on from a model that speaks another vocabulary, or another one than [model] describes."""
-    if type(shape) is not shape_class(recipe.model.architecture):
-        raise ModelError(f"model.architecture is '{recipe.model.architecture}', but the model in {folder} is a "
-                         f"'{shape.MODEL_TYPE}'; set model.architecture = \"{shape.MODEL_TYPE}\"")
-    if shape.vocab_size < manifest["vocab_size"]:
-        raise ModelError(f"{folder} has {shape.vocab_size} tokens in its vocabulary, the data's tokenizer "
-                         f"{manifest['vocab_size']}; build the data with data.tokenizer = \"{folder}\"")
-    own = folder / "tokenizer.json"
-    if own.is_file() and hash_file(own) != hash_file(tokenizer / "tokenizer.json"):
-        raise ModelError(f"{own} is not the tokenizer that the data were built with ({tokenizer / 'tokenizer.json'}); "
-                         f"build the data with data.tokenizer = \"{folder}\"")
-    for key, value in recipe.model.given().items():
-        place = f"model.sizes.{key}" if key in recipe.model.sizes else f"model.{key}"
-        if recipe.origin(place) in ("recipe", "override") and getattr(shape, key, None) != value:
-            raise ModelError(f"{place} is {value}, but the model in {folder} has {getattr(shape, key, None)}")
 
 
 def claim_folder(job: Job, is_fresh: bool) -> None:

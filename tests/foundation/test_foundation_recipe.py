@@ -46,6 +46,7 @@ def test_precedence_is_override_recipe_plan_default() -> None:
     ("budget.minutes=inf", ["budget.minutes"]),
     ("seed.x=1", ["seed"]),
     ("name=a/b", ["name"]),
+    ("data.source.stdlib.path=", ["data.source.stdlib.path", "at least 1 character"]),
     ("parallel.dp_shard=0", ["parallel.dp_shard", "at least 1"]),
     ("data.source.stdlib.name=../x", ["data.source", "name", "pattern"]),
     (f"name={'a' * 101}", ["name", "pattern"]),

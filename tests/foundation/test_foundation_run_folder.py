@@ -10,6 +10,7 @@ from athanor.foundation import run_folder
 from athanor.foundation.errors import DiskError, UserError
 from athanor.foundation.run_folder import (
     append_jsonl,
+    disk_errors,
     folder_renamed_last,
     hash_folder,
     read_json,
@@ -77,3 +78,10 @@ def test_folder_hashes_see_names_and_contents(tmp_path: Path) -> None:
     second = hash_folder(tmp_path)
     (tmp_path / "b").write_text("2")
     assert len({first, second, hash_folder(tmp_path)}) == 3
+
+
+def test_a_file_where_a_folder_is_to_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    for place, words in ((tmp_path / "runs", "file exists"), (tmp_path / "runs" / "mine", "not a directory")):
+        with pytest.raises(UserError, match=f"cannot write {place}: {words}"), disk_errors(place):
+            place.mkdir(parents=True, exist_ok=True)

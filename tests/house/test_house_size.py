@@ -11,7 +11,7 @@ import athanor
 
 PACKAGE = Path(athanor.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOM_LINES = {"data": 4500, "planner": 2000, "cost": 2100, "models": 4150, "foundation": 2185, "report": 1300,
+ROOM_LINES = {"data": 4500, "planner": 2000, "cost": 2100, "models": 4150, "foundation": 2190, "report": 1300,
               "evaluate": 1200, "registry": 1350, "laws": 1020,
               "jobs": 1500}  # jobs: devices given up, fewer ranks, what a job took; registry: latent attention as GGUF
 OTHER_ROOM_LINES = 1000
@@ -27,7 +27,7 @@ def test_rooms_keep_their_size() -> None:
     summed = {"parallel", "train", "objectives", "inference", "serve", "cli", "__init__.py"}
     for room in {f.relative_to(PACKAGE).parts[0] for f in FILES} - summed:
         assert lines(room) <= ROOM_LINES.get(room, OTHER_ROOM_LINES), room
-    assert sum(len(f.read_text().splitlines()) for f in FILES) <= 31000
+    assert sum(len(f.read_text().splitlines()) for f in FILES) <= 31100
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))

@@ -321,10 +321,10 @@ def test_the_verbs_speak_json_and_refuse_early(queue: Queue, recipe_file: Path, 
         with pytest.raises(click.UsageError, match=r"minutes is|not in the range x>0"):
             command.main(["submit", str(recipe_file), "--stage", "pretrain", "--minutes", minutes], standalone_mode=False)
     assert call("list") == {"jobs": []}, "what was refused is not listed"
-    job = add(queue)
-    with pytest.raises(UserError, match=r"tiny-2 is working in .*; wait for it, cancel it, or give the run another name"):
+    job = add(queue)  # with the first number, since no other job ever was
+    with pytest.raises(UserError, match=r"tiny-1 is working in .*; wait for it, cancel it, or give the run another name"):
         CliRunner().invoke(command, ["submit", str(recipe_file), "--stage", "pretrain"], catch_exceptions=False)
-    shown = call("show", "2")
+    shown = call("show", "1")
     assert isinstance(shown, dict) and shown["id"] == job.id and shown["step"] == 0 and shown["faults"] == []
-    with pytest.raises(UserError, match="tiny-2 has no log of rank 0; no rank was started yet"):
-        CliRunner().invoke(command, ["logs", "2", "--rank", "0"], catch_exceptions=False)
+    with pytest.raises(UserError, match="tiny-1 has no log of rank 0; no rank was started yet"):
+        CliRunner().invoke(command, ["logs", "1", "--rank", "0"], catch_exceptions=False)

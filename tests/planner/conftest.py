@@ -66,6 +66,8 @@ def toy(tmp_path: Path):  # type: ignore[no-untyped-def]
     def make(*overrides: str, budget: str = "minutes = 4") -> Recipe:
         file = tmp_path / "toy.toml"
         file.write_text(RECIPE.replace("minutes = 4", budget))
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / "functions.py").write_text("")  # that there may be pairs
         return load_recipe(file, list(overrides))
 
     return make

@@ -235,13 +235,18 @@ def test_law_of_loss() -> None:
     assert vocabulary_for(1e7) == 4096 and vocabulary_for(4e7) == 8192 and vocabulary_for(1) == 512
 
 
+def test_rows_that_are_left_open_fit_the_model(machine: ClusterSpec, toy: Toy) -> None:
+    plan = make_plan(toy("stage.pretrain.seq_len=128", "model.hidden_size=128", "model.num_hidden_layers=2"), machine, SCAN)
+    assert [stage["seq_len"] for stage in plan.values["stage"]] == [128, 128]
+    assert plan.values["model"]["max_position_embeddings"] == 128
+
+
 def test_verb_plan_writes_plan_and_books(machine: ClusterSpec, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from athanor.cli.plan import command
     from athanor.ledger.book import read_book
 
     monkeypatch.setenv("ATHANOR_RUNS", str(tmp_path / "runs"))
     toy()
-    (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("words " * 100_000)
     machine.write(tmp_path / "cluster.toml")
     arguments = [str(tmp_path / "toy.toml"), f"data.source.words.path={tmp_path / 'text'}",

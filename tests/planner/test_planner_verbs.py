@@ -27,7 +27,6 @@ def recipe(machine: ClusterSpec, toy: Toy, tmp_path: Path, monkeypatch: pytest.M
     """The toy recipe's file, with text, on a measured machine, and run folders of its own."""
     monkeypatch.setenv("ATHANOR_RUNS", str(tmp_path / "runs"))
     toy()
-    (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("words " * 100_000)
     machine.write(tmp_path / "cluster.toml")
     file = tmp_path / "toy.toml"

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from athanor.cli.main import main
-from athanor.foundation.errors import UserError
+from athanor.foundation.errors import ModelError, UserError
 from athanor.serve.server import smoke
 from athanor.serve.target import find_target
 
@@ -88,6 +88,23 @@ def test_registry_names(run_folder: Path) -> None:
     assert find_target("runs/demo").reference == card.reference  # the same content has the same version
     with pytest.raises(UserError, match="demo-chat@0000"):
         find_target("demo-chat@0000")
+
+
+def test_a_registered_model_that_was_damaged_is_not_used(run_folder: Path) -> None:
+    from athanor.registry.store import register
+
+    card = register(run_folder, "chat")
+    folder = Path("registry") / card.reference / "model"
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    (folder / "notes.txt").write_text("what is not on the card is nobody's damage")
+    for name in ("demo-chat", card.reference, str(folder)):
+        with pytest.raises(ModelError, match=rf"{card.reference} is damaged: model\.safetensors is not as registered; .* import"):
+            find_target(name)
+    assert find_target("runs/demo").reference == card.reference, "the run's own is whole"
 
 
 def test_the_notebook_of_the_readme_runs(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from athanor.data.text.tokenizer import Tokenizer
+from athanor.data.text.tokenizer import TEMPLATE, Tokenizer, train_tokenizer
 from athanor.foundation.errors import DataError
 from athanor.foundation.run_folder import hash_value, read_json
 
@@ -44,6 +44,13 @@ class ChatTemplate:
         if source is None:
             raise DataError(f"{folder} has no chat template: neither chat_template.jinja nor one in tokenizer_config.json")
         return cls(source, Tokenizer.load(Path(folder)), where)
+
+    @classmethod
+    def to_come(cls, given: str | None) -> ChatTemplate:
+        """The template that data will be built with: of the given tokenizer (a folder or its tokenizer.json), or our own."""
+        if given is None:
+            return cls(TEMPLATE.read_text(encoding="utf-8"), train_tokenizer(iter(()), 0), str(TEMPLATE.name))
+        return cls.load(Path(given).parent if Path(given).name == "tokenizer.json" else Path(given))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Token ids of a conversation, ready for an answer when `add_generation_prompt`."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import tomllib
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from athanor.foundation import pieces
 from athanor.foundation.errors import ModelError, UserError, did_you_mean, nearest
 from athanor.foundation.recipe import Recipe, load_recipe, read_plan
 from athanor.foundation.run_folder import RunFolder, read_json, runs_root
@@ -92,8 +92,7 @@ def load_shape(source: Path | dict[str, Any], for_training: bool = True, where: 
     allowed = architectures() if for_training else counted()
     if not isinstance(source.get("model_type"), str):
         raise ModelError(f"{where} has no 'model_type'; allowed: {', '.join(allowed)}")
-    kind: str = source["model_type"]
-    kind = ALIASES.get(kind, kind)
+    kind: str = ALIASES.get(source["model_type"], source["model_type"])
     if "." in kind:  # a folder from elsewhere must not choose what is imported; only a recipe names a package.module
         raise ModelError(f"{where}: unknown model_type '{kind}'; allowed: {', '.join(allowed)}")
     if for_training:
@@ -113,8 +112,7 @@ def find_shape(name_or_path: str | Path) -> DecoderShape:
 
     Raises ModelError with the nearest name for what is neither.
     """
-    name = str(name_or_path)
-    known = known_shapes()
+    name, known = str(name_or_path), known_shapes()
     if name.lower() in known:
         return load_shape(known[name.lower()], for_training=False)
     if Path(name).suffix == ".toml":
@@ -147,13 +145,15 @@ def filled_up(vocabulary: int) -> int:
 
 
 def tokenizer_size(path: str) -> int:
-    """Entries of a tokenizer.json, or of the one in a folder. Raises UserError for anything else."""
+    """Entries of a tokenizer.json, or of a folder's (a SentencePiece model's own, none added). Raises UserError otherwise."""
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not file.exists() and (held := file.with_name(pieces.FILE)).is_file():
+        return len(pieces.read_pieces(held).pieces)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_json(file)
         ids = [*raw["model"]["vocab"].values(), *(token["id"] for token in raw.get("added_tokens", []))]
         return int(max(ids)) + 1
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"data.tokenizer: {file} is not a tokenizer.json that can be read: {error}") from None
 
 
