@@ -172,7 +172,11 @@ class Datasheet(Rated):
         work = Work()
         work.add("matmul", forward, backward)
         work.add("attention", attention, 2.5 * attention)
-        work.add("elementwise", passes + moved, c["passes_backward"] * passes + 2 * moved)
+        # engines that keep each gradient beside its parameter add every further micro-batch's to it in a pass, not in the product
+        is_apart = machine.program == self.program("megatron-deepspeed")
+        adding = is_apart * (1 - 1 / case.num_microbatches) * c["accumulate"] / machine.memory_bytes_per_second
+        held = (inputs * outputs * number).sum(axis=0)
+        work.add("elementwise", passes + moved, c["passes_backward"] * passes + 2 * moved + adding * held)
         one, two = work.seconds("block")
         work.add("launch", smooth_max(one, np.asarray(floor)) - one, smooth_max(two, np.asarray(1.5 * floor)) - two)
         # torchtitan selects operators: of two products it computes one again, and all between them
@@ -183,6 +187,7 @@ class Datasheet(Rated):
         work.add("matmul", times * forward, times * backward, "ends")
         logits = c["loss_passes"] * tokens * width * 4 / machine.memory_bytes_per_second
         work.add("cross_entropy", np.zeros(1), times * logits, "ends")
+        work.add("elementwise", np.zeros(1), adding * case.hidden * width, "ends")
         return work
 
     def mixture(self, case: Case) -> tuple[Array, Array]:

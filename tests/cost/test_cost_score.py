@@ -74,7 +74,7 @@ def test_the_report_card_stays_as_good(card: dict[str, Any]) -> None:
     assert card["macro_error"] <= 0.09 and card["median_error"] <= 0.06 < card["constant_mfu_error"]
     assert {name: entry["mean_error"] for name, entry in card["sources"].items() if name in ("KOR", "SC21", "SC21Z", "HAG")} == (
         pytest.approx({"KOR": 0, "SC21": 0, "SC21Z": 0, "HAG": 0}, abs=0.08))
-    assert card["ranking"]["tau"] >= 0.75 and card["ranking"]["regret"] <= 0.07
+    assert card["ranking"]["tau"] >= 0.75 and card["ranking"]["regret"] <= 0.045
     assert card["out_of_memory"]["accuracy"] >= 0.95 and card["out_of_memory"]["recall"] >= 0.96
     assert card["memory"]["mean_error"] <= 0.09
     assert card["coverage"]["dense"] >= 0.97 and card["coverage"]["mixture"] >= 0.95
@@ -167,6 +167,22 @@ def test_a_last_round_of_few_tiles_costs_a_whole_one(fitting: Fitting) -> None:
     sheet = Datasheet(machine, coefficients("time").mapping() | {"m0": 1e-9, "n0": 1e-9, "k0": 1e-9})
     one, two = (sheet.matmul(np.array([256.0 * rows]), np.array([512.0]), np.ones(1), np.ones(1)) for rows in (27, 28))
     assert one == pytest.approx(2 * 256 * 27 * 512, rel=1e-6) and two > 1.2 * one
+
+
+def test_gradients_beside_their_parameters_are_added_in_passes_of_their_own(fitting: Fitting) -> None:
+    """BLM-0087: blocks of 12 x 13,824^2 parameters and a head of 250,680 x 13,824 on 4 ranks of an A100's 2 TB/s."""
+    case, machine = chosen(fitting, "BLM-0087")
+    values = coefficients("time").mapping() | {"accumulate": 10.0}
+
+    def backward(machine: Machine, count: float) -> list[Array]:
+        work = Datasheet(machine, values).work(replace(case, num_microbatches=np.array([count])))
+        return [part["elementwise"][1] for part in (work.block, work.ends)]
+
+    one, two, many = (backward(machine, count) for count in (1.0, 2.0, 1e12))
+    for found, half, first, held in zip(many, two, one, (12 * 13824**2 / 4, 250680 * 13824 / 4), strict=True):
+        assert found - first == pytest.approx(10 * held / 2e12) and half - first == pytest.approx((found - first) / 2)
+    within = replace(machine, program=0 * machine.program + Datasheet.program("megatron-core"))
+    assert backward(within, 1.0) == backward(within, 64.0)
 
 
 def test_torchtitan_computes_half_of_the_products_again(fitting: Fitting) -> None:
