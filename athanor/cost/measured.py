@@ -44,8 +44,7 @@ class Table:
         corners: list[tuple[tuple[Array, ...], Array | float]] = [((), 1.0)]
         for axis, size in zip(self.logs, sizes, strict=True):
             x = np.log(np.maximum(np.asarray(size, dtype=float), 1e-12))
-            if not self.extrapolate:
-                x = np.clip(x, axis[0], axis[-1])
+            x = x if self.extrapolate else np.clip(x, axis[0], axis[-1])
             low = np.clip(np.searchsorted(axis, x) - 1, 0, max(len(axis) - 2, 0))
             if len(axis) == 1:
                 corners = [((*index, low), weight) for index, weight in corners]
@@ -87,10 +86,8 @@ class Measured:
         self._learn([row for row in cluster.steps if row[0] == dtype])
 
     def _learn(self, rows: Sequence[Sequence[Any]]) -> None:
-        """From whole steps that were measured: factors of computing, of gathers and of collectives inside blocks, and what
-        sharding a block costs beside."""
-        alone = dict[tuple[Any, ...], float]()
-        logs: list[float] = []
+        """From whole measured steps: factors of computing, gathers and collectives inside blocks; what sharding costs beside."""
+        alone, logs = dict[tuple[Any, ...], float](), list[float]()
         for _, *sizes, shard, tp, seconds, waited in sorted(rows, key=lambda row: row[-4]):
             case = _measured_step(sizes, shard, tp, self.dtype)
             if tp > 1:
