@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from athanor.cli.preflight import planned
 from athanor.cli.train import command, describe_machine, look_ahead
-from athanor.cluster.spec import from_dict
+from athanor.cluster.spec import SCHEMA, from_dict
 from athanor.foundation.errors import LayoutError
 from athanor.foundation.layout import Layout, nearest
 from athanor.foundation.recipe import Recipe, load_recipe
@@ -54,7 +54,7 @@ def test_the_nearest_come_first_and_none_is_left_out() -> None:
 
 
 def write_cluster(run_folder: Path, devices: int) -> None:
-    facts = {"schema": 1, "accelerator": "cpu", "device_type": "cpu", "per_node": devices, "memory_bytes": 1e9,
+    facts = {"schema": SCHEMA, "accelerator": "cpu", "device_type": "cpu", "per_node": devices, "memory_bytes": 1e9,
              "threads_per_device": 1, "peak_flops": {"fp64": 1e9}, "memory_bytes_per_second": 1e9}
     from_dict({**facts, "devices": devices}, "cluster.toml").write(run_folder / "cluster.toml")
 
