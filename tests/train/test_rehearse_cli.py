@@ -46,7 +46,8 @@ def test_what_does_not_fit_is_told_with_remedies(recipe_file: Path, runs: Path) 
     from athanor.cluster.spec import SCHEMA, from_dict
 
     spec = from_dict({"schema": SCHEMA, "accelerator": "tiny", "device_type": "cpu", "devices": 2, "per_node": 2,
-                      "memory_bytes": 1e5, "threads_per_device": 1, "peak_flops": {"fp32": 1e9}, "memory_bytes_per_second": 1e9}, "cluster.toml")
+                      "memory_bytes": 1e5, "threads_per_device": 1, "peak_flops": {"fp32": 1e9},
+                      "memory_bytes_per_second": 1e9}, "cluster.toml")
     spec.write(runs / "cluster.toml")
     result = CliRunner().invoke(command, [str(recipe_file), *ARGUMENTS, f"cluster.file={runs / 'cluster.toml'}"],
                                 catch_exceptions=False)
