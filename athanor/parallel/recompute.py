@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,12 +27,14 @@ def recomputed(policy: str, blocks: Iterable[int]) -> list[bool]:
     of them, but for what takes long), or `every-k` (the k-th, the 2k-th, …)."""
     if policy in ("none", "full", "selective"):
         return [policy != "none" for _ in blocks]
-    every = int(policy.removeprefix("every-"))  # a recipe takes no other
-    return [(number + 1) % every == 0 for number in blocks]
+    match = re.fullmatch(r"every-([1-9]\d*)", policy)
+    if match is None:
+        raise LayoutError(f"parallel.recompute is '{policy}'; allowed: none, full, selective, every-2, every-3, …")
+    return [(number + 1) % int(match[1]) == 0 for number in blocks]
 
 
 def check(policy: str, count: int) -> None:
-    """Refuse a policy that recomputes none of a model's `count` blocks though it says so. Raises LayoutError."""
+    """Refuse a policy that is none, or recomputes none of a model's `count` blocks though it says so. Raises LayoutError."""
     if not any(recomputed(policy, range(count))) and policy != "none":
         raise LayoutError(f"parallel.recompute is '{policy}', but of {count} blocks none would be; at most every-{count}")
 
