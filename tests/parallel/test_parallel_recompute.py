@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from athanor.foundation.errors import LayoutError
 from athanor.foundation.intervals import Recorder, activate
 from athanor.foundation.layout import Layout
 from athanor.models import attention, fused
@@ -135,3 +136,5 @@ def test_compiled_blocks_recompute_alike(policy: str) -> None:
 
 def test_policies_name_their_blocks() -> None:
     assert recompute.recomputed("selective", range(3)) == [True] * 3
+    with pytest.raises(LayoutError, match="'selectve'; allowed: none, full, selective, every-2"):
+        recompute.recomputed("selectve", range(3))
