@@ -13,6 +13,7 @@ import click
 
 from athanor.cli.counts import POSITIVE
 from athanor.cluster.spec import ClusterSpec, busy_note
+from athanor.foundation.layout import Layout
 from athanor.foundation.progress import Bar, console, say
 from athanor.foundation.units import format_bytes, format_rate, format_seconds, format_share
 
@@ -87,9 +88,8 @@ def show(spec: ClusterSpec) -> None:
               f"{format_bytes(spec.disk['read_bytes_per_second'])}/s per rank"),
              ("Python", f"{spec.python['loops_per_second'] / 1e6:.1f} M loops/s, "
               f"{format_bytes(spec.python['text_bytes_per_second'])}/s of text")]
-    rows += [(f"step of {int(tokens):,} tokens, {int(hidden)} wide, {int(layers)} blocks, {int(ranks)} "
-              + ("rank" if ranks == 1 else "ranks"), format_seconds(seconds))
-             for _, _, hidden, _, layers, _, tokens, _, ranks, seconds, _ in spec.steps]
+    rows += [(f"step of {int(tokens):,} tokens, {int(hidden)} wide, {int(layers)} blocks, {Layout(dp_shard=shard, tp=tp)}",
+              format_seconds(seconds)) for _, _, hidden, _, layers, _, tokens, _, shard, tp, seconds, _ in spec.steps]
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)

@@ -114,6 +114,9 @@ def read_cluster(path: Path) -> ClusterSpec:
 def from_dict(raw: dict[str, Any], file: str) -> ClusterSpec:
     """Check a parsed `cluster.toml` key by key."""
     known = {item.name: item for item in fields(ClusterSpec)}
+    if raw.get("schema") == 1 and isinstance(raw.get("steps", []), list):  # whose steps had no column `tp`
+        steps = [[*row[:9], 1, *row[9:]] if isinstance(row, list) else row for row in raw.get("steps", [])]
+        raw = {**raw, "schema": SCHEMA, "steps": steps}
     if raw.get("schema") != SCHEMA:
         raise UserError(f"{file}: schema is {raw.get('schema')!r}, this version reads {SCHEMA}; run `athanor check` again")
     for key in raw:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from athanor.cli.check import show
 from athanor.cluster.probe import average_rows, disk_rates, measure, python_speed
 from athanor.cluster.spec import (
     ACCELERATORS,
@@ -36,7 +37,20 @@ def test_cluster_file_round_trip(tmp_path: Path) -> None:
     assert read_cluster(tmp_path / "cluster.toml") == spec
 
 
+def test_timed_steps_are_shown_and_read_as_the_first_schema_had_them(capsys: pytest.CaptureFixture[str]) -> None:
+    alone, cut = (["fp32", 4096, 128, 320, 3, 4, 1024, 256, 1, tp, 0.5, 0.1] for tp in (1, 2))
+    spec = replace(small_spec(), disk={"write_bytes_per_second": 1e8, "read_bytes_per_second": 1e8}, steps=[alone, cut],
+                   python={"loops_per_second": 1e7, "text_bytes_per_second": 1e7})
+    show(spec)
+    told = capsys.readouterr().err
+    assert "step of 1,024 tokens, 128 wide, 3 blocks, one rank" in told and "3 blocks, tp=2" in told
+    raw = tomllib.loads(to_toml(spec))
+    former = {**raw, "schema": 1, "steps": [[*row[:9], *row[10:]] for row in raw["steps"]]}
+    assert from_dict(former, "cluster.toml") == replace(spec, steps=[alone, alone])
+
+
 @pytest.mark.parametrize(("change", "words"), [
+    ({"schema": 1, "steps": [["fp32", 4096]]}, ["steps", "row 1"]),
     ({"devises": 2}, ["devises", "devices"]),
     ({"schema": 99}, ["schema", "99"]),
     ({"devices": "two"}, ["devices", "whole number"]),
