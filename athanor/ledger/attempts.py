@@ -102,16 +102,19 @@ def unwritten(folder: StageFolder) -> list[dict[str, Any]]:
     """
     turns = [row for row in read_jsonl(folder.events) if row.get("kind") in ("start", "done", "stop")]
     last: dict[str, Any] = turns[-1] if turns else {"kind": "none", "time": 0.0}
-    lines, begun = [line for line in read_jsonl(folder.ledger) if "time" in line], last["time"]
+    lines, begun = [line for line in read_jsonl(folder.ledger) if {"time", "last_step"} <= set(line)], last["time"]
     signs = [row for file in sorted(folder.earlier_beats.glob("rank-*.json")) for row in read_jsonl(file) if "launched" in row]
     launched, alive = (signs[0]["launched"], signs[0]["time"]) if signs else (0.0, 0.0)
     found = []
     if last["kind"] == "start":
-        written = [line["time"] for line in lines if line["attempt"] == last["attempt"] and line["time"] >= begun]
-        until, step = max([(begun, last.get("step", 0)), *((row["time"], row["step"]) for row in read_jsonl(folder.metrics))])
+        written = [line for line in lines if line["attempt"] == last["attempt"]  # of ranks, though the clock was set back since
+                   and ("devices" in line or line["time"] >= begun)]
+        newest = lines[-1] if written else {"time": begun, "last_step": last.get("step", 0)}
+        until, step = max([(newest["time"], newest["last_step"]),
+                           *((row["time"], row["step"]) for row in read_jsonl(folder.metrics)[-1:])])
         until = max(until, alive if launched <= begun else 0.0)
         startup = 0.0 if written else last.get("startup_seconds", 0.0)
-        found.append(unstepped({"startup": startup, "lost": max(0.0, until - max([begun, *written]))}, until=until, step=step,
+        found.append(unstepped({"startup": startup, "lost": until - newest["time"]}, until=until, step=step,
                                attempt=last["attempt"], devices=last["ranks"], idle=last.get("idle")))
     if launched > max([begun, *(line["time"] for line in lines)]) and signs[0]["phase"] != "done":  # for that was refused
         found.append(unstepped({"startup": alive - launched}, until=alive, step=0, devices=len(signs),

@@ -9,7 +9,7 @@ import pytest
 from athanor.foundation.errors import UserError
 from athanor.foundation.run_folder import StageFolder, append_when_possible, read_jsonl, write_json
 from athanor.ledger.accounts import ACCOUNTS, STEPPING
-from athanor.ledger.attempts import book_of, roll_back, throw_away, unwritten
+from athanor.ledger.attempts import book_of, note, roll_back, throw_away, unwritten
 from athanor.ledger.book import Book, read_book, total
 
 
@@ -146,6 +146,19 @@ def test_what_is_killed_together_with_its_agent_is_told_by_the_next(tmp_path: Pa
     append_when_possible(folder.events, {"kind": "stop", "time": 190.0})
     sign(170.0, 190.5, "done")
     assert told(folder) == [], "it has told all"
+
+
+def test_a_clock_that_was_set_back_and_lines_of_an_earlier_version_count_nothing_twice(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path)
+    append_when_possible(folder.events, {"kind": "start", "time": 1000.0, "ranks": 2, "attempt": 1, "startup_seconds": 5.0})
+    for row in ({"attempt": 1, "resumed_step": 0, "time": 990.0, "wall_seconds": 3.0, "device_seconds": 6.0},
+                line(0, 10, startup=10, compute=4) | {"time": 500.0, "attempt": 1, "devices": 2}):
+        append_when_possible(folder.ledger, row)
+    for step, time in ((1, 1003.0), (11, 502.0)):
+        append_when_possible(folder.metrics, {"step": step, "time": time})
+    assert told(folder) == [(502.0, 4.0, {"startup": 0.0, "lost": 4.0})]
+    note(folder.ledger, {"down": 1.0}, until=504.0, attempt=1, step=11, devices=2)
+    assert told(folder) == []
 
 
 def test_what_is_thrown_away_is_lost_when_it_was_spent(tmp_path: Path) -> None:
