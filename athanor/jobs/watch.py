@@ -69,8 +69,9 @@ class Watch:
     def __init__(self, folder: StageFolder, world_size: int, hang_seconds: float | None = None) -> None:
         self.folder, self.hang_seconds = folder, hang_seconds or HANG_SECONDS
         with contextlib.suppress(OSError):  # what an earlier life said last, the next one puts into its ledger
-            shutil.rmtree(folder.earlier_beats, ignore_errors=True)
-            folder.beats.rename(folder.earlier_beats)
+            if folder.beats.exists():  # else what is there waits still for a life that begins
+                shutil.rmtree(folder.earlier_beats, ignore_errors=True)
+                folder.beats.rename(folder.earlier_beats)
         shutil.rmtree(folder.beats, ignore_errors=True)
         self.signs = {rank: Signs() for rank in range(world_size)}
         self.pause = max(LOOK_SECONDS, world_size / MOST_LOOKS_PER_SECOND)
