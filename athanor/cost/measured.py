@@ -83,10 +83,10 @@ class Measured:
         self._bytes_ratio = WIDTH_BYTES[dtype] / WIDTH_BYTES[other]
         self._flops_ratio = cluster.peak_flops[other] / cluster.peak_flops[dtype]
         self._computing, self._gathering, self._meeting, self._hook_seconds = 1.0, 1.0, self.constants["collective_factor"], 0.0
-        self._learn([row for row in cluster.steps if row[0] == dtype])
+        self._learn([row for row in cluster.steps if row[0] == dtype and (row[-3] == 1 or cluster.device_type == "cpu")])
 
     def _learn(self, rows: Sequence[Sequence[Any]]) -> None:
-        """From whole measured steps: factors of computing, gathers and collectives inside blocks; what sharding costs beside."""
+        """From steps: factors of computing, gathers, collectives in blocks (not of GPUs, whose hosts go on); sharding's cost."""
         alone, logs = dict[tuple[Any, ...], float](), list[float]()
         for _, *sizes, shard, tp, seconds, waited in sorted(rows, key=lambda row: row[-4]):
             case = _measured_step(sizes, shard, tp, self.dtype)

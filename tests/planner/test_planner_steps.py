@@ -84,3 +84,5 @@ def test_collectives_within_blocks_cost_what_they_took(machine: ClusterSpec) -> 
         assert step(machine, CUT, measured).accounts["tensor"] == pytest.approx(2 * factor * waited)
         assert step(machine, Layout(cp=2), measured).accounts["context"] == pytest.approx(factor * before_cp.accounts["context"])
         assert step(machine, CUT, measured).accounts["kernel"] == pytest.approx(before.accounts["kernel"])
+    gpus = replace(machine, device_type="cuda")  # whose hosts do not wait
+    assert step(gpus, CUT, row(1, 1.0, 0.1 * waited, tp=2)).accounts == step(gpus, CUT).accounts
