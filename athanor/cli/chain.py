@@ -29,8 +29,14 @@ class Chain:
         self.run, self.devices, self.started = run, devices, started
         lines = read_jsonl(run.chain)
         self.lines = [line for line in lines if line["event"] != "alone"]
-        self.alone = [line for line in lines if line["event"] == "alone"]
+        self._verbs = [line for line in lines if line["event"] == "alone"]
         self.begun = False
+
+    @property
+    def alone(self) -> list[dict[str, Any]]:
+        """What verbs did by themselves outside of invocations, within which the devices are paid for already."""
+        spans = self.spans()
+        return [line for line in self._verbs if not any(begin <= line["time"] <= end for begin, end, _ in spans)]
 
     def step(self, name: str, inputs: dict[str, str], outputs: Sequence[Path], work: Callable[[], dict[str, Any] | None]) -> bool:
         """Do `work` unless it was done with these inputs and its outputs are still what it wrote. Returns whether it ran.
@@ -153,6 +159,6 @@ def locked(run: RunFolder, spent: Collection[str] = ()) -> Iterator[None]:
         try:
             yield
         except UserError:
-            if is_new and {path.name for path in run.root.iterdir()} <= {".lock", run.chain.name, *spent}:
+            if is_new and {path.name for path in run.root.glob("*")} <= {".lock", run.chain.name, *spent}:
                 discard(run.root)
             raise

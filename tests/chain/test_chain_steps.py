@@ -13,7 +13,7 @@ from athanor.cli.chain import Chain, alone
 from athanor.cli.run import _refuse_other_plan, _stage_inputs, actual_book
 from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import load_recipe
-from athanor.foundation.run_folder import RunFolder, read_jsonl
+from athanor.foundation.run_folder import RunFolder, append_jsonl, read_jsonl
 from athanor.ledger.attempts import book_of, note, throw_away
 from athanor.ledger.book import Book
 
@@ -103,6 +103,8 @@ def test_what_verbs_did_by_themselves_stands_in_the_runs_book(tmp_path: Path) ->
     assert chain.wall_seconds() == pytest.approx(end - begin + built["seconds"] + evaluated["seconds"])
     assert chain.device_seconds() == pytest.approx(2 * chain.wall_seconds())
     assert sum(book.accounts.values()) == pytest.approx(book.device_seconds) and not book.accounts.get("check")
+    append_jsonl(run.chain, {**built, "time": (begin + end) / 2})  # while the chain had the devices
+    assert Chain(run, 2, time.time()).alone == [built, evaluated]
 
 
 @pytest.mark.parametrize("is_outside", [True, False], ids=["by the verb train", "by the chain"])
