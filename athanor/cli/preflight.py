@@ -87,16 +87,18 @@ def check_starts(recipe: Recipe, vocabulary: int | None, tokenizer: Path | None)
 
 def refuse_unsettled(recipe: Recipe, devices: int) -> None:
     """Raise what any stage of a planned recipe would refuse as it begins, but for what only its model or its data can tell."""
-    from athanor.models.shapes.find import VOCABULARY_MULTIPLE, load_shape, new_shape
+    from athanor.models.shapes.find import load_shape, new_shape
     from athanor.train.settings import layout_of, settle
 
+    layout = resolve(layout_of(recipe), devices)
+    vocabulary = math.lcm(layout.tp, recipe.evaluate.tp)  # only the data tell whether theirs can be cut so
     shapes: dict[str, DecoderShape] = {}  # which a later stage goes on with
     for stage in recipe.stage:
         if stage.start_from:
             shapes[stage.name] = shapes.get(stage.start_from) or load_shape(Path(stage.start_from))
         else:
-            shapes[stage.name] = new_shape(recipe.model.architecture, vocab_size=VOCABULARY_MULTIPLE, **recipe.model.given())
-        settle(recipe, stage, resolve(layout_of(recipe), devices), shapes[stage.name])
+            shapes[stage.name] = new_shape(recipe.model.architecture, vocab_size=vocabulary, **recipe.model.given())
+        settle(recipe, stage, layout, shapes[stage.name])
         check_model(Layout(tp=recipe.evaluate.tp), shapes[stage.name], 1)  # which is evaluated
 
 

@@ -21,7 +21,7 @@ from athanor.data.text.tokenizer import Tokenizer
 from athanor.foundation.errors import DataError
 from athanor.foundation.recipe import Source
 
-LOOKED_AT = 100  # texts of a source, before it is read as a whole
+LOOKED_AT = 100  # texts of a source's file, before it is read as a whole
 PIECE_BYTES = 64 * 1024  # longer plain text files are cut at empty lines, so that whole documents can be held out
 CODE_SUFFIXES = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql")
 
@@ -91,11 +91,15 @@ def read_documents(source: Source, tokenizer: Tokenizer | None = None) -> Iterat
 
 
 def check_readable(source: Source) -> None:
-    """Raise DataError when none of the first rows of a source is a text: its field or column goes by another name."""
-    first = list(itertools.islice(read_documents(source), LOOKED_AT)) if source.kind in ROWS else []
-    if first and not any(isinstance(each, Document) for each in first):
-        reason = next(each.reason for each in first if isinstance(each, Rejected))
-        raise DataError(f"source '{source.name}': none of the first {len(first)} rows of {source.path} can be read: {reason}")
+    """Raise DataError when none of the first rows of any file of a source is a text: its field goes by another name."""
+    why = []
+    for file in list_files(source) if source.kind in ROWS else []:
+        for each in itertools.islice(read_documents(source.model_copy(update={"path": str(file)})), LOOKED_AT):
+            if isinstance(each, Document):
+                return
+            why.append(each.reason)
+    if why:
+        raise DataError(f"source '{source.name}': none of the first {len(why)} rows of {source.path} can be read: {why[0]}")
 
 
 def make_doc_id(source: str, uri: str, offset: int, length: int) -> str:

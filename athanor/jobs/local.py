@@ -38,8 +38,8 @@ def submit(queue: Queue, **fields: Any) -> Job:
         return start(queue, job)
     except AthanorError:
         queue.remove(job)
-        job.log.with_suffix(".sbatch").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # there is more in it
+        with contextlib.suppress(OSError):  # there is more in it, or it is no folder
+            job.log.with_suffix(".sbatch").unlink(missing_ok=True)
             job.log.parent.rmdir()
             job.log.parent.parent.rmdir()
         raise

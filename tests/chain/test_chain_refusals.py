@@ -10,11 +10,12 @@ from pathlib import Path
 import click
 import pytest
 
+from athanor.cli.chain import locked
 from athanor.cli.jobs import command as jobs
 from athanor.cli.plan import command as plan
 from athanor.cli.run import command as run
 from athanor.foundation.errors import DiskError, UserError
-from athanor.foundation.run_folder import write_json
+from athanor.foundation.run_folder import RunFolder, write_json
 from athanor.jobs import local
 from athanor.jobs.queue import Queue
 from athanor.models.shapes.decoder import DecoderShape
@@ -137,6 +138,16 @@ def test_rows_that_are_no_text_are_told_by_the_plan(recipe: Path) -> None:
     with Path("rows.jsonl").open("a") as file:
         file.write(json.dumps({"text": "hello " * 20_000}) + "\n")
     plan_small(recipe, "data.source.words.kind=jsonl", "data.source.words.path=rows.jsonl", "--out", "plan.toml")
+    Path("rows").mkdir()
+    Path("rows.jsonl").rename("rows/second.jsonl")
+    Path("rows/first.jsonl").write_text('{"title": "what is in the second"}\n' * 200)
+    plan_small(recipe, "data.source.words.kind=jsonl", "data.source.words.path=rows", "--out", "plan.toml")
+
+
+def test_ranks_that_divide_the_vocabulary_are_not_refused(recipe: Path) -> None:
+    """Three, of a tokenizer with three times 256 entries."""
+    call(plan, recipe, "data.vocab_size=768", "evaluate.tp=3", "model.num_attention_heads=3", "model.intermediate_size=192",
+         "model.hidden_size=96", "model.num_hidden_layers=2", "--out", "plan.toml")
 
 
 def test_a_recipe_has_one_model(recipe: Path) -> None:
@@ -178,6 +189,13 @@ def test_a_refused_run_leaves_no_folder(recipe: Path, monkeypatch: pytest.Monkey
     assert Path("runs/small/notes.txt").read_text() == "mine", "what was there before stays"
 
 
+def test_a_new_run_that_is_moved_away_ends_with_its_sentence(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="it was moved"), locked(folder):
+        folder.root.rename(tmp_path / "elsewhere")
+        raise UserError("it was moved")
+
+
 def test_a_refused_job_leaves_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="is more than its"):
         call(jobs, "submit", recipe, "stage.pretrain.warmup_steps=1e6", "model.hidden_size=64", "model.num_hidden_layers=2")
@@ -201,5 +219,8 @@ def test_numbers_of_jobs_do_not_skip(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(DiskError):
         local.submit(queue, **wish)
     assert [job.number for job in queue.all()] == [first.number] and not (tmp_path / "runs" / "small").exists()
+    (tmp_path / "runs" / "small").write_text("")  # where its folder would be
+    with pytest.raises(DiskError):
+        local.submit(queue, **wish)
     assert queue.add(**wish).number == first.number + 1
     shutil.rmtree(tmp_path / "runs")

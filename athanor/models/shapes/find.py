@@ -151,7 +151,8 @@ def tokenizer_size(path: str) -> int:
         return len(pieces.read_pieces(held).pieces)
     try:
         raw = read_json(file)
-        ids = [*raw["model"]["vocab"].values(), *(token["id"] for token in raw.get("added_tokens", []))]
+        ids = [token["id"] for token in raw.get("added_tokens", [])]
+        ids += range(len(vocab)) if isinstance(vocab := raw["model"]["vocab"], list) else vocab.values()  # of unigrams, or pairs
         return int(max(ids)) + 1
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"data.tokenizer: {file} is not a tokenizer.json that can be read: {error}") from None
