@@ -134,7 +134,8 @@ def work(queue: Queue, job: Job, command: Callable[[], object]) -> int:
         ended_as = CANCELLED if queue.get(job.id).is_cancelled else STOPPED if job.slurm is None else RUNNING
     goes_on = "Slurm starts it again" if ended_as == RUNNING else f"`athanor jobs resume {job.id}` goes on"
     if job.slurm is None:
-        append_when_possible(job.lives, {"life": life, "ended": time.time(), "code": EXIT_CODES[state]})
+        with contextlib.suppress(AthanorError):  # its folder was moved away
+            append_when_possible(job.lives, {"life": life, "ended": time.time(), "code": EXIT_CODES[state]})
     sentence = sentence.replace(GO_ON, goes_on)
     with contextlib.suppress(AthanorError):  # a full disk must not change the exit code; then the job is found to be lost
         queue.update(job, state=ended_as, exit_code=EXIT_CODES[state], sentence=sentence,

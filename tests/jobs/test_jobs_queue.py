@@ -148,6 +148,17 @@ def test_every_end_is_one_of_three_exit_codes(queue: Queue, signals: None, act: 
     assert (ended.exit_code, ended.state, ended.sentence) == (code, state, sentence) and ended.ended is not None
 
 
+def test_a_job_whose_run_is_moved_away_ends_with_its_code(queue: Queue, signals: None) -> None:
+    job = add(queue)
+
+    def move() -> None:
+        Path(job.run).rename(queue.root / "elsewhere")
+        raise UserError("it was moved")
+
+    assert local.work(queue, job, move) == 86
+    assert queue.get(job.id).sentence == "it was moved" and not Path(job.run).exists()
+
+
 def test_what_a_job_took_leaves_out_the_time_it_lay_still(queue: Queue, signals: None) -> None:
     job = add(queue)
     assert job.starts() == [] and describe(job, [])["took_seconds"] == 0
