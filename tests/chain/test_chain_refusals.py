@@ -191,9 +191,13 @@ def test_a_refused_run_leaves_no_folder(recipe: Path, monkeypatch: pytest.Monkey
 
 def test_a_new_run_that_is_moved_away_ends_with_its_sentence(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match="it was moved"), locked(folder):
+
+    def move() -> None:
         folder.root.rename(tmp_path / "elsewhere")
         raise UserError("it was moved")
+
+    with pytest.raises(UserError, match="it was moved"), locked(folder):
+        move()
 
 
 def test_a_refused_job_leaves_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
