@@ -18,7 +18,17 @@ from athanor.cli.preflight import devices_of
 from athanor.foundation.errors import UserError
 from athanor.foundation.progress import say
 from athanor.foundation.recipe import Recipe
-from athanor.foundation.run_folder import RunFolder, append_jsonl, discard, disk_errors, hash_file, hash_folder, read_jsonl, sweep
+from athanor.foundation.run_folder import (
+    RunFolder,
+    append_jsonl,
+    append_when_possible,
+    discard,
+    disk_errors,
+    hash_file,
+    hash_folder,
+    read_jsonl,
+    sweep,
+)
 from athanor.foundation.units import format_seconds
 
 
@@ -135,8 +145,8 @@ def alone(run: RunFolder, step: str, recipe: Recipe) -> Iterator[None]:
         yield
     finally:
         if run.root.is_dir() and not recipe.cluster.accelerator:
-            append_jsonl(run.chain, {"event": "alone", "step": step, "time": time.time(), "devices": devices_of(recipe),
-                                     "seconds": time.perf_counter() - start})
+            line = {"event": "alone", "step": step, "time": time.time(), "seconds": time.perf_counter() - start}
+            append_when_possible(run.chain, {**line, "devices": devices_of(recipe)})  # a full disk is told by what met it first
 
 
 @contextlib.contextmanager
