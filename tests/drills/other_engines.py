@@ -144,20 +144,22 @@ def nearest_routes(module: Decoder, sequence: list[int]) -> float:
     by; so for groups of experts."""
     nearest: list[float] = []
 
-    def note(rows: Tensor, count: int) -> None:
-        best = rows.topk(count + 1).values if count < rows.shape[1] else rows.new_tensor([[math.inf, 0.0]])
-        nearest.append(float(((best[:, -2] - best[:, -1]) / rows[rows.isfinite()].std()).min()))
+    def note(rows: Tensor, count: int, spread: Tensor) -> None:
+        if count < rows.shape[1]:
+            best = rows.topk(count + 1).values
+            nearest.append(float(((best[:, -2] - best[:, -1]) / spread).min()))
 
     def look(router: Router | SigmoidRouter, inputs: tuple[Tensor, Any], outputs: object) -> None:
         rows = F.linear(inputs[0], router.weight)
-        if isinstance(router, SigmoidRouter):
-            shape, rows = router.shape, rows.sigmoid() + router.e_score_correction_bias
-            groups = rows.unflatten(1, (shape.n_group, -1))
-            sums = groups.topk(min(2, groups.shape[2])).values.sum(-1)
-            note(sums, shape.topk_group)
-            is_kept = torch.zeros_like(sums).scatter(1, sums.topk(shape.topk_group).indices, 1) > 0
-            rows = groups.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1)
-        note(rows, router.top if isinstance(router, Router) else router.shape.num_experts_per_tok)
+        if isinstance(router, Router):
+            note(rows, router.top, rows.std(-1))
+            return
+        shape, rows = router.shape, rows.sigmoid() + router.e_score_correction_bias
+        groups = rows.unflatten(1, (shape.n_group, -1))
+        sums = groups.topk(min(2, groups.shape[2])).values.sum(-1)
+        note(sums, shape.topk_group, rows.std(-1))
+        is_kept = torch.zeros_like(sums).scatter(1, sums.topk(shape.topk_group).indices, 1) > 0
+        note(groups.masked_fill(~is_kept.unsqueeze(2), -math.inf).flatten(1), shape.num_experts_per_tok, rows.std(-1))
 
     hooks = [part.register_forward_hook(look) for part in module.modules() if isinstance(part, (Router, SigmoidRouter))]
     logits(module, sequence)
