@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -107,16 +108,17 @@ class Chain:
     def spans(self) -> list[tuple[float, float, int]]:
         """Beginning, end and devices of each invocation; a killed one lasted until the last sign of life in the run folder."""
         found = []
-        begins = [(i, line["time"], line["devices"]) for i, line in enumerate(self.lines) if line["event"] == "begin"]
-        for number, (index, begin, devices) in enumerate(begins):
-            is_last = number + 1 == len(begins)
-            until = self.lines[index:] if is_last else self.lines[index:begins[number + 1][0]]
+        turns = [(i, line) for i, line in enumerate(self.lines) if line["event"] in ("begin", "train")]
+        for (index, line), (last, other) in zip(turns, [*turns[1:], (len(self.lines), {"time": math.inf})], strict=True):
+            if line["event"] == "train":
+                continue
+            until, begin = self.lines[index:last], line["time"]
             end = until[-1]["time"]
             if until[-1]["event"] != "end":
-                signs = [line["time"] for file in self.run.root.glob("*/*.jsonl") for line in read_jsonl(file)
-                         if "time" in line and line["time"] >= begin and (is_last or line["time"] < begins[number + 1][1])]
-                end = time.time() if is_last and self.begun else max([end, *signs])
-            found.append((begin, end, devices))
+                signs = [row["time"] for file in self.run.root.glob("*/*.jsonl") for row in read_jsonl(file)
+                         if "time" in row and begin <= row["time"] < other["time"]]
+                end = time.time() if last == len(self.lines) and self.begun else max([end, *signs])
+            found.append((begin, end, line["devices"]))
         return found
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -132,6 +134,11 @@ def hash_output(path: Path) -> str | None:
     if path.is_dir():
         return hash_folder(path)
     return hash_file(path) if path.exists() else None
+
+
+def note_training(run: RunFolder) -> None:
+    """Training by a verb of its own begins, whose seconds are in its ledger: no sign of life of an invocation that was killed."""
+    append_when_possible(run.chain, {"event": "train", "time": time.time()})
 
 
 @contextlib.contextmanager

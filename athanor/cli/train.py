@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from athanor.cli.board import Board
-from athanor.cli.chain import locked
+from athanor.cli.chain import locked, note_training
 from athanor.cli.fewer import fewer_ranks
 from athanor.cli.live import View, format_loss
 from athanor.cli.nearest import with_nearest
@@ -61,6 +61,8 @@ def command(recipe: Path, overrides: tuple[str, ...], stage: str | None, run_fol
     with locked(run) if is_first else contextlib.nullcontext():
         if data is not None and is_first:
             borrow(data, run)
+        if run.chain.exists() and is_first:
+            note_training(run)
         result = train(wanted, run, stage, is_fresh=begins_anew(run.stage(stage), math.inf if is_fresh else before))
     if as_json and result["rank"] == 0:
         click.echo(json.dumps(result))

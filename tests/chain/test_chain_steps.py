@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from athanor.cli.chain import Chain, alone
+from athanor.cli.chain import Chain, alone, note_training
 from athanor.cli.run import _refuse_other_plan, _stage_inputs, actual_book
 from athanor.foundation.errors import UserError
 from athanor.foundation.recipe import load_recipe
@@ -105,6 +105,25 @@ def test_what_verbs_did_by_themselves_stands_in_the_runs_book(tmp_path: Path) ->
     assert sum(book.accounts.values()) == pytest.approx(book.device_seconds) and not book.accounts.get("check")
     append_jsonl(run.chain, {**built, "time": (begin + end) / 2})  # while the chain had the devices
     assert Chain(run, 2, time.time()).alone == [built, evaluated]
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_training_of_a_later_day_is_no_sign_of_life_of_an_earlier_invocation(tmp_path: Path, is_killed: bool) -> None:
+    run, begin = RunFolder(tmp_path), time.time() - 90_000.0
+    stage = run.stage("pretrain")
+    stage.root.mkdir()
+    ends = [] if is_killed else [{"event": "end", "time": begin + 12.0}]
+    for line in ({"event": "begin", "time": begin, "devices": 2}, {"event": "start", "step": "data", "time": begin + 1.0}, *ends):
+        append_jsonl(run.chain, line)
+    note(stage.ledger, {"kernel": 9.0}, until=begin + 10.0, attempt=0, step=0, devices=2)
+    note_training(run)
+    note(stage.ledger, {"kernel": 5.0}, until=time.time() + 5.0, attempt=1, step=0, devices=2)
+    lasted = 10.0 if is_killed else 12.0
+    chain = Chain(run, 2, time.time())
+    assert [end - start for start, end, _ in chain.spans()] == [pytest.approx(lasted)]
+    assert chain.wall_seconds() == pytest.approx(lasted + 5.0) and chain.device_seconds() == pytest.approx(2 * (lasted + 5.0))
+    chain.step("data", {}, [], lambda: None)
+    assert [end - start for start, end, _ in chain.spans()] == [pytest.approx(lasted), pytest.approx(0.0, abs=5.0)]
 
 
 @pytest.mark.parametrize("is_outside", [True, False], ids=["by the verb train", "by the chain"])
