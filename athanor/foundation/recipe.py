@@ -140,7 +140,7 @@ class Stage(Section):
         None, description="shape of the decay after warm-up")
     warmup_steps: Whole | None = Field(None, ge=0, description="steps of linear warm-up")
     weight_decay: float | None = Field(None, ge=0, le=1e3, description="decoupled weight decay of matrices")
-    gradient_clip: float | None = Field(None, gt=0, le=1e9, description="largest global gradient norm")
+    gradient_clip: float | None = Field(None, gt=0, le=1e38, description="largest global gradient norm")
     z_loss: float | None = Field(None, ge=0, le=1, description="coefficient of the squared logsumexp in the loss; 0 unless set")
     expert_bias_rate: float | None = Field(None, ge=0, le=1, description="step of the biases that keep experts equally "
                                            "loaded, of an architecture that has them; 0.001 unless set")
