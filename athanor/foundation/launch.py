@@ -128,7 +128,8 @@ def _waiting_for_server() -> Iterator[None]:
     def wake() -> None:
         while not is_over.wait(1.0):
             with server._lock:  # else the number might be another process's by now
-                os.kill(server._forkserver_pid, signal.SIGCONT if time.monotonic() < until else signal.SIGKILL)
+                if server._forkserver_pid is not None:
+                    os.kill(server._forkserver_pid, signal.SIGCONT if time.monotonic() < until else signal.SIGKILL)
 
     threading.Thread(target=wake, daemon=True).start()
     try:
